@@ -1,0 +1,387 @@
+"""Typed configuration: dataclass defaults < ``config.yaml`` < the adapter's own < the command line.
+
+The file holds shared keys at the top and one section a stage. Every value goes through the same
+parser as the flags do, so a flag and a key of the file cannot mean two things, and an unknown one
+is refused with the nearest name. The scripts parse; the package only takes the dataclasses.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+
+from llama_squad.prompts import SYSTEM_PROMPT
+
+STAGES = ("create", "train", "test", "summarize", "app")
+RUN_CONFIG = "llama_squad.json"
+"""The resolved configuration that every dataset and adapter carries beside its files."""
+
+DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
+
+
+def _option(default: Any, help_text: str, **metadata: Any) -> Any:
+    extra = {"help": help_text, **metadata}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=extra)
+    return dataclasses.field(default=default, metadata=extra)
+
+
+_DATASET_HELP = "Folder of the dataset that create_squad_dataset.py builds."
+_SYSTEM_HELP = 'System prompt ("" for none).'
+_PROMPT_HELP = "Prompt style: one user turn, or three with the model called turn by turn."
+_TEMPLATE_HELP = "Jinja file with a chat template, for a tokenizer that has none of its own."
+
+
+@dataclasses.dataclass(frozen=True)
+class CreateArguments:
+    """What ``create_squad_dataset.py`` takes."""
+
+    dataset_name: str = _option("data/squad_v2", "Folder to write the dataset to.")
+    source: str = _option("rajpurkar/squad_v2", "SQuAD v2 dataset on the Hub, or a local copy.")
+    train_files: list[str] | None = _option(
+        None, "Training files in the official SQuAD JSON format; globs allowed. Replaces --source."
+    )
+    test_files: list[str] | None = _option(
+        None, "Test files in the official SQuAD JSON format; globs allowed. Replaces --source."
+    )
+    sample: bool = _option(False, "Use the small world bundled in quickstart/data.")
+    prompt: Literal["single_turn", "multi_turn"] = _option("single_turn", _PROMPT_HELP)
+    system_prompt: str = _option(SYSTEM_PROMPT, _SYSTEM_HELP)
+    validation_ratio: float = _option(
+        0.05, "Share of the training questions to hold out for validation, by whole titles."
+    )
+    seed: int = _option(42, "Seed of the split.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelArguments:
+    """Which model, and how it is loaded; shared by training, evaluation and the demo."""
+
+    model_name: str = _option(DEFAULT_MODEL, "Base model: a name on the Hub, or a folder.")
+    chat_template: str | None = _option(None, _TEMPLATE_HELP)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "Weights' type: auto is bfloat16 on CUDA and float32 on a CPU."
+    )
+    attn_implementation: str | None = _option(
+        None, "Attention: sdpa, eager, flash_attention_2... (default: the library's choice)."
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _option("nf4", "4-bit data type.")
+    bnb_4bit_use_double_quant: bool = _option(
+        True, "Quantise the quantisation constants too: 0.4 bits a parameter less, a little slower."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments:
+    """What ``train_llama_squad.py`` takes beside ``ModelArguments`` and TRL's ``SFTConfig``."""
+
+    dataset_name: str = _option("data/squad_v2", _DATASET_HELP)
+    quantize: bool = _option(True, "QLoRA: hold the frozen base in 4 bits (--no_quantize: not).")
+    full_parameters: bool = _option(
+        False, "Train every weight, without LoRA (implies --no_quantize)."
+    )
+    lora_r: int = _option(64, "LoRA rank.")
+    lora_alpha: int = _option(16, "LoRA alpha; updates are scaled by alpha / r.")
+    lora_dropout: float = _option(0.1, "LoRA dropout.")
+    lora_target_modules: list[str] = _option(
+        ["all-linear"], "Names of the modules to adapt, or all-linear."
+    )
+    use_rslora: bool = _option(False, "Scale by alpha / sqrt(r) (rank-stabilised LoRA).")
+    use_dora: bool = _option(False, "Weight-decomposed LoRA: slower, sometimes better.")
+    reasoning_tokens: int = _option(
+        0, "Learnable pause tokens between prompt and answer: room to think (0: none)."
+    )
+    share_context: bool = _option(
+        True, "Train the questions of a paragraph in one row that holds its context once."
+    )
+    row_tokens: int = _option(
+        2048,
+        "Token budget of a row of several paragraphs; one paragraph may need more, up to "
+        "--max_seq_length.",
+    )
+    eval_samples: int = _option(
+        200, "Validation questions answered by real generation at each evaluation (0: all)."
+    )
+    merge_and_push: bool = _option(
+        False,
+        "At the end merge the adapter into the model, and push both where --hub_model_id "
+        "and a token are given.",
+    )
+    show_mask: int = _option(
+        0, "Print this many examples with their supervised tokens in colour, and exit."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TestArguments:
+    """What ``test_llama_squad.py`` takes beside ``ModelArguments``."""
+
+    adapter_name: str | None = _option(None, "Adapter: a folder, or a name on the Hub.")
+    dataset_name: str = _option("data/squad_v2", _DATASET_HELP)
+    split: Literal["train", "val", "test"] = _option("test", "Split to answer.")
+    prompt: Literal["single_turn", "multi_turn"] = _option("single_turn", _PROMPT_HELP)
+    system_prompt: str = _option(SYSTEM_PROMPT, _SYSTEM_HELP)
+    reasoning_tokens: int = _option(0, "Pause tokens before the answer (the adapter knows).")
+    quantize: bool = _option(False, "Load the model in 4 bits.")
+    decoding: Literal["span", "free"] = _option(
+        "span", "span: only substrings of the context, or no answer. free: whatever is likeliest."
+    )
+    num_beams: int = _option(1, "Beams of the search.")
+    batch_size: int = _option(32, "Questions at once; halved by itself on out-of-memory.")
+    max_new_tokens: int = _option(256, "Length limit of a reply.")
+    na_prob_thresh: float | None = _option(
+        None, "Abstain where na_prob is above this (default: the adapter's tuned one, else 0.5)."
+    )
+    tune_threshold: bool = _option(
+        False, "Pick the threshold on the validation split first, and keep it with the adapter."
+    )
+    n_best: int = _option(0, "Also write this many best spans a question, as JSON lines.")
+    audit: int = _option(
+        0, "Score every span for this many questions, and say how often the search found the best."
+    )
+    num_samples: int | None = _option(None, "Answer only this many questions.")
+    shuffle: bool = _option(False, "Take the questions in random order (see --seed).")
+    seed: int = _option(42, "Seed of --shuffle.")
+    output: str = _option("results/results.csv", "Result file, appended to and resumable.")
+    predictions_dir: str | None = _option(
+        None, "Also write the official predictions.json and na_prob.json into this folder."
+    )
+    overwrite: bool = _option(False, "Start the result file anew.")
+
+
+@dataclasses.dataclass(frozen=True)
+class AppArguments:
+    """What ``app.py`` takes beside ``ModelArguments``."""
+
+    adapter_name: str | None = _option(None, "Adapter: a folder, or a name on the Hub.")
+    dataset_name: str = _option("data/squad_v2", "Dataset that the random questions come from.")
+    prompt: Literal["single_turn", "multi_turn"] = _option("single_turn", _PROMPT_HELP)
+    system_prompt: str = _option(SYSTEM_PROMPT, _SYSTEM_HELP)
+    reasoning_tokens: int = _option(0, "Pause tokens before the answer (the adapter knows).")
+    quantize: bool = _option(False, "Load the model in 4 bits.")
+    num_beams: int = _option(1, "Beams of the search (a stream needs 1).")
+    max_new_tokens: int = _option(512, "Length limit of a reply.")
+    host: str = _option("127.0.0.1", "Address to listen on.")
+    port: int = _option(7860, "Port to listen on.")
+    share: bool = _option(False, "Open a public Gradio link.")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but ``1e-6`` is a number and a doubled key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is there twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|nan)$"),
+    list("-+0123456789."),
+)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a configuration file.
+
+    Raises:
+        ValueError: no such file, not YAML, not a mapping, or a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
+    try:
+        content = yaml.load(text, _Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected `key: value` lines, found a {type(content).__name__}")
+    return content
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint that names the known name closest to ``name``, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _shared_keys() -> set[str]:
+    """Keys that may stand at the top of the file: those of more than one stage."""
+    own = (CreateArguments, TrainArguments, TestArguments, AppArguments)
+    names = [{f.name for f in dataclasses.fields(cls)} for cls in own]
+    several = {name for fields in names for name in fields if sum(name in n for n in names) > 1}
+    return several | {f.name for f in dataclasses.fields(ModelArguments)}
+
+
+def _file_values(path: Path, stage: str, known: set[str]) -> dict[str, Any]:
+    """Return what the file says to one stage: shared keys first, then its section's."""
+    content = load_yaml(path)
+    shared = {key: value for key, value in content.items() if key not in STAGES}
+    section = content.get(stage) or {}
+    if not isinstance(section, dict):
+        raise ValueError(f"{path}: section {stage!r} must hold `key: value` lines")
+    for key in shared.keys() - _shared_keys():
+        where = "" if key not in known else f" (it belongs in the section `{stage}:`)"
+        hint = where or nearest(str(key), [*_shared_keys(), *STAGES])
+        raise ValueError(f"{path}: unknown key {key!r} at the top{hint}")
+    for key in section.keys() - known:
+        raise ValueError(f"{path}: unknown key {key!r} in `{stage}:`{nearest(str(key), known)}")
+    return {key: value for key, value in shared.items() if key in known} | section
+
+
+def _to_flags(values: Mapping[str, Any]) -> list[str]:
+    """Write values as flags, so that file and command line share one parser."""
+    flags: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif isinstance(value, dict):
+            flags.append(f"--{key}={json.dumps(value)}")
+        else:
+            flags.append(f"--{key}={value}")
+    return flags
+
+
+def parse_stage(
+    stage: str,
+    types: Sequence[type],
+    argv: Sequence[str] | None = None,
+    saved: Callable[[Sequence[Any]], Mapping[str, Any]] | None = None,
+    description: str | None = None,
+) -> tuple[Any, ...]:
+    """Parse a stage's configuration: defaults < file < ``saved`` < command line.
+
+    Args:
+        stage: the section of the file, one of ``STAGES``.
+        types: dataclasses whose fields are the flags; one instance of each is returned.
+        argv: the command line without the program's name (default: this process's).
+        saved: given the instances as parsed so far, returns values that beat the file but not the
+            flags (how an adapter brings the settings that it was trained with).
+        description: what ``--help`` says first.
+
+    Anything the user got wrong ends the program with exit code 2 and a message that names it.
+    """
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            self.exit(2, f"{self.prog}: error: {message}\n")
+
+    parser = Parser(types, allow_abbrev=False, description=description)  # type: ignore[arg-type]
+    parser.add_argument("--config", help="Configuration file (default: config.yaml, if there).")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    known = {f.name for cls in types for f in dataclasses.fields(cls) if f.init}
+
+    def parse(values: Mapping[str, Any], where: str) -> tuple[Any, ...]:
+        parser.set_defaults(**{key: None for key, value in values.items() if value is None})
+        flags = _to_flags({key: value for key, value in values.items() if value is not None})
+        if where:
+            parser.prog = f"{prog}: {where}"
+            parser.parse_args(flags)
+            parser.prog = prog
+        namespace, unknown = parser.parse_known_args([*flags, *arguments])
+        for flag in unknown:
+            if flag.startswith("-"):
+                name = flag.split("=")[0]
+                parser.error(f"unknown flag {name}{nearest(name, parser._option_string_actions)}")
+            parser.error(f"unexpected argument {flag!r}")
+        values = vars(namespace)
+        return tuple(
+            cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init})
+            for cls in types
+        )
+
+    prog = parser.prog
+    path = _config_path(arguments)
+    try:
+        values = _file_values(path, stage, known) if path else {}
+        parsed = parse(values, str(path) if path else "")
+        more = saved(parsed) if saved else {}
+        if more:
+            parsed = parse(values | {k: v for k, v in more.items() if k in known}, "")
+    except ValueError as error:
+        parser.error(str(error))
+    return parsed
+
+
+def _config_path(arguments: Sequence[str]) -> Path | None:
+    """Find ``--config FILE``; without it ``config.yaml`` of the current folder, if it is there."""
+    for index, argument in enumerate(arguments):
+        if argument == "--config" and index + 1 < len(arguments):
+            return Path(arguments[index + 1])
+        if argument.startswith("--config="):
+            return Path(argument.removeprefix("--config="))
+    default = Path("config.yaml")
+    return default if default.is_file() else None
+
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+
+
+def provenance() -> dict[str, Any]:
+    """Return what a run was made with: package versions, Python, and the commit if there is one."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "commit": git.stdout.strip() or None,
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON aside, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(
+        json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
+    )
+    aside.replace(path)
+
+
+def save_run_config(folder: str | Path, stage: str, **settings: Any) -> None:
+    """Save the resolved configuration of a run beside its output, with its provenance."""
+    content = {
+        key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+        for key, value in settings.items()
+    }
+    write_json(Path(folder) / RUN_CONFIG, {"stage": stage, **content, **provenance()})
+
+
+def load_run_config(folder: str | Path) -> dict[str, Any]:
+    """Read what ``save_run_config`` wrote; {} where there is none (an adapter made elsewhere)."""
+    path = Path(folder) / RUN_CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or delete it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (no JSON object): restore it, or delete it")
+    return content

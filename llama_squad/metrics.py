@@ -1,0 +1,288 @@
+"""Scores: strict string equality (the original's table) and the official SQuAD 2.0 figures.
+
+Pure functions over the standard library. The official figures follow the published script
+evaluate-v2.0.py (Rajpurkar, Jia and Liang 2018, "Know What You Don't Know", ACL,
+https://rajpurkar.github.io/SQuAD-explorer/), written anew and checked against its output in
+``tests/test_metrics.py``. All scores are percentages; probabilities are in [0, 1].
+"""
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llama_squad.answers import Answer
+
+Golds = Mapping[str, Sequence[str]]
+"""Question id → its gold answers; none means the question has no answer."""
+Scores = dict[str, tuple[int, float]]
+"""Question id → (exact, F1), both in [0, 1]."""
+Interval = tuple[float, float]
+
+STRICT_COLUMNS = (
+    "% Valid JSON",
+    "% Exact Match",
+    "% EM for Valid JSON",
+    "% Correct No Answer",
+    "% Correct Has Answer",
+)
+Z_95 = 1.959963984540054
+"""The 97.5 % point of the standard normal distribution, for two-sided 95 % intervals."""
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower the case, drop ASCII punctuation and English articles, and squeeze white space."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def score_answer(prediction: str, golds: Sequence[str]) -> tuple[int, float]:
+    """Return the official (exact, F1) of one prediction: the best over the gold answers.
+
+    F1 is over bags of words, and where either side has no word left it is 1 if both have none.
+    A question without a gold answer that normalises to a word expects no answer, "".
+    """
+    wanted = {normalized for gold in golds if (normalized := normalize_answer(gold))} or {""}
+    given = normalize_answer(prediction)
+    if given in wanted:
+        return 1, 1.0
+    return 0, max(_f1(given.split(), gold.split()) for gold in wanted)
+
+
+def _f1(given: list[str], gold: list[str]) -> float:
+    common = (Counter(given) & Counter(gold)).total()
+    if not common:
+        return 0.0
+    precision, recall = common / len(given), common / len(gold)
+    return 2 * precision * recall / (precision + recall)
+
+
+def gold_texts(references: Any) -> dict[str, list[str]]:
+    """Read the gold answers out of the official JSON form: the whole dict or its "data" list.
+
+    As in the official script, a question has an answer where its "answers" is not empty
+    ("is_impossible" is not looked at), and of two questions with one id the last counts.
+
+    Raises:
+        ValueError: the references are not in the official form, or hold no question.
+    """
+    articles = references.get("data") if isinstance(references, Mapping) else references
+    try:
+        golds = {
+            question["id"]: [answer["text"] for answer in question["answers"]]
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for question in paragraph["qas"]
+        }
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"references are not in the official SQuAD form ({type(error).__name__}: {error}): "
+            'expected {"data": [{"paragraphs": [{"qas": [{"id", "answers": [{"text"}]}]}]}]}'
+        ) from error
+    if not golds:
+        raise ValueError("references hold no question")
+    return golds
+
+
+def evaluate_predictions(
+    references: Any,
+    predictions: Mapping[str, str],
+    na_probs: Mapping[str, float] | None = None,
+    na_prob_thresh: float = 1.0,
+) -> dict[str, float]:
+    """Compute the figures of the official SQuAD 2.0 scorer.
+
+    Args:
+        references: the official JSON's content, or its "data" list.
+        predictions: question id → answer, "" where there is none. Ids that are not in the
+            references are ignored.
+        na_probs: question id → probability that the question has no answer; without them no
+            best_* figure is given, and all count as 0.
+        na_prob_thresh: a prediction whose probability lies above this counts as "no answer" in
+            every figure but the best_* ones.
+
+    Returns:
+        exact, f1, total; HasAns_* and NoAns_* where there are such questions; with ``na_probs``
+        best_exact, best_exact_thresh, best_f1 and best_f1_thresh.
+
+    Raises:
+        ValueError: references of another form; a question without a prediction or probability
+            (the official script stops there too); a prediction that is no string.
+    """
+    return score_predictions(gold_texts(references), predictions, na_probs, na_prob_thresh)
+
+
+def score_predictions(
+    golds: Golds,
+    predictions: Mapping[str, str],
+    na_probs: Mapping[str, float] | None = None,
+    na_prob_thresh: float = 1.0,
+) -> dict[str, float]:
+    """Compute the figures of ``evaluate_predictions`` from the gold answers themselves."""
+    raw = raw_scores(golds, predictions)
+    if na_probs is not None:
+        _check_na_probs(golds, na_probs)
+    scores = (
+        raw
+        if na_probs is None and na_prob_thresh >= 0
+        else {
+            id_: (int(not golds[id_]), float(not golds[id_]))
+            if (na_probs or {}).get(id_, 0.0) > na_prob_thresh
+            else score
+            for id_, score in raw.items()
+        }
+    )
+    figures = _averages(scores, list(scores), "")
+    for prefix, has_answer in (("HasAns_", True), ("NoAns_", False)):
+        ids = [id_ for id_, texts in golds.items() if bool(texts) == has_answer]
+        if ids:
+            figures |= _averages(scores, ids, prefix)
+    if na_probs is not None:
+        for index, name in enumerate(("exact", "f1")):
+            curve = threshold_curve(golds, predictions, raw, na_probs, index)
+            # The first of equal maxima: the lowest threshold, as in the official script.
+            threshold, best = max(curve, key=lambda point: point[1])
+            figures |= {f"best_{name}": best, f"best_{name}_thresh": threshold}
+    return figures
+
+
+def raw_scores(golds: Golds, predictions: Mapping[str, str]) -> Scores:
+    """Score every question of ``golds``, whatever its probability of having no answer.
+
+    Raises:
+        ValueError: predictions are missing, or are not strings.
+    """
+    _check_complete("prediction", golds, predictions, 'where there is no answer, give ""')
+    for id_ in golds:
+        if not isinstance(predictions[id_], str):
+            raise ValueError(
+                f"the prediction for question {id_} is {predictions[id_]!r}, not a string: "
+                'where there is no answer, give ""'
+            )
+    return {id_: score_answer(predictions[id_], texts) for id_, texts in golds.items()}
+
+
+def threshold_curve(
+    golds: Golds,
+    predictions: Mapping[str, str],
+    scores: Scores,
+    na_probs: Mapping[str, float],
+    index: int,
+) -> list[tuple[float, float]]:
+    """Return the score at each threshold: [(threshold, percentage), ...].
+
+    The first point (0.0) takes every question as unanswerable; each later one also accepts the
+    prediction with the next higher na_prob. As in the official script, predictions of one na_prob
+    join one by one, in the order of ``na_probs``.
+
+    Args:
+        golds: question id → gold answers.
+        predictions: question id → answer.
+        scores: of ``raw_scores``.
+        na_probs: question id → probability; ids without a score are passed over.
+        index: 0 for exact, 1 for F1.
+    """
+    correct: float = sum(not texts for texts in golds.values())
+    curve = [(0.0, 100.0 * correct / len(scores))]
+    for id_ in sorted(na_probs, key=na_probs.__getitem__):
+        if id_ not in scores:
+            continue
+        if golds[id_]:
+            correct += scores[id_][index]
+        elif predictions[id_]:
+            correct -= 1
+        curve.append((na_probs[id_], 100.0 * correct / len(scores)))
+    return curve
+
+
+def _averages(scores: Scores, ids: Sequence[str], prefix: str) -> dict[str, float]:
+    return {
+        f"{prefix}exact": 100.0 * sum(scores[id_][0] for id_ in ids) / len(ids),
+        f"{prefix}f1": 100.0 * sum(scores[id_][1] for id_ in ids) / len(ids),
+        f"{prefix}total": len(ids),
+    }
+
+
+def _check_complete(what: str, golds: Golds, given: Mapping[str, Any], cure: str) -> None:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"expected an object {{id: {what}}}, found {type(given).__name__}")
+    missing = [id_ for id_ in golds if id_ not in given]
+    if missing:
+        raise ValueError(
+            f"no {what} for {len(missing):,} of {len(golds):,} questions "
+            f"(the first: {', '.join(missing[:3])}): {cure}"
+        )
+
+
+def _check_na_probs(golds: Golds, na_probs: Mapping[str, float]) -> None:
+    _check_complete("na_prob", golds, na_probs, "give one for every question, or none at all")
+    for id_, value in na_probs.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+            raise ValueError(f"the na_prob of question {id_} is {value!r}, not a number")
+
+
+def is_exact_match(answer: Answer, golds: Sequence[str]) -> bool:
+    """Say whether a reply is strictly right: equal to a gold answer, or "?" where there is none."""
+    if not golds:
+        return answer.state == "no_answer"
+    return answer.state == "answer" and answer.text in golds
+
+
+def strict_counts(
+    answers: Sequence[Answer], golds: Sequence[Sequence[str]]
+) -> dict[str, tuple[int, int]]:
+    """Return (successes, trials) of each of ``STRICT_COLUMNS``, by strict string equality.
+
+    Valid JSON counts the replies that are not malformed; exact match the right ones of all; EM for
+    valid JSON the right ones of the valid; correct (no) answer the right ones of the questions with
+    (without) a gold answer.
+    """
+    right = [is_exact_match(answer, texts) for answer, texts in zip(answers, golds, strict=True)]
+    valid = sum(answer.state != "malformed" for answer in answers)
+    has_answer = [bool(texts) for texts in golds]
+    right_has_answer = sum(r and h for r, h in zip(right, has_answer, strict=True))
+    counts = (
+        (valid, len(right)),
+        (sum(right), len(right)),
+        (sum(right), valid),
+        (sum(right) - right_has_answer, len(right) - sum(has_answer)),
+        (right_has_answer, sum(has_answer)),
+    )
+    return dict(zip(STRICT_COLUMNS, counts, strict=True))
+
+
+def wilson_interval(successes: int, trials: int, z: float = Z_95) -> Interval:
+    """Return Wilson's score interval of a proportion, as percentages.
+
+    Source: E. B. Wilson 1927, "Probable inference, the law of succession, and statistical
+    inference", JASA 22. Unlike the normal interval it holds near 0 and 100 %.
+    """
+    if not trials:
+        raise ValueError("no interval of a proportion of nothing")
+    share, square = successes / trials, z * z / trials
+    centre = (share + square / 2) / (1 + square)
+    half = z / (1 + square) * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
+    # Rounding may leave the sure ends of 0 and 100 % a hair off.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == trials else centre + half
+    return 100.0 * low, 100.0 * high
+
+
+def mean_interval(values: Sequence[float], z: float = Z_95) -> Interval:
+    """Return the normal interval of a mean of values in [0, 1], as percentages, cut to [0, 100].
+
+    Mean ± z · s / √n with the sample's standard deviation s (the central limit theorem; no random
+    resampling, so the figure is the same each time). One value alone gives (0, 100).
+    """
+    if not values:
+        raise ValueError("no interval of a mean of nothing")
+    if len(values) == 1:
+        return 0.0, 100.0
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    half = z * math.sqrt(variance / len(values))
+    return 100.0 * max(0.0, mean - half), 100.0 * min(1.0, mean + half)

@@ -1,0 +1,94 @@
+"""Prompt styles: from a SQuAD record to chat messages.
+
+The context stands before the question in every style, which lets the questions of one paragraph
+share everything up to the question (see ``llama_squad.collator``). Contexts and questions are data:
+they are joined in, never formatted in, so braces in them mean nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llama_squad.answers import ANSWER_FOOTER, ANSWER_HEADER, NO_ANSWER, format_answer
+
+Message = dict[str, str]
+
+SYSTEM_PROMPT = (
+    "You are a helpful and honest assistant. You answer from the text you are given, you do not "
+    "make anything up, and you say so when you do not know."
+)
+
+_FORMAT = ANSWER_HEADER + "..." + ANSWER_FOOTER
+_ABSTAIN = f'If the context does not hold the answer, the answer is "{NO_ANSWER}".'
+
+
+def _passage(record: Mapping[str, Any]) -> str:
+    return "\nContext: " + record["context"] + "\nQuestion: " + record["question"].strip()
+
+
+def _single_turn(record: Mapping[str, Any]) -> list[str]:
+    return [
+        "Find the shortest span of the context that answers the question, and copy it word for "
+        "word. You may think it through first. Then give the answer as JSON, like this:\n"
+        + _FORMAT
+        + "\n"
+        + _ABSTAIN
+        + _passage(record)
+    ]
+
+
+def _multi_turn(record: Mapping[str, Any]) -> list[str]:
+    return [
+        "Use the following context to answer the question. You may think it through first."
+        + _passage(record),
+        "Extract the shortest span of the context that answers the question, word for word.",
+        "Now give the answer as JSON, like this:\n" + _FORMAT + "\n" + _ABSTAIN,
+    ]
+
+
+PROMPTS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
+    "single_turn": _single_turn,
+    "multi_turn": _multi_turn,
+}
+"""Name of a style → builder of its user turns, in order."""
+
+
+def gold_answer(record: Mapping[str, Any]) -> str:
+    """Return the answer to teach: the first gold answer, or ``NO_ANSWER`` where there is none."""
+    texts = record["answers"]["text"]
+    return texts[0] if texts else NO_ANSWER
+
+
+def build_messages(
+    record: Mapping[str, Any],
+    prompt: str = "single_turn",
+    system_prompt: str = SYSTEM_PROMPT,
+    answer: bool = True,
+) -> list[Message]:
+    """Build the conversation about one record.
+
+    Args:
+        record: has "context", "question" and, where ``answer`` is set, "answers" in the form
+            ``{"text": [...], "answer_start": [...]}``.
+        prompt: a key of ``PROMPTS``.
+        system_prompt: the system message; "" leaves it out.
+        answer: end with the assistant's JSON answer (to train on); else end with the last user
+            turn (to generate from).
+
+    Between the user turns of a multi-turn style stand empty assistant replies: when training there
+    is nothing to say there, and at inference the model's own replies take their place.
+
+    Raises:
+        ValueError: no such prompt style.
+    """
+    if prompt not in PROMPTS:
+        raise ValueError(f"unknown prompt {prompt!r}: choose one of {', '.join(PROMPTS)}")
+    messages = (
+        [{"role": "system", "content": system_prompt.strip()}] if system_prompt.strip() else []
+    )
+    for turn in PROMPTS[prompt](record):
+        messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": ""}]
+    if answer:
+        messages[-1]["content"] = format_answer(gold_answer(record))
+    else:
+        messages.pop()
+    return messages
