@@ -70,7 +70,7 @@ def gold_texts(references: Any) -> dict[str, list[str]]:
     Raises:
         ValueError: the references are not in the official form, or hold no question.
     """
-    articles = references.get("data") if isinstance(references, Mapping) else references
+    articles: Any = references.get("data") if isinstance(references, Mapping) else references
     try:
         golds = {
             question["id"]: [answer["text"] for answer in question["answers"]]
