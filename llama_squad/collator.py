@@ -1,0 +1,430 @@
+"""Chat messages → token ids and labels → batches in which only the answer is trained.
+
+``ConversationEncoder`` finds the supervised tokens by the character offsets of the rendered
+conversation. ``SquadDataCollator`` pads batches, and builds rows in which the questions of a
+paragraph share its context: ``[prefix][branch 1]...[branch k]``, each branch seeing the prefix and
+itself. Loss and gradients are those of the separate examples; see README.md, "How it works".
+"""
+
+import functools
+import json
+import re
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from llama_squad.answers import NO_ANSWER, format_answer
+from llama_squad.prompts import Message
+
+IGNORE = -100
+"""The label of a token that is not trained."""
+
+# Llama 3.1's template prints the date: training and evaluation must not differ by the day.
+_DATE = "26 Jul 2024"
+
+# What stands for a message's content while the template is rendered. The wide spaces tell whether
+# the template strips its content; private-use characters occur in no template.
+_SLOT_OPEN, _SLOT_CLOSE, _SLOT_SPACE = "\ue000", "\ue001", "\u2003"
+
+Encoded = dict[str, list[int]]
+Offsets = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """A rendered template, cut at its messages' contents."""
+
+    texts: tuple[str, ...]  # what stands before each content, and after the last
+    stripped: tuple[bool, ...]  # whether the template strips that content
+    fold_system: bool  # the template has no system role: it joins the first user turn
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    text: str
+    spans: tuple[tuple[int, int], ...]  # each message's content, in characters
+
+
+class ConversationEncoder:
+    """Encode conversations with a tokenizer's own chat template.
+
+    Contents are data: text in them that spells a control token is encoded as plain text. The
+    template is rendered once for each sequence of roles, so it cannot act on what a content says.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        reasoning_token: id of the pause token, and
+        reasoning_tokens: how many of it stand before the last reply (unsupervised).
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or is not a fast one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        reasoning_tokens: int = 0,
+        reasoning_token: int | None = None,
+    ) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer "
+                "(tokenizer.json) is needed"
+            )
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template: "
+                "take a chat model, or give one with --chat_template FILE"
+            )
+        if reasoning_tokens and reasoning_token is None:
+            raise ValueError("reasoning tokens need a token of the vocabulary to stand for them")
+        self.tokenizer = tokenizer
+        self.pause = [reasoning_token] * reasoning_tokens if reasoning_token is not None else []
+        self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
+        self._control = frozenset(
+            token_id
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            if token.content.strip()
+        )
+
+    def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
+        """Encode conversations that end with the assistant's reply, with labels on that reply.
+
+        Labels are ``IGNORE`` except from the reply's first token through the token that ends the
+        turn. Returns one ``{"input_ids": [...], "labels": [...]}`` a conversation.
+        """
+        rendered = [self._render(messages) for messages in conversations]
+        encoded = []
+        for item, (ids, offsets) in zip(rendered, self._tokenize(rendered), strict=True):
+            start, end = self._supervised(ids, offsets, item)
+            if end < 0:  # a template without an end of turn: the reply must end all the same
+                ids, end = [*ids, self._eos()], len(ids) + 1
+            labels = [IGNORE] * (start + len(self.pause)) + ids[start:end]
+            ids = ids[:start] + self.pause + ids[start:]
+            labels += [IGNORE] * (len(ids) - len(labels))
+            encoded.append({"input_ids": ids, "labels": labels})
+        return encoded
+
+    def encode_prompts(
+        self, conversations: Sequence[Sequence[Message]], final: bool = True
+    ) -> list[list[int]]:
+        """Encode conversations that end with a user turn, ready for the assistant's reply.
+
+        The ids are those that precede the supervised tokens of the same conversation in ``encode``,
+        by construction: a reply is encoded too, and cut off.
+        ``final`` is False where a further turn of a multi-turn prompt follows (no pause tokens).
+        """
+        reply = {"role": "assistant", "content": format_answer(NO_ANSWER)}
+        rendered = [self._render([*messages, reply]) for messages in conversations]
+        pause = self.pause if final else []
+        return [
+            ids[: self._supervised(ids, offsets, item)[0]] + pause
+            for item, (ids, offsets) in zip(rendered, self._tokenize(rendered), strict=True)
+        ]
+
+    def _eos(self) -> int:
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the chat template ends no turn, and the tokenizer has no eos token")
+        return self.tokenizer.eos_token_id
+
+    # Rendering -------------------------------------------------------------------------------
+
+    def _render(self, messages: Sequence[Message]) -> _Rendered:
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._skeletons:
+            self._skeletons[roles] = self._make_skeleton(roles)
+        skeleton = self._skeletons[roles]
+        contents = [message["content"] for message in messages]
+        if skeleton.fold_system:
+            contents = [contents[0] + "\n\n" + contents[1], *contents[2:]]
+        text, spans = skeleton.texts[0], []
+        for content, stripped, after in zip(
+            contents, skeleton.stripped, skeleton.texts[1:], strict=True
+        ):
+            content = content.strip() if stripped else content
+            spans.append((len(text), len(text) + len(content)))
+            text += content + after
+        return _Rendered(text, tuple(spans))
+
+    def _make_skeleton(self, roles: tuple[str, ...]) -> _Skeleton:
+        skeleton = self._cut_template(roles, fold_system=False)
+        if skeleton is None and roles[:2] == ("system", "user"):
+            skeleton = self._cut_template(roles[1:], fold_system=True)
+        if skeleton is None:
+            raise ValueError(
+                f"the chat template of {self.tokenizer.name_or_path or 'this tokenizer'} does not "
+                f"render every message of a conversation of {', '.join(roles)}: "
+                "give another one with --chat_template FILE"
+            )
+        return skeleton
+
+    def _cut_template(self, roles: tuple[str, ...], fold_system: bool) -> _Skeleton | None:
+        slots = [f"{_SLOT_OPEN}{index}{_SLOT_CLOSE}" for index in range(len(roles))]
+        probe = [
+            {"role": role, "content": _SLOT_SPACE + slot + _SLOT_SPACE}
+            for role, slot in zip(roles, slots, strict=True)
+        ]
+        try:
+            rendered = self.tokenizer.apply_chat_template(probe, tokenize=False, date_string=_DATE)
+        except TemplateError:
+            return None
+        text = str(rendered)
+        texts, stripped = [], []
+        for slot in slots:
+            padded = _SLOT_SPACE + slot + _SLOT_SPACE
+            stripped.append(padded not in text)
+            before, found, text = text.partition(slot if stripped[-1] else padded)
+            if not found or slot in text:
+                return None
+            texts.append(before)
+        return _Skeleton((*texts, text), tuple(stripped), fold_system)
+
+    # Tokenising ------------------------------------------------------------------------------
+
+    def _tokenize(self, rendered: Sequence[_Rendered]) -> Iterator[tuple[list[int], Offsets]]:
+        """Yield the ids and the character offsets of each rendered conversation."""
+        batch = self.tokenizer(
+            [item.text for item in rendered],
+            add_special_tokens=False,  # the template writes them
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            verbose=False,
+        ).encodings
+        for encoding, item in zip(batch, rendered, strict=True):
+            ids, offsets = encoding.ids, encoding.offsets
+            if self._spells_control(ids, offsets, item):
+                ids, offsets = self._tokenize_as_data(item)
+            yield ids, offsets
+
+    def _spells_control(self, ids: list[int], offsets: Offsets, item: _Rendered) -> bool:
+        """Tell whether text of a content was taken for a control token."""
+        for token_id, (start, end) in zip(ids, offsets, strict=True):
+            if token_id in self._control:
+                for a, b in item.spans:
+                    # a template's own token may swallow spaces of a content: that is no spelling
+                    if item.text[max(start, a) : min(end, b)].strip():
+                        return True
+        return False
+
+    def _tokenize_as_data(self, item: _Rendered) -> tuple[list[int], Offsets]:
+        """Encode a conversation whose contents spell control tokens, as plain text there.
+
+        Tokenizers cut a text at its control tokens and encode the pieces on their own. Here the
+        template's control tokens cut it, and nothing else does.
+        """
+        ids: list[int] = []
+        offsets: Offsets = []
+        start = 0
+        for a, b, token in [*self._template_controls(item), (len(item.text), len(item.text), None)]:
+            piece = item.text[start:a].rstrip() if token and token.lstrip else item.text[start:a]
+            encoding = self._plain.encode(piece, add_special_tokens=False)
+            ids += encoding.ids
+            offsets += [(start + x, start + y) for x, y in encoding.offsets]
+            if token:
+                ids.append(self.tokenizer.added_tokens_encoder[token.content])
+                offsets.append((a, b))
+                if token.rstrip:
+                    b += len(item.text[b:]) - len(item.text[b:].lstrip())
+            start = b
+        return ids, offsets
+
+    def _template_controls(self, item: _Rendered) -> list[tuple[int, int, Any]]:
+        """Return the control tokens that the template wrote: start, end and the added token."""
+        tokens = {
+            token.content: token
+            for token_id, token in self.tokenizer.added_tokens_decoder.items()
+            if token_id in self._control
+        }
+        longest_first = sorted(tokens, key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, longest_first)))
+        edges = [0, *(edge for span in item.spans for edge in span), len(item.text)]
+        return [
+            (match.start(), match.end(), tokens[match[0]])
+            for start, end in zip(edges[::2], edges[1::2], strict=True)
+            for match in pattern.finditer(item.text, start, end)
+        ]
+
+    @functools.cached_property
+    def _plain(self) -> Tokenizer:
+        """The same tokenizer without its control tokens: it spells them like any other text."""
+        content = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        content["added_tokens"] = [t for t in content["added_tokens"] if not t["content"].strip()]
+        content["post_processor"] = content["truncation"] = content["padding"] = None
+        for part in _parts(content["normalizer"]) + _parts(content["pre_tokenizer"]):
+            if part.get("prepend_scheme") == "first":  # a piece is not the text's first
+                part["prepend_scheme"] = "never"
+        return Tokenizer.from_str(json.dumps(content))
+
+    def _supervised(self, ids: list[int], offsets: Offsets, item: _Rendered) -> tuple[int, int]:
+        """Return the tokens to train: from the last content's first through the end of the turn.
+
+        The second figure is -1 where nothing in the template ends the turn.
+        """
+        content_start, content_end = item.spans[-1]
+        start = len(ids)
+        while start and offsets[start - 1][1] > content_start:
+            start -= 1
+        if start == len(ids) or content_start == content_end:
+            raise ValueError("the conversation ends with an empty reply: there is nothing to train")
+        for index in range(start, len(ids)):
+            if ids[index] in self._control and offsets[index][0] >= content_end:
+                return start, index + 1
+        tail = len(item.text.rstrip())
+        if tail == content_end:
+            return start, -1
+        # The end of the turn is spelled in ordinary tokens (a template with foreign markers).
+        end = len(ids)
+        while offsets[end - 1][0] >= tail:
+            end -= 1
+        return start, end
+
+
+def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return a tokenizer's component and, if it is a sequence, its parts."""
+    if component is None:
+        return []
+    return [component, *component.get("normalizers", []), *component.get("pretokenizers", [])]
+
+
+_ENCODERS: weakref.WeakKeyDictionary[Any, tuple[str, ConversationEncoder]]
+_ENCODERS = weakref.WeakKeyDictionary()
+
+
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    max_length: int | None = None,
+) -> Encoded | None:
+    """Encode one conversation that ends with the assistant's JSON answer.
+
+    Returns:
+        ``{"input_ids": [...], "labels": [...]}``: labels are -100 except on the last reply, from
+        its first token through the one that ends the turn. None where the conversation is longer
+        than ``max_length`` tokens: a label is never cut, the example is left out.
+    """
+    cached = _ENCODERS.get(tokenizer)
+    if cached is None or cached[0] != tokenizer.chat_template:
+        cached = (tokenizer.chat_template, ConversationEncoder(tokenizer))
+        _ENCODERS[tokenizer] = cached
+    encoded = cached[1].encode([messages])[0]
+    fits = max_length is None or len(encoded["input_ids"]) <= max_length
+    return encoded if fits else None
+
+
+# Shared contexts -----------------------------------------------------------------------------
+
+
+def common_prefix(sequences: Sequence[list[int]]) -> int:
+    """Return how many leading ids all sequences have in common."""
+    shortest, longest = min(sequences), max(sequences)  # the extremes differ first
+    for index, (a, b) in enumerate(zip(shortest, longest, strict=False)):
+        if a != b:
+            return index
+    return min(len(shortest), len(longest))
+
+
+@dataclass
+class Tree:
+    """Token sequences that share prefixes, flattened depth first into one row.
+
+    ``ends[i]`` is one past the last position whose token may attend to token ``i``: the end of the
+    subtree of its segment. ``mask[q, k] = (k <= q) & (q < ends[k])`` is the tree's attention.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    position_ids: list[int]
+    ends: list[int]
+
+    @classmethod
+    def build(cls, paragraphs: Sequence[Sequence[Encoded]]) -> "Tree":
+        """Share the prefix of all examples, then each paragraph's own, then branch.
+
+        Cuts are made where the ids of whole examples part, at most before the last prompt token:
+        a branch holds the token that predicts its first label, and a prefix holds no label.
+        """
+        tree = cls([], [], [], [])
+        examples = [example for paragraph in paragraphs for example in paragraph]
+        root = _shareable(examples)
+        tree._append(examples[0], 0, root)
+        for paragraph in paragraphs:
+            start = len(tree.input_ids)
+            stem = _shareable(paragraph)
+            tree._append(paragraph[0], root, stem)
+            for example in paragraph:
+                tree._append(example, stem, len(example["input_ids"]))
+            tree.ends[start : start + stem - root] = [len(tree.input_ids)] * (stem - root)
+        tree.ends[:root] = [len(tree.input_ids)] * root
+        return tree
+
+    def _append(self, example: Encoded, start: int, stop: int) -> None:
+        self.input_ids += example["input_ids"][start:stop]
+        self.labels += example["labels"][start:stop]
+        self.position_ids += range(start, stop)
+        self.ends += [len(self.input_ids)] * (stop - start)
+
+
+def _shareable(examples: Sequence[Encoded]) -> int:
+    """Return how many leading tokens the examples may hold once."""
+    prompt = min(_prompt_length(example) for example in examples)
+    return min(prompt - 1, common_prefix([example["input_ids"] for example in examples]))
+
+
+def _prompt_length(example: Encoded) -> int:
+    labels = example["labels"]
+    return next(index for index, label in enumerate(labels) if label != IGNORE)
+
+
+@dataclass
+class SquadDataCollator(DataCollatorForLanguageModeling):
+    """Pad examples, or rows of examples that share contexts, into a batch.
+
+    Takes features of two kinds, one kind a batch:
+
+    - ``{"input_ids", "labels"}``, one example: gives right-padded ``input_ids``, ``labels`` and
+      ``attention_mask`` of shape (examples, length);
+    - ``{"paragraphs": [[example, ...], ...]}``, a row: gives ``input_ids``, ``labels`` and
+      ``position_ids`` of shape (rows, length) and ``attention_mask``, bool, of shape
+      (rows, 1, length, length), which needs ``attn_implementation="sdpa"`` (eager attention would
+      add the booleans to its scores).
+
+    Padding is told apart by the attention mask, never by comparing with ``pad_token_id``, so the
+    pad token may be the one that ends the turn.
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate; see the class."""
+        if "paragraphs" not in examples[0]:
+            features = [{k: e[k] for k in ("input_ids", "labels")} for e in examples]
+            return super().torch_call(features)
+        trees = [Tree.build(example["paragraphs"]) for example in examples]
+        length = max(len(tree.input_ids) for tree in trees)
+        if self.pad_to_multiple_of:
+            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        pad = functools.partial(_pad, length=length)
+        # a pad attends to itself alone, and no token to it: a row without any key would be NaN
+        ends = torch.tensor([pad(t.ends, start=len(t.ends)) for t in trees])
+        position = torch.arange(length)
+        causal = position[None, :] <= position[:, None]
+        visible = position[None, :, None] < ends[:, None, :]
+        return {
+            "input_ids": torch.tensor([pad(t.input_ids, self.pad_token_id) for t in trees]),
+            "labels": torch.tensor([pad(t.labels, IGNORE) for t in trees]),
+            "position_ids": torch.tensor([pad(t.position_ids, 0) for t in trees]),
+            "attention_mask": (causal & visible)[:, None],
+        }
+
+
+def _pad(values: list[int], fill: int = 0, *, length: int, start: int | None = None) -> list[int]:
+    """Pad to ``length`` with ``fill``, or with 1 past each position where ``start`` is given."""
+    if start is not None:
+        return values + list(range(start + 1, length + 1))
+    return values + [fill] * (length - len(values))
