@@ -121,9 +121,13 @@ def score_predictions(
     predictions: Mapping[str, str],
     na_probs: Mapping[str, float] | None = None,
     na_prob_thresh: float = 1.0,
+    raw: Scores | None = None,
 ) -> dict[str, float]:
-    """Compute the figures of ``evaluate_predictions`` from the gold answers themselves."""
-    raw = raw_scores(golds, predictions)
+    """Compute the figures of ``evaluate_predictions`` from the gold answers themselves.
+
+    ``raw`` saves the scoring where the caller has the ``raw_scores`` already.
+    """
+    raw = raw_scores(golds, predictions) if raw is None else raw
     if na_probs is not None:
         _check_na_probs(golds, na_probs)
     scores = (

@@ -408,22 +408,20 @@ def write_official(rows: Sequence[Row], directory: str | Path) -> None:
     No answer is "" there; a malformed reply is ``MALFORMED_PREDICTION``, which scores as wrong.
     """
     directory = Path(directory)
-    write_json(directory / "predictions.json", _predictions(rows))
-    na_probs = _na_probs(rows)
+    predictions, na_probs = official_predictions(rows)
+    write_json(directory / "predictions.json", predictions)
     if na_probs is None:  # none may stay there from another run
         (directory / "na_prob.json").unlink(missing_ok=True)
     else:
         write_json(directory / "na_prob.json", na_probs)
 
 
-def _predictions(rows: Sequence[Row]) -> dict[str, str]:
-    return {row["id"]: row_answer(row).official for row in rows}
-
-
-def _na_probs(rows: Sequence[Row]) -> dict[str, float] | None:
+def official_predictions(rows: Sequence[Row]) -> tuple[dict[str, str], dict[str, float] | None]:
+    """Return {id: official text} and, where every row has one, {id: na_prob}, else None."""
+    predictions = {row["id"]: row_answer(row).official for row in rows}
     if any(row["na_prob"] is None for row in rows):
-        return None
-    return {row["id"]: row["na_prob"] for row in rows}
+        return predictions, None
+    return predictions, {row["id"]: row["na_prob"] for row in rows}
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
@@ -439,7 +437,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     says what a *lower* threshold would have given.
     """
     golds = {row["id"]: row["answers"] for row in rows}
-    predictions = _predictions(rows)
+    predictions, na_probs = official_predictions(rows)
     figures: dict[str, Any] = {}
     intervals: dict[str, Interval] = {}
     counts = strict_counts([row_answer(row) for row in rows], [row["answers"] for row in rows])
@@ -447,8 +445,8 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
         figures[name] = 100.0 * successes / trials if trials else None
         if trials:
             intervals[name] = wilson_interval(successes, trials)
-    official = score_predictions(golds, predictions, _na_probs(rows))
     scores = raw_scores(golds, predictions)
+    official = score_predictions(golds, predictions, na_probs, raw=scores)
     for prefix, wanted in (("", (True, False)), ("HasAns_", (True,)), ("NoAns_", (False,))):
         chosen = [scores[id_] for id_, texts in golds.items() if bool(texts) in wanted]
         if chosen:

@@ -1,0 +1,203 @@
+"""The summary of result files as text, and plots of what the no-answer probability is worth."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from llama_squad.metrics import STRICT_COLUMNS, Golds, Scores, raw_scores, threshold_curve
+
+Format = Literal["table", "markdown", "csv", "json"]
+Summaries = Mapping[str, Mapping[str, Any]]
+"""Name of a run → what ``llama_squad.results.summarize`` says of it."""
+
+OFFICIAL_COLUMNS = (
+    *("exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_exact"),
+    *("best_exact", "best_exact_thresh"),
+)
+_NOTE = "[low–high]: 95 % confidence interval (Wilson's; for F1 the normal one)."
+
+
+def render_summaries(summaries: Summaries, form: Format) -> str:
+    """Write one row a run: the strict columns, then the official SQuAD 2.0 figures.
+
+    A csv holds all figures (best_f1 too) unrounded, an interval as the two columns "<figure> low" and
+    "<figure> high"; a json is a list of objects, each with its "name".
+    """
+    if form == "json":
+        return _json([{"name": name, **summary} for name, summary in summaries.items()])
+    if form == "csv":
+        flat = [{"name": name, **_flatten(summary)} for name, summary in summaries.items()]
+        columns = list(dict.fromkeys(column for row in flat for column in row))
+        return _csv([columns, *([row.get(column, "") for column in columns] for row in flat)])
+    known = [c for c in OFFICIAL_COLUMNS if any(c in summary for summary in summaries.values())]
+    tables = [
+        _render_table(
+            [[title, "n", *columns]]
+            + [
+                [name, f"{summary['n']:,}", *(_cell(summary, column) for column in columns)]
+                for name, summary in summaries.items()
+            ],
+            form,
+        )
+        for title, columns in (("strict equality", STRICT_COLUMNS), ("official SQuAD 2.0", known))
+    ]
+    return "\n".join([*tables, _NOTE + "\n"])
+
+
+def render_figures(figures: Mapping[str, float], form: Format) -> str:
+    """Write the official scorer's figures: one line each, or the JSON object of the official."""
+    if form == "json":
+        return _json(figures)
+    if form == "csv":
+        return _csv([list(figures), list(figures.values())])
+    lines = [[name, str(value)] for name, value in figures.items()]
+    return _render_table([["figure", "value"], *lines], form)
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _csv(records: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(records)
+    return text.getvalue()
+
+
+def _flatten(summary: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {key: value for key, value in summary.items() if key not in ("states", "intervals")}
+    for name, (low, high) in summary["intervals"].items():
+        flat |= {f"{name} low": low, f"{name} high": high}
+    return flat | summary["states"]
+
+
+def _cell(summary: Mapping[str, Any], column: str) -> str:
+    value = summary.get(column)
+    if value is None:
+        return "–"
+    if column.endswith("_thresh"):
+        return f"{value:.4f}"
+    if column not in summary["intervals"]:
+        return f"{value:.2f}"
+    low, high = summary["intervals"][column]
+    return f"{value:.2f} [{low:.1f}–{high:.1f}]"
+
+
+def _render_table(cells: Sequence[Sequence[str]], form: Format) -> str:
+    """Align columns, the first to the left and figures to the right."""
+    if form == "markdown":
+        cells = [[text.replace("|", "\\|") for text in line] for line in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        [
+            text.rjust(width) if index else text.ljust(width)
+            for index, (text, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in cells
+    ]
+    if form == "markdown":
+        rule = ["-" * (width - 1) + (":" if index else "-") for index, width in enumerate(widths)]
+        return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
+    rule = ["─" * width for width in widths]
+    return "".join("  ".join(line).rstrip() + "\n" for line in [lines[0], rule, *lines[1:]])
+
+
+def plot_na_probs(
+    golds: Golds,
+    predictions: Mapping[str, str],
+    na_probs: Mapping[str, float],
+    path: str | Path,
+    title: str,
+) -> None:
+    """Draw what the no-answer probability is worth, in four panels of one picture.
+
+    Score against threshold (the official ``best_exact`` and ``best_f1`` are its peaks); precision
+    against recall as in the official script; na_prob of questions with and without an answer; and
+    the accuracy of the answers given against how many questions are given one.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
+    scores = raw_scores(golds, predictions)
+    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    panels = figure.subplots(2, 2)
+    _plot_thresholds(panels[0, 0], golds, predictions, scores, na_probs)
+    _plot_histogram(panels[0, 1], golds, na_probs)
+    answered = {id_: scores[id_] if texts else (0, 0.0) for id_, texts in golds.items()}
+    _plot_precision_recall(panels[1, 0], golds, answered, na_probs)
+    given = [id_ for id_ in golds if predictions[id_]]
+    _plot_coverage(panels[1, 1], given, answered, na_probs, len(golds))
+    figure.suptitle(title)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_thresholds(
+    panel: Any,
+    golds: Golds,
+    predictions: Mapping[str, str],
+    scores: Scores,
+    na_probs: Mapping[str, float],
+) -> None:
+    for index, name in enumerate(("exact", "F1")):
+        curve = threshold_curve(golds, predictions, scores, na_probs, index)
+        threshold, best = max(curve, key=lambda point: point[1])
+        (line,) = panel.plot(*zip(*curve, strict=True), drawstyle="steps-post", label=name)
+        label = f"best {name} {best:.2f} at {threshold:.3f}"
+        panel.plot(threshold, best, "o", color=line.get_color(), label=label)
+    panel.set(xlabel="na_prob above which to abstain", ylabel="score (%)", title="Threshold")
+    panel.legend()
+
+
+def _plot_histogram(panel: Any, golds: Golds, na_probs: Mapping[str, float]) -> None:
+    bins = [index / 25 for index in range(26)]
+    for name, has_answer in (("HasAns", True), ("NoAns", False)):
+        values = [na_probs[id_] for id_, texts in golds.items() if bool(texts) == has_answer]
+        panel.hist(values, bins=bins, alpha=0.6, label=f"{name} ({len(values):,})")
+    panel.set(xlabel="na_prob", ylabel="questions", title="Questions with and without an answer")
+    panel.legend()
+
+
+def _running(
+    ids: Sequence[str], answered: Scores, na_probs: Mapping[str, float], index: int
+) -> list[float]:
+    """Sum the scores of ``ids``, the surest answer first."""
+    total, sums = 0.0, []
+    for id_ in sorted(ids, key=na_probs.__getitem__):
+        total += answered[id_][index]
+        sums.append(total)
+    return sums
+
+
+def _plot_precision_recall(
+    panel: Any, golds: Golds, answered: Scores, na_probs: Mapping[str, float]
+) -> None:
+    answerable = sum(bool(texts) for texts in golds.values())
+    for index, name in enumerate(("exact", "F1")):
+        sums = _running(list(golds), answered, na_probs, index)
+        recall = [100.0 * total / max(answerable, 1) for total in sums]
+        precision = [100.0 * total / count for count, total in enumerate(sums, 1)]
+        panel.plot(recall, precision, label=name)
+    panel.set(xlabel="recall (%)", ylabel="precision (%)", title="Precision and recall")
+    panel.set(xlim=(0, 100), ylim=(0, 105))
+    panel.legend()
+
+
+def _plot_coverage(
+    panel: Any, given: Sequence[str], answered: Scores, na_probs: Mapping[str, float], n: int
+) -> None:
+    for index, name in enumerate(("exact", "F1")):
+        sums = _running(given, answered, na_probs, index)
+        coverage = [100.0 * count / n for count in range(1, len(sums) + 1)]
+        accuracy = [100.0 * total / count for count, total in enumerate(sums, 1)]
+        panel.plot(coverage, accuracy, label=name)
+    panel.set(xlabel="questions given an answer (%)", ylabel="answers right (%)")
+    panel.set(title="Coverage and accuracy", xlim=(0, 100), ylim=(0, 105))
+    panel.legend()

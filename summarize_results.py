@@ -1,0 +1,146 @@
+"""Summarise result files: the table of strict columns and official SQuAD 2.0 figures.
+
+Reads:   the CSV files that ``test_llama_squad.py`` writes (or the original repository's), or an
+         official dataset with a prediction file of any system.
+Writes:  the table to the terminal, to ``--output``, and plots to ``--plot``.
+
+    python summarize_results.py
+    python summarize_results.py base=results/base.csv tuned=results/results.csv --format markdown
+    python summarize_results.py --data dev.json --predictions pred.json --format json
+"""
+
+import dataclasses
+import itertools
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_squad.config import parse_stage
+from llama_squad.metrics import gold_texts, score_predictions
+from llama_squad.report import Format, plot_na_probs, render_figures, render_summaries
+from llama_squad.results import official_predictions, read_results, summarize
+
+
+@dataclasses.dataclass(frozen=True)
+class SummarizeArguments:
+    """What ``summarize_results.py`` takes."""
+
+    results: list[str] = dataclasses.field(
+        default_factory=lambda: ["results/results.csv"],
+        metadata={
+            "help": "Result files, one row each; NAME=FILE names the row. They may also stand "
+            "first on the command line, without the flag."
+        },
+    )
+    format: Format = dataclasses.field(default="table", metadata={"help": "Form of the summary."})
+    data: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Dataset in the official SQuAD JSON form, to score --predictions on."},
+    )
+    predictions: str | None = dataclasses.field(
+        default=None, metadata={"help": "Prediction file in the official form: {id: answer}."}
+    )
+    na_prob: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "No-answer probabilities in the official form: {id: probability}."},
+    )
+    na_prob_thresh: float | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Abstain where --na_prob is above this (default: 1.0, never)."},
+    )
+    output: str | None = dataclasses.field(
+        default=None, metadata={"help": "Also save the summary in this file."}
+    )
+    plot: str | None = dataclasses.field(
+        default=None, metadata={"help": "Draw the no-answer probabilities into this folder."}
+    )
+
+
+def read_json(path: str) -> Any:
+    """Read a JSON file; a ValueError names it where that fails."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+
+
+def name_files(files: Sequence[str]) -> dict[str, Path]:
+    """Name each file: as in NAME=FILE, else its stem (its folder, for a results.csv)."""
+    named = []
+    for file in files:
+        name, _, rest = file.partition("=")
+        path = Path(file if Path(file).exists() or not rest else rest)
+        if path == Path(file):
+            folder = path.resolve().parent.name
+            own = path.stem == "results" and folder not in ("", "results")
+            name = folder if own else path.stem
+        named.append((name, path))
+    count = Counter(name for name, _ in named)
+    names = {name if count[name] == 1 else str(path): path for name, path in named}
+    if len(names) < len(named):
+        raise ValueError("two result files have one name: give each another, NAME=FILE")
+    return names
+
+
+def summarize_files(args: SummarizeArguments) -> str:
+    """Summarise result files, one row each."""
+    if args.data or args.na_prob or args.na_prob_thresh is not None:
+        raise ValueError("--data, --na_prob and --na_prob_thresh need --predictions FILE")
+    summaries = {}
+    for name, path in name_files(args.results).items():
+        rows = read_results(path)
+        summaries[name] = summarize(rows)
+        if args.plot:
+            predictions, na_probs = official_predictions(rows)
+            if na_probs is None:
+                raise ValueError(f"{path} has rows without a na_prob: there is nothing to --plot")
+            golds = {row["id"]: row["answers"] for row in rows}
+            picture = Path(args.plot, f"{name.replace('/', '_')}.png")
+            plot_na_probs(golds, predictions, na_probs, picture, name)
+    return render_summaries(summaries, args.format)
+
+
+def score_official(args: SummarizeArguments) -> str:
+    """Score an official prediction file."""
+    if not args.data or not args.predictions:
+        raise ValueError("--predictions needs --data FILE, the dataset to score them on")
+    golds, predictions = gold_texts(read_json(args.data)), read_json(args.predictions)
+    na_probs = read_json(args.na_prob) if args.na_prob else None
+    threshold = 1.0 if args.na_prob_thresh is None else args.na_prob_thresh
+    figures = score_predictions(golds, predictions, na_probs, threshold)
+    if args.plot:
+        if na_probs is None:
+            raise ValueError("--plot draws no-answer probabilities: give --na_prob FILE")
+        name = Path(args.predictions).stem
+        plot_na_probs(golds, predictions, na_probs, Path(args.plot, f"{name}.png"), name)
+    return render_figures(figures, args.format)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    files = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))
+    flags = ["--results", *files] if files else []
+    (args,) = parse_stage(
+        "summarize",
+        (SummarizeArguments,),
+        [*flags, *argv[len(files) :]],
+        description=(__doc__ or "").splitlines()[0],
+    )
+    try:
+        summary = score_official(args) if args.predictions else summarize_files(args)
+        if args.output:
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.output).write_text(summary, encoding="utf-8")
+    except (ValueError, OSError) as error:
+        sys.exit(f"summarize_results.py: error: {error}")
+    print(summary, end="")
+
+
+if __name__ == "__main__":
+    main()
