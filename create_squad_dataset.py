@@ -1,0 +1,60 @@
+"""Build the dataset: SQuAD records → chat messages, split into train, val and test.
+
+Reads SQuAD v2 from the Hub, or files in the official JSON format, or the bundled sample.
+Writes the folder ``--dataset_name`` (default data/squad_v2), and the counts to the terminal.
+
+    python create_squad_dataset.py
+    python create_squad_dataset.py --train_files 'my/train-*.json' --test_files my/dev.json
+"""
+
+import sys
+from collections.abc import Sequence
+
+from llama_squad.config import CreateArguments, parse_stage
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage."""
+    (args,) = parse_stage("create", (CreateArguments,), argv, description=__doc__)
+    from tqdm import tqdm
+
+    from llama_squad import data
+
+    try:
+        splits = data.read_source(args)
+        if "train" in splits:
+            train, val = data.split_by_title(splits["train"], args.validation_ratio, args.seed)
+            splits = {"train": train, **({"val": val} if val else {}), **splits | {"train": train}}
+        _warn_of_shared_contexts(splits)
+        total = sum(map(len, splits.values()))
+        with tqdm(total=total, unit=" questions", desc="Writing messages") as progress:
+            data.write_dataset(splits, args, progress)
+    except ValueError as error:
+        sys.exit(f"create_squad_dataset.py: {error}")
+
+    print(f"\n{'':6}{'questions':>12}{'answerable':>12}{'paragraphs':>12}{'titles':>9}")
+    for name, records in splits.items():
+        counts = data.count_split(records)
+        print(
+            f"{name:6}{counts['questions']:12,}{counts['answerable']:12,}"
+            f"{counts['paragraphs']:12,}{counts['titles']:9,}"
+        )
+    if "val" in splits:
+        read = len(splits["train"]) + len(splits["val"])
+        print(f"train and val hold the {read:,} questions of the training source.")
+    print(f"\nWrote {args.dataset_name} ({args.prompt}). Next: python train_llama_squad.py")
+
+
+def _warn_of_shared_contexts(splits: dict) -> None:
+    contexts = {record["context"] for record in splits.get("test", [])}
+    shared = sum(r["context"] in contexts for n in ("train", "val") for r in splits.get(n, []))
+    if shared:
+        print(
+            f"Warning: {shared:,} training questions are about a context of the test split; "
+            "the test figures will flatter the model.",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    main()
