@@ -1,0 +1,235 @@
+"""Tokenizer, model, quantisation, adapter and reasoning token; merging an adapter."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llama_squad.collator import ConversationEncoder
+from llama_squad.config import ModelArguments, load_run_config
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Tell whether a folder holds a PEFT adapter (and not a whole model)."""
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def saved_settings(adapter_name: str | None) -> dict[str, Any]:
+    """Return the settings that a trained adapter brings to evaluation and the demo.
+
+    That is its base model, chat template, reasoning tokens and the prompt it was trained on. An
+    adapter made elsewhere brings its base model only.
+
+    Raises:
+        ValueError: a local path that holds neither an adapter nor a model.
+    """
+    if not adapter_name:
+        return {}
+    folder = Path(adapter_name)
+    settings: dict[str, Any] = {}
+    if folder.is_dir():
+        if not is_adapter(folder) and not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{folder} holds neither an adapter nor a model: train one with "
+                "`python train_llama_squad.py`, or name another with --adapter_name"
+            )
+        saved = load_run_config(folder)
+        settings |= {k: saved["train"][k] for k in ("reasoning_tokens",) if "train" in saved}
+        settings |= {k: saved[k] for k in ("prompt", "system_prompt") if k in saved}
+    elif adapter_name.count("/") != 1 or adapter_name.startswith((".", "/")):
+        raise ValueError(f"no folder {adapter_name}: train first, or give another --adapter_name")
+    if not folder.is_dir() or is_adapter(folder):
+        from peft import PeftConfig
+
+        try:
+            base = PeftConfig.from_pretrained(adapter_name).base_model_name_or_path
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load the adapter {adapter_name}: {error}") from error
+        settings["model_name"] = base
+    else:
+        settings["model_name"] = str(folder)
+    return settings
+
+
+def load_tokenizer(
+    args: ModelArguments, adapter_name: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the adapter, where it carries one, or of the model.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    source = args.model_name
+    if adapter_name and (Path(adapter_name) / "tokenizer_config.json").is_file():
+        source = adapter_name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(_cannot_load("tokenizer", source, error)) from error
+    if args.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"cannot read --chat_template {args.chat_template}: {error}"
+            ) from error
+    if tokenizer.pad_token is None:
+        # Safe: padding is told apart by the attention mask, so the pad may be the end of turn
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def _cannot_load(what: str, source: str, error: Exception) -> str:
+    if Path(source).is_dir():
+        return f"cannot load the {what} in {source}: {error}"
+    return (
+        f"cannot load the {what} of {source!r}: {error}\nIt is neither a folder here nor, as seen "
+        "from here, a model on the Hub. Check the name, your network and, for a gated model such "
+        "as Llama, your access (`hf auth login`); or give a folder with --model_name"
+    )
+
+
+def make_encoder(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, reasoning_tokens: int = 0
+) -> ConversationEncoder:
+    """Return the encoder, with a token of the vocabulary for the pauses where there are any."""
+    pause = reasoning_token_id(tokenizer, vocab_size) if reasoning_tokens else None
+    return ConversationEncoder(tokenizer, reasoning_tokens, pause)
+
+
+def reasoning_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """Find a token to pause on: one whose embedding exists, and that no text is encoded to.
+
+    In order: a reserved special token (Llama 3), the unknown token of a vocabulary with byte
+    fallback (Llama 2), a new token on a spare row of the embedding (Qwen). None of them makes the
+    embedding grow, so the adapter holds that one row and not the whole matrix.
+
+    Raises:
+        ValueError: the vocabulary has no room.
+    """
+    for token_id, token in sorted(tokenizer.added_tokens_decoder.items()):
+        if re.search(r"reserved|unused", token.content):
+            return token_id
+    fallback = '"byte_fallback":true' in tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+    if tokenizer.unk_token_id is not None and fallback:
+        return tokenizer.unk_token_id
+    if len(tokenizer) < vocab_size:
+        tokenizer.add_tokens(["<|pause|>"], special_tokens=True)
+        return tokenizer.added_tokens_encoder["<|pause|>"]
+    raise ValueError(
+        "this vocabulary has no reserved token and its embedding no spare row, so there is "
+        "nothing to pause on: leave --reasoning_tokens out"
+    )
+
+
+def device() -> torch.device:
+    """Return this process's device: its own GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def say_device() -> None:
+    """Say once, and from the first process only, where no GPU is found."""
+    if not torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
+        print("No CUDA device: running on the CPU.", file=sys.stderr)
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """Return the torch type; "auto" is bfloat16 on CUDA and float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return getattr(torch, name)
+
+
+def load_model(
+    args: ModelArguments, quantize: bool = False, adapter_name: str | None = None
+) -> PreTrainedModel:
+    """Load a causal language model, in 4 bits where asked, with its adapter where there is one.
+
+    The weights go to this process's GPU; a single process with several GPUs spreads them.
+
+    Raises:
+        ValueError: the model or the adapter cannot be had.
+    """
+    dtype = resolve_dtype(args.dtype)
+    options: dict[str, Any] = {"dtype": dtype}
+    if args.attn_implementation:
+        options["attn_implementation"] = args.attn_implementation
+    if torch.cuda.is_available():
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        spread = alone and torch.cuda.device_count() > 1
+        options["device_map"] = "auto" if spread else {"": device()}
+    if quantize:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.model_name, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(_cannot_load("model", args.model_name, error)) from error
+    if quantize:
+        _keep_4bit_differentiable(model)
+    if adapter_name and (is_adapter(adapter_name) or not Path(adapter_name).is_dir()):
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter_name)
+    return model
+
+
+def _keep_4bit_differentiable(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on a CPU.
+
+    On AVX512-BF16 processors the first forward without gradients repacks them in place, for a
+    kernel that has no gradient: training after an evaluation would be silently wrong, and so would
+    a merge (bitsandbytes 0.50).
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def vocab_size(args: ModelArguments) -> int:
+    """Return the number of rows of the model's embedding, without loading its weights.
+
+    Raises:
+        ValueError: the model cannot be had.
+    """
+    try:
+        config = AutoConfig.from_pretrained(args.model_name)
+    except (OSError, ValueError) as error:
+        raise ValueError(_cannot_load("configuration", args.model_name, error)) from error
+    return config.get_text_config().vocab_size
+
+
+def merge_adapter(args: ModelArguments, quantized: bool, adapter: Path, output: Path) -> None:
+    """Merge an adapter into its base model and save the whole, with the tokenizer.
+
+    After a 4-bit run the base is loaded in 4 bits and dequantised, for these are the weights that
+    the adapter was trained on; merging into the original ones, or in 4 bits, is far less exact.
+    """
+    from peft import PeftModel
+
+    base = load_model(args, quantize=quantized)
+    if quantized:
+        base.dequantize()
+    model = PeftModel.from_pretrained(base, str(adapter))
+    merged: Any = model.merge_and_unload()  # type: ignore[operator]
+    merged.save_pretrained(str(output))
+    load_tokenizer(args, str(adapter)).save_pretrained(str(output))
