@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ _NOTE = "[low–high]: 95 % confidence interval (Wilson's; for F1 the normal one
 def render_summaries(summaries: Summaries, form: Format) -> str:
     """Write one row a run: the strict columns, then the official SQuAD 2.0 figures.
 
-    A csv holds all figures (best_f1 too) unrounded, an interval as the two columns "<figure> low" and
+    A csv holds all figures unrounded (best_f1 too), an interval as two columns, "<figure> low" and
     "<figure> high"; a json is a list of objects, each with its "name".
     """
     if form == "json":
@@ -55,6 +56,47 @@ def render_figures(figures: Mapping[str, float], form: Format) -> str:
         return _csv([list(figures), list(figures.values())])
     lines = [[name, str(value)] for name, value in figures.items()]
     return _render_table([["figure", "value"], *lines], form)
+
+
+def render_comparison(
+    base: Mapping[str, Mapping[str, Any]], tuned: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """Write the figures of two lm-evaluation-harness runs side by side, as a markdown table.
+
+    Args:
+        base: the "results" of its JSON file: task → {"metric,filter": value,
+            "metric_stderr,filter": standard error}, as shares in [0, 1] for most metrics.
+        tuned: the same of the tuned model, on the same tasks.
+
+    The standard error is that of the difference of two independent samples; both models answer
+    the same questions, so the true one is smaller. A difference beyond two of them is marked.
+    """
+    lines = [["task", "metric", "base", "tuned", "difference", "± s.e.", "beyond 2 s.e."]]
+    for task, figures in base.items():
+        for key in figures:
+            metric, _, kind = key.partition(",")
+            error_key = f"{metric}_stderr,{kind}"
+            before, after = (_number(run.get(task, {}).get(key)) for run in (base, tuned))
+            if not kind or metric.endswith("_stderr") or before is None or after is None:
+                continue
+            errors = [_number(run[task].get(error_key)) for run in (base, tuned)]
+            name = metric if kind == "none" else f"{metric} ({kind})"
+            lines.append([task, name, *_difference(before, after, errors)])
+    return _render_table(lines, "markdown")
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) else None
+
+
+def _difference(before: float, after: float, errors: Sequence[float | None]) -> list[str]:
+    cells = [f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"]
+    known = [error for error in errors if error is not None]
+    if len(known) < len(errors):
+        return [*cells, "–", ""]
+    error = math.hypot(*known)
+    beyond = abs(after - before) > 2 * error
+    return [*cells, f"{error:.4f}", ("lower" if after < before else "higher") if beyond else ""]
 
 
 def _json(content: Any) -> str:
