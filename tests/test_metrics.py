@@ -1,0 +1,236 @@
+"""The official figures against the official scorer's own output, and the strict columns."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_squad.answers import Answer
+from llama_squad.metrics import (
+    evaluate_predictions,
+    gold_texts,
+    is_exact_match,
+    mean_interval,
+    normalize_answer,
+    score_answer,
+    strict_counts,
+    wilson_interval,
+)
+
+VECTORS = [
+    "v11_bert_ensemble",
+    "v11_match_lstm",
+    "bert_single",
+    "synthetic_all_empty",
+    "synthetic_first_gold",
+    "synthetic_last_gold",
+    "synthetic_first_gold_upper_punct",
+    "bert_single_with_synthetic_na_prob_t1.0",
+    "bert_single_with_synthetic_na_prob_t0.5",
+    "bert_single_with_synthetic_na_prob_t0.25",
+]
+RECIPES = {
+    "synthetic_all_empty": lambda golds: "",
+    "synthetic_first_gold": lambda golds: golds[0] if golds else "",
+    "synthetic_last_gold": lambda golds: golds[-1] if golds else "",
+    "synthetic_first_gold_upper_punct": lambda golds: f"The {golds[0].upper()} !" if golds else "",
+}
+
+
+@pytest.fixture(scope="module")
+def squad(shared_data: Path) -> Path:
+    return shared_data / "squad_v2"
+
+
+@pytest.fixture(scope="module")
+def dev(squad: Path) -> dict[str, Any]:
+    return json.loads((squad / "dev.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def vectors(squad: Path) -> dict[str, Any]:
+    return json.loads((squad / "expected_scores.json").read_text())["vectors"]
+
+
+def answerable(dev: dict[str, Any]) -> dict[str, Any]:
+    paragraphs = [p for article in dev["data"] for p in article["paragraphs"]]
+    kept = [{"qas": [q for q in p["qas"] if not q["is_impossible"]]} for p in paragraphs]
+    return {"data": [{"paragraphs": kept}]}
+
+
+def test_every_vector_is_tried(vectors: dict[str, Any]) -> None:
+    assert sorted(VECTORS) == sorted(vectors)
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_golden_vector(
+    name: str, squad: Path, dev: dict[str, Any], vectors: dict[str, Any]
+) -> None:
+    vector = vectors[name]
+    folder = squad / "predictions"
+    if vector["file"]:
+        predictions = json.loads((folder / vector["file"]).read_text())
+    else:
+        recipe = RECIPES[name]
+        predictions = {id_: recipe(golds) for id_, golds in gold_texts(dev).items()}
+    references = answerable(dev) if "restricted" in vector["evaluated_on"] else dev
+    na_probs = None
+    if "na_prob_file" in vector:
+        na_probs = json.loads((folder / vector["na_prob_file"]).read_text())
+    threshold = vector.get("na_prob_thresh", 1.0)
+    figures = evaluate_predictions(references, predictions, na_probs, threshold)
+    assert figures.keys() == vector["scores"].keys()
+    assert figures == pytest.approx(vector["scores"], rel=0, abs=1e-9)
+
+
+def squad_form(**golds: list[str]) -> list[dict[str, Any]]:
+    qas = [{"id": i, "answers": [{"text": t} for t in texts]} for i, texts in golds.items()]
+    return [{"paragraphs": [{"qas": qas}]}]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Cat, a dog & an Owl!", "cat dog owl"),
+        ("theatre", "theatre"),
+        ("U.S.A.", "usa"),
+        ("l'été—1990", "lété—1990"),  # only ASCII punctuation goes
+        ("A", ""),
+        ("\u00a0x\u3000y ", "x y"),
+    ],
+)
+def test_normalize(text: str, expected: str) -> None:
+    assert normalize_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golds", "expected"),
+    [
+        ("late 1990s", ["in the late 1990s"], (0, 0.8)),  # P = 1, R = 2/3
+        ("late 1990s", ["1990s", "in the late 1990s"], (0, 0.8)),
+        ("b b a1", ["b a1 a1"], (0, 2 / 3)),  # bags of words: b and a1 once each
+        ("x", ["y"], (0, 0.0)),
+        ("", ["y"], (0, 0.0)),
+        ("", [], (1, 1.0)),
+        ("the", [], (1, 1.0)),  # nothing is left of it, as in the official script
+        ("y", [], (0, 0.0)),
+        ("", ["the"], (1, 1.0)),  # a gold answer of which nothing is left
+        ("The Y!", ["y"], (1, 1.0)),
+    ],
+)
+def test_score_answer(prediction: str, golds: list[str], expected: tuple[int, float]) -> None:
+    assert score_answer(prediction, golds) == pytest.approx(expected)
+
+
+def test_threshold_abstains_above_not_at() -> None:
+    references = squad_form(a=["x"], b=[])
+    predictions = {"a": "x", "b": "y"}
+    figures = evaluate_predictions(references, predictions, {"a": 0.5, "b": 0.6}, 0.5)
+    assert (figures["exact"], figures["HasAns_exact"], figures["NoAns_exact"]) == (100, 100, 100)
+    figures = evaluate_predictions(references, predictions, {"a": 0.5, "b": 0.6}, 0.49)
+    assert (figures["HasAns_exact"], figures["NoAns_exact"]) == (0, 100)
+
+
+def test_best_threshold_is_the_first_of_equals_and_joins_ties_one_by_one() -> None:
+    references = squad_form(a=["x"], b=["x"], c=[], d=[])
+    predictions = {"a": "x", "b": "x", "c": "y", "d": ""}
+    # 50 % at 0.0, a: 75 %, c: 50 %, b: 75 %: not better than a's.
+    figures = evaluate_predictions(references, predictions, {"a": 0.1, "c": 0.2, "b": 0.3, "d": 1})
+    assert (figures["best_exact"], figures["best_exact_thresh"]) == (75.0, 0.1)
+    # Of one probability, the order of the file decides: the peak may lie inside of the tie.
+    figures = evaluate_predictions(references, predictions, dict.fromkeys("abcd", 0.4))
+    assert (figures["best_exact"], figures["best_f1_thresh"]) == (100.0, 0.4)
+    figures = evaluate_predictions(references, predictions, dict.fromkeys("cabd", 0.4))
+    assert figures["best_exact"] == 75.0
+    # Nothing beats abstaining: the threshold stays at zero.
+    figures = evaluate_predictions(
+        references, dict.fromkeys("abcd", "z"), dict.fromkeys("abcd", 0.4)
+    )
+    assert (figures["best_exact"], figures["best_exact_thresh"]) == (50.0, 0.0)
+
+
+def test_keys_of_one_kind_of_question_and_strangers() -> None:
+    figures = evaluate_predictions({"data": squad_form(a=["x"])}, {"a": "x", "stranger": "z"})
+    assert figures == {
+        "exact": 100.0, "f1": 100.0, "total": 1,
+        "HasAns_exact": 100.0, "HasAns_f1": 100.0, "HasAns_total": 1,
+    }  # fmt: skip
+    with_na = evaluate_predictions(squad_form(a=["x"]), {"a": "x"}, {"a": 0.1, "stranger": 0.0})
+    assert (with_na["best_exact"], with_na["best_exact_thresh"]) == (100.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("references", "predictions", "na_probs", "message"),
+    [
+        (squad_form(a=["x"], b=[]), {"a": "x"}, None, "no prediction for 1 of 2 questions .*b"),
+        (squad_form(a=["x"]), {"a": None}, None, "question a is None, not a string"),
+        (squad_form(a=["x"]), {"a": 3}, None, "question a is 3, not a string"),
+        (squad_form(a=["x"]), ["x"], None, "found list"),
+        (squad_form(a=["x"]), {"a": "x"}, {}, "no na_prob for 1 of 1"),
+        (squad_form(a=["x"]), {"a": "x"}, {"a": "0.1"}, "na_prob of question a is '0.1'"),
+        (squad_form(a=["x"]), {"a": "x"}, {"a": float("nan")}, "na_prob of question a is nan"),
+        ([], {}, None, "hold no question"),
+        ({"dataset": []}, {}, None, "not in the official SQuAD form"),
+        ([{"paragraphs": [{"qas": [{"id": "a"}]}]}], {}, None, "KeyError: 'answers'"),
+        ("dev.json", {}, None, "not in the official SQuAD form"),
+        (None, {}, None, "not in the official SQuAD form"),
+    ],
+)
+def test_errors_name_what_is_wrong(
+    references: Any, predictions: Any, na_probs: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate_predictions(references, predictions, na_probs)
+
+
+def test_strict_match() -> None:
+    abstained, malformed = Answer("no_answer", "?"), Answer("malformed", "")
+    assert is_exact_match(Answer("answer", "x"), ["w", "x"])
+    assert not is_exact_match(Answer("answer", "X"), ["x"])
+    assert not is_exact_match(Answer("answer", "x"), [])
+    assert is_exact_match(abstained, [])
+    assert not is_exact_match(abstained, ["?"])
+    assert not is_exact_match(malformed, [])
+    assert not is_exact_match(malformed, [""])
+
+
+def test_strict_columns() -> None:
+    right, abstained, malformed = (
+        Answer("answer", "x"),
+        Answer("no_answer", "?"),
+        Answer("malformed", ""),
+    )
+    answers = [right, right, abstained, abstained, abstained, malformed, malformed, right]
+    golds: list[list[str]] = [["x"], ["y"], [], [], ["x"], [], ["x"], []]
+    assert strict_counts(answers, golds) == {
+        "% Valid JSON": (6, 8),
+        "% Exact Match": (3, 8),
+        "% EM for Valid JSON": (3, 6),
+        "% Correct No Answer": (2, 4),
+        "% Correct Has Answer": (1, 4),
+    }
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "expected"),
+    [
+        # scipy.stats.binomtest(k, n).proportion_ci(method="wilson"), scipy 1.17
+        (8, 10, (49.01624715, 94.33178485)),
+        (0, 10, (0.0, 27.75327998)),
+        (10, 10, (72.24672002, 100.0)),
+    ],
+)
+def test_wilson(successes: int, trials: int, expected: tuple[float, float]) -> None:
+    assert wilson_interval(successes, trials) == pytest.approx(expected, abs=1e-6)
+
+
+def test_mean_interval() -> None:
+    # mean 0.5, s = 0.5 sqrt(4/3), n = 4: half-width 1.959964 · 0.288675 = 0.565793, cut to [0, 1]
+    assert mean_interval([0.0, 0.0, 1.0, 1.0]) == (0.0, 100.0)
+    low, high = mean_interval([0.4, 0.6] * 50)
+    # s = 0.1 sqrt(100/99), n = 100: half-width 1.959964 · 0.01005038 = 0.01969838
+    assert (low, high) == pytest.approx((48.030162, 51.969838), abs=1e-6)
+    assert mean_interval([0.3]) == (0.0, 100.0)
+    with pytest.raises(ValueError, match="nothing"):
+        mean_interval([])

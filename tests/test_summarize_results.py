@@ -1,0 +1,224 @@
+"""The summary stage, through its real command line."""
+
+import csv
+import io
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import summarize_results
+from llama_squad.answers import extract_answer, format_answer
+from llama_squad.metrics import gold_texts
+from llama_squad.results import ResultsFile, make_row
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGE = ROOT / "summarize_results.py"
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write_results(path: str, replies: dict[str, tuple[str, list[str], float | None]]) -> None:
+    with ResultsFile(path, {}) as file:
+        rows = []
+        for id_, (reply, golds, na_prob) in replies.items():
+            record = {"id": id_, "title": "T", "question": "Q", "answers": {"text": golds}}
+            completion = format_answer(reply) if reply else "well"
+            answer = extract_answer(completion)
+            rows.append(make_row(record, completion, answer, "p", na_prob))
+        file.append(rows)
+
+
+BASE: dict[str, tuple[str, list[str], float | None]] = {
+    "a": ("x", ["y"], None),
+    "b": ("", [], None),
+}
+TUNED: dict[str, tuple[str, list[str], float | None]] = {
+    "a": ("y", ["y"], 0.1),
+    "b": ("?", [], 0.9),
+}
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    summarize_results.main(argv)
+    return capsys.readouterr().out
+
+
+def fail(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as error:
+        summarize_results.main(argv)
+    assert error.value.code not in (0, None)
+    return f"{error.value.code}{capsys.readouterr().err}"
+
+
+def test_the_bare_command_reads_the_default_file(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results("results/results.csv", TUNED)
+    lines = run(capsys).splitlines()
+    assert lines[0].split("  ")[0] == "strict equality"
+    columns = ["% Valid JSON", "% Exact Match", "% EM for Valid JSON"]
+    columns += ["% Correct No Answer", "% Correct Has Answer"]
+    assert [lines[0].find(column) for column in columns] == sorted(map(lines[0].find, columns))
+    assert -1 not in map(lines[0].find, columns)
+    two, one = ["100.00", "[34.2–100.0]"], ["100.00", "[20.7–100.0]"]
+    assert lines[2].split() == ["results", "2", *two, *two, *two, *one, *one]
+    assert "best_exact_thresh" in lines[4]
+
+
+def test_several_files_give_several_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results("tuned/results.csv", TUNED)
+    write_results("base.csv", BASE)
+    rows = json.loads(run(capsys, "tuned/results.csv", "base.csv", "--format", "json"))
+    assert [r["name"] for r in rows] == ["tuned", "base"]
+    assert [r["% Exact Match"] for r in rows] == [100.0, 0.0]
+    assert [r["states"]["malformed"] for r in rows] == [0, 1]
+    assert [r.get("best_exact_thresh") for r in rows] == [0.1, None]
+    flags = run(capsys, "--results", "B=base.csv", "T=tuned/results.csv", "--format=json")
+    assert [r["name"] for r in json.loads(flags)] == ["B", "T"]
+
+
+def test_csv_and_markdown(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results("tuned.csv", TUNED)
+    write_results("base.csv", BASE)
+    out = run(capsys, "base.csv", "tuned.csv", "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [r["name"] for r in rows] == ["base", "tuned"]
+    assert [r["% Valid JSON"] for r in rows] == ["50.0", "100.0"]
+    assert [r["best_exact"] for r in rows] == ["", "100.0"]
+    assert float(rows[1]["exact low"]) == pytest.approx(34.238023)
+    markdown = run(capsys, "pipe|d=base.csv", "tuned.csv", "--format", "markdown").splitlines()
+    assert markdown[1].count("|") == markdown[0].count("|") == 8
+    assert markdown[2].startswith("| pipe\\|d ")
+    assert markdown[5].startswith("| official SQuAD 2.0 ")
+    assert [cell.strip() for cell in markdown[7].split("|")][-3:] == ["–", "–", ""]
+
+
+def test_files_of_one_name_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("one", "two"):
+        write_results(f"{folder}/run.csv", BASE)
+    rows = json.loads(run(capsys, "one/run.csv", "two/run.csv", "--format", "json"))
+    assert [r["name"] for r in rows] == ["one/run.csv", "two/run.csv"]
+    assert "two result files have one name" in fail(capsys, "a=one/run.csv", "a=one/run.csv")
+
+
+def test_output_and_config_file(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results("mine.csv", TUNED)
+    Path("config.yaml").write_text(
+        "model_name: unused\nsummarize:\n  results: [M=mine.csv]\n  format: json\n"
+    )
+    out = run(capsys, "--output", "new/summary.json")
+    assert json.loads(out)[0]["name"] == "M"
+    assert Path("new/summary.json").read_text() == out
+    assert run(capsys, "--format", "csv").startswith("name,n,")
+    Path("config.yaml").write_text("summarize:\n  formt: json\n")
+    assert "formt" in fail(capsys) and "format" in fail(capsys)
+
+
+def test_official_form(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    squad = shared_data / "squad_v2"
+    flags = ["--data", str(squad / "dev.json"), "--format", "json", "--predictions"]
+    flags.append(str(squad / "predictions" / "bert_single.json"))
+    vectors = json.loads((squad / "expected_scores.json").read_text())["vectors"]
+    figures = json.loads(run(capsys, *flags))
+    assert figures == pytest.approx(vectors["bert_single"]["scores"], rel=0, abs=1e-9)
+    flags += ["--na_prob", str(squad / "predictions" / "bert_single.na_prob.json")]
+    figures = json.loads(run(capsys, *flags, "--na_prob_thresh", "0.25"))
+    expected = vectors["bert_single_with_synthetic_na_prob_t0.25"]["scores"]
+    assert figures == pytest.approx(expected, rel=0, abs=1e-9)
+
+
+def write_official_files() -> None:
+    qas = [{"id": "a", "answers": [{"text": "x"}]}, {"id": "b", "answers": []}]
+    Path("d.json").write_text(json.dumps({"data": [{"paragraphs": [{"qas": qas}]}]}))
+    Path("p.json").write_text('{"a": "x", "b": ""}')
+    Path("n.json").write_text('{"a": 0.1, "b": 0.9}')
+
+
+def test_official_form_in_other_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    write_official_files()
+    flags = ["--data", "d.json", "--predictions", "p.json"]
+    assert run(capsys, *flags).splitlines()[2].split() == ["exact", "100.0"]
+    assert run(capsys, *flags, "--format=csv").splitlines()[0].startswith("exact,f1,total,HasAns")
+
+
+def test_plots(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    write_results("tuned.csv", TUNED)
+    write_official_files()
+    run(capsys, "t/u=tuned.csv", "--plot", "plots")
+    run(capsys, "--data=d.json", "--predictions=p.json", "--na_prob=n.json", "--plot=plots")
+    assert sorted(path.name for path in Path("plots").iterdir()) == ["p.png", "t_u.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in Path("plots").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "cannot read results/results.csv: No such file"),
+        (["empty.csv"], "empty.csv is damaged or no result file: it is empty"),
+        (["d.json"], "d.json is damaged or no result file"),
+        (["base.csv", "--plot", "x"], "base.csv has rows without a na_prob"),
+        (["base.csv", "--na_prob_thresh", "0.5"], "need --predictions"),
+        (["--data", "d.json"], "need --predictions"),
+        (["--predictions", "p.json"], "--predictions needs --data"),
+        (["--predictions", "p.json", "--data", "no.json"], "cannot read no.json"),
+        (["--predictions", "empty.csv", "--data", "d.json"], "empty.csv is no JSON file"),
+        (["--predictions", "n.json", "--data", "d.json"], "question a is 0.1, not a string"),
+        (["--predictions", "p.json", "--data", "p.json"], "not in the official SQuAD form"),
+        (["--predictions", "p.json", "--data", "d.json", "--plot", "x"], "give --na_prob"),
+        (["--formt", "json"], "did you mean --format?"),
+        (["--format", "xml"], "invalid choice: 'xml'"),
+    ],
+)
+def test_errors_name_what_is_wrong(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_results("base.csv", BASE)
+    write_official_files()
+    Path("empty.csv").touch()
+    assert message in fail(capsys, *argv)
+
+
+def run_stage(*argv: str) -> tuple[str, float]:
+    """Run the stage; return what it printed and the processor seconds it took.
+
+    Other work on the machine stretches the seconds of the clock, but hardly those.
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", STAGE, *argv],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "json" in done.stderr  # the list of imported modules
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not modules & {"torch", "pandas", "matplotlib", "datasets"}
+    return done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_the_whole_dev_set_takes_under_three_seconds_and_no_torch(shared_data: Path) -> None:
+    references: dict[str, Any] = json.loads((shared_data / "squad_v2/dev.json").read_text())
+    with ResultsFile("results/results.csv", {}) as file:
+        rows = []
+        for id_, golds in gold_texts(references).items():
+            completion = format_answer(golds[0] if golds else "?")
+            record = {"id": id_, "title": "", "question": "q" * 60, "answers": {"text": golds}}
+            answer = extract_answer(completion)
+            rows.append(make_row(record, completion, answer, "prompt\n" * 200, 0.5, score=-1.0))
+        file.append(rows)
+    out, seconds = run_stage("--format", "json")
+    assert json.loads(out)[0]["exact"] == 100.0
+    assert json.loads(out)[0]["n"] == 11_873
+    assert seconds < 3.0
+
+
+def test_help_is_quick() -> None:
+    out, seconds = run_stage("--help")
+    assert "--na_prob_thresh" in out
+    assert seconds < 2.0
