@@ -7,6 +7,7 @@ itself. Loss and gradients are those of the separate examples; see README.md, "H
 """
 
 import functools
+import itertools
 import json
 import re
 import weakref
@@ -319,6 +320,16 @@ def encode_messages(
     return encoded if fits else None
 
 
+def colour_labels(tokenizer: PreTrainedTokenizerBase, example: Encoded) -> str:
+    """Return the conversation for a terminal, its supervised tokens in green."""
+    parts: list[str] = []
+    pairs = zip(example["input_ids"], example["labels"], strict=True)
+    for supervised, run in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORE):
+        text = str(tokenizer.decode([token for token, _ in run]))
+        parts.append(f"\033[1;30;42m{text}\033[0m" if supervised else text)
+    return "".join(parts)
+
+
 # Shared contexts -----------------------------------------------------------------------------
 
 
@@ -353,11 +364,11 @@ class Tree:
         """
         tree = cls([], [], [], [])
         examples = [example for paragraph in paragraphs for example in paragraph]
-        root = _shareable(examples)
+        root = shareable_prefix(examples)
         tree._append(examples[0], 0, root)
         for paragraph in paragraphs:
             start = len(tree.input_ids)
-            stem = _shareable(paragraph)
+            stem = shareable_prefix(paragraph)
             tree._append(paragraph[0], root, stem)
             for example in paragraph:
                 tree._append(example, stem, len(example["input_ids"]))
@@ -372,7 +383,7 @@ class Tree:
         self.ends += [len(self.input_ids)] * (stop - start)
 
 
-def _shareable(examples: Sequence[Encoded]) -> int:
+def shareable_prefix(examples: Sequence[Encoded]) -> int:
     """Return how many leading tokens the examples may hold once."""
     prompt = min(_prompt_length(example) for example in examples)
     return min(prompt - 1, common_prefix([example["input_ids"] for example in examples]))

@@ -100,11 +100,16 @@ def _cannot_load(what: str, source: str, error: Exception) -> str:
     )
 
 
-def make_encoder(
-    tokenizer: PreTrainedTokenizerBase, vocab_size: int, reasoning_tokens: int = 0
+def load_encoder(
+    args: ModelArguments, reasoning_tokens: int = 0, adapter_name: str | None = None
 ) -> ConversationEncoder:
-    """Return the encoder, with a token of the vocabulary for the pauses where there are any."""
-    pause = reasoning_token_id(tokenizer, vocab_size) if reasoning_tokens else None
+    """Load the tokenizer and return its encoder, with a token for the pauses where there are any.
+
+    Raises:
+        ValueError: the tokenizer cannot be had, or is of no use here.
+    """
+    tokenizer = load_tokenizer(args, adapter_name)
+    pause = reasoning_token_id(tokenizer, vocab_size(args)) if reasoning_tokens else None
     return ConversationEncoder(tokenizer, reasoning_tokens, pause)
 
 
@@ -121,7 +126,7 @@ def reasoning_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> i
     for token_id, token in sorted(tokenizer.added_tokens_decoder.items()):
         if re.search(r"reserved|unused", token.content):
             return token_id
-    fallback = '"byte_fallback":true' in tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+    fallback = '"byte_fallback":true' in tokenizer.backend_tokenizer.to_str()
     if tokenizer.unk_token_id is not None and fallback:
         return tokenizer.unk_token_id
     if len(tokenizer) < vocab_size:
@@ -179,7 +184,7 @@ def load_model(
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(args.model_name, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(args.model_name, **options)
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load("model", args.model_name, error)) from error
     if quantize:
@@ -230,6 +235,6 @@ def merge_adapter(args: ModelArguments, quantized: bool, adapter: Path, output: 
     if quantized:
         base.dequantize()
     model = PeftModel.from_pretrained(base, str(adapter))
-    merged: Any = model.merge_and_unload()  # type: ignore[operator]
+    merged: Any = model.merge_and_unload()
     merged.save_pretrained(str(output))
     load_tokenizer(args, str(adapter)).save_pretrained(str(output))

@@ -1,0 +1,141 @@
+"""The end of a training run: the final adapter with its card, the merged model, and the Hub."""
+
+import gc
+import sys
+from pathlib import Path
+from typing import Any
+
+from llama_squad import modeling
+from llama_squad.config import (
+    RUN_CONFIG,
+    ModelArguments,
+    TrainArguments,
+    load_run_config,
+    save_run_config,
+)
+
+FINAL = "final_checkpoints"
+MERGED = "final_merged_checkpoint"
+
+
+def save_final(
+    trainer: Any, args: TrainArguments, model_args: ModelArguments, asked: dict[str, Any]
+) -> Path:
+    """Save adapter (or model), tokenizer, run configuration and model card; return the folder.
+
+    Args:
+        trainer: at the end of its training.
+        args: of the run.
+        model_args: of the run.
+        asked: the trainer's configuration as it was asked for.
+    """
+    folder = Path(trainer.args.output_dir) / FINAL
+    trainer.save_model(str(folder))
+    if not trainer.is_world_process_zero():
+        return folder
+    created = load_run_config(args.dataset_name).get("create", {})
+    figures = _figures(trainer.state.log_history)
+    save_run_config(
+        folder,
+        "train",
+        train=args,
+        model=model_args,
+        trainer=asked,
+        figures=figures,
+        **{key: created[key] for key in ("prompt", "system_prompt") if key in created},
+    )
+    (folder / "README.md").write_text(_card(args, model_args, asked, figures), encoding="utf-8")
+    print(f"Saved {folder}. Next: python test_llama_squad.py --adapter_name={folder}")
+    return folder
+
+
+def _figures(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the last value of each figure that was logged."""
+    figures: dict[str, Any] = {}
+    for entry in history:
+        figures |= entry
+    kept = ("step", "epoch", "loss", "train_loss", "mean_token_accuracy", "num_tokens")
+    return {k: v for k, v in figures.items() if k in kept or k.startswith("eval_")}
+
+
+def _card(
+    args: TrainArguments, model_args: ModelArguments, asked: dict[str, Any], figures: dict[str, Any]
+) -> str:
+    rows = "\n".join(
+        f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
+        for name, value in figures.items()
+    )
+    method = "full-parameter" if args.full_parameters else f"LoRA (r={args.lora_r})"
+    if args.quantize and not args.full_parameters:
+        method = f"QLoRA (r={args.lora_r}, 4-bit {model_args.bnb_4bit_quant_type})"
+    library = "transformers" if args.full_parameters else "peft"
+    return f"""---
+base_model: {model_args.model_name}
+library_name: {library}
+pipeline_tag: question-answering
+datasets: [{args.dataset_name}]
+tags: [squad, question-answering, trl, sft]
+---
+# {model_args.model_name} that answers with the exact words of the context, or abstains
+
+Fine-tuned with {method} on `{args.dataset_name}`: given a context and a question it replies with
+JSON whose "answer" is a span of the context word for word, or "?" where the context holds none.
+The loss fell on the answers only; learning rate {asked["learning_rate"]}.
+
+## Figures of the run
+
+| figure | last value |
+|---|---|
+{rows}
+
+`{RUN_CONFIG}` holds the resolved configuration, the versions and the commit. To evaluate it:
+
+    python test_llama_squad.py --adapter_name=FOLDER
+"""
+
+
+def merge_and_push(
+    folder: Path, args: TrainArguments, model_args: ModelArguments, sft_args: Any
+) -> None:
+    """Merge the adapter in ``folder``, and push adapter and merged model where the Hub is given.
+
+    A push that fails ends the program with a message; the local files stay.
+    """
+    gc.collect()
+    pushed = {sft_args.hub_model_id: folder}
+    if args.full_parameters:
+        print("All parameters were trained, so there is no adapter to merge.")
+    else:
+        merged = folder.parent / MERGED
+        modeling.merge_adapter(model_args, args.quantize, folder, merged)
+        pushed[f"{sft_args.hub_model_id}-merged"] = merged
+        print(f"Saved the merged model in {merged}.")
+    if not sft_args.hub_model_id:
+        print("Not pushed to the Hub: no --hub_model_id was given. The files are complete here.")
+        return
+    for name, path in pushed.items():
+        _push(path, name, sft_args)
+
+
+def _push(folder: Path, name: str, sft_args: Any) -> None:
+    from huggingface_hub import HfApi, get_token
+
+    token = sft_args.hub_token or get_token()
+    if not token:
+        print(
+            f"Not pushed to {name}: no token. Log in with `hf auth login`, or give --hub_token. "
+            f"The files are complete in {folder}.",
+            file=sys.stderr,
+        )
+        return
+    try:
+        api = HfApi(token=token)
+        api.create_repo(name, private=sft_args.hub_private_repo, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=str(folder))
+    except Exception as error:  # the network and the Hub fail in many ways; the run must not
+        sys.exit(
+            f"train_llama_squad.py: pushing {folder} to {name} failed "
+            f"({type(error).__name__}: {error}). The files are complete there; push them with "
+            f"`hf upload {name} {folder}`"
+        )
+    print(f"Pushed {folder} to https://huggingface.co/{name}")

@@ -1,0 +1,415 @@
+"""Supervised fine-tuning: TRL's trainer with our loss, log and validation by real generation."""
+
+import dataclasses
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from llama_squad import modeling, rows
+from llama_squad.collator import IGNORE, ConversationEncoder, SquadDataCollator
+from llama_squad.config import ModelArguments, TrainArguments
+
+# Flags of TRL's own data preparation, whose part is taken by our encoder and collator. Setting one
+# would change nothing, so it is refused, with what does the job here.
+_REPLACED = {
+    "packing": "questions of a paragraph share a row already (see --share_context)",
+    "padding_free": "rows that share contexts hold next to no padding already",
+    "eval_packing": "questions of a paragraph share a row already",
+    "completion_only_loss": "the loss falls on the answer only, always",
+    "assistant_only_loss": "the loss falls on the answer only, always",
+    "dataset_text_field": "create_squad_dataset.py writes messages",
+    "dataset_kwargs": "create_squad_dataset.py prepares the data",
+    "chat_template_path": "give --chat_template FILE",
+    "truncation_mode": "an example that is too long is left out, never cut",
+    "model_init_kwargs": "use --dtype, --attn_implementation and the 4-bit flags",
+    "eos_token": "the chat template ends the turn",
+    "pad_token": "padding is told apart by the attention mask",
+    "remove_unused_columns": "the collator takes what it needs",
+    "trust_remote_code": "code from a model's repository is never run",
+}
+
+
+def _trackers() -> list[str]:
+    """TensorBoard, and Weights & Biases where the user has it and is logged in."""
+    found = ["tensorboard"]
+    try:
+        logged_in = netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, NetrcParseError):
+        logged_in = False
+    if importlib.util.find_spec("wandb") and (logged_in or "WANDB_API_KEY" in os.environ):
+        found.append("wandb")
+    return found
+
+
+@dataclass
+class SquadSFTConfig(SFTConfig):
+    """TRL's ``SFTConfig`` with this project's defaults; every field of it is a flag of training."""
+
+    output_dir: str | None = field(
+        default="results", metadata={"help": "Folder of checkpoints, logs and the final model."}
+    )
+    learning_rate: float = field(
+        default=2e-7,
+        metadata={
+            "help": "Peak learning rate. Low on purpose: at 2e-4 Llama 2 learned the task quickly "
+            "and forgot English as quickly; 2e-7 keeps the chat ability."
+        },
+    )
+    bf16: bool = field(
+        default=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        metadata={"help": "Compute in bfloat16 (default: on GPUs that can; a CPU may crawl)."},
+    )
+    max_length: int | None = field(
+        default=4096,
+        metadata={
+            "help": "Longest example and row in tokens; longer examples are left out and counted.",
+            "aliases": ["--max_seq_length"],
+        },
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Order of plain batches (--no_share_context): random, sequential or "
+            "group_by_length. Rows that share contexts are balanced, and shuffled."
+        },
+    )
+    eval_strategy: str = field(
+        default="steps", metadata={"help": "When to validate: no, steps or epoch."}
+    )
+    eval_steps: float | None = field(
+        default=500, metadata={"help": "Validate every so many steps (a ratio if below 1)."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036 - the parser takes this order only
+        default="auto",
+        metadata={"help": "Trackers; auto: TensorBoard, and W&B where you are logged in to it."},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint's folder, or `latest` for the newest."}
+    )
+
+    def __post_init__(self) -> None:
+        """Resolve what depends on the machine, and refuse flags that would do nothing."""
+        self.bf16 = self.bf16 and not self.fp16
+        if self.activation_checkpointing is None:  # the new name of the same
+            self.activation_checkpointing = self.gradient_checkpointing
+        if torch.accelerator.current_accelerator() is None:
+            self.use_cpu = True  # which --bf16 insists on being told
+        if self.report_to in ("auto", ["auto"]):
+            self.report_to = _trackers()
+        defaults = {f.name: f for f in dataclasses.fields(SFTConfig)}
+        for name, reason in _REPLACED.items():
+            if getattr(self, name) != defaults[name].default:
+                raise ValueError(f"--{name} does nothing here: {reason}")
+        super().__post_init__()
+        self.remove_unused_columns = False
+        self.dataset_kwargs = {"skip_prepare_dataset": True}
+
+
+# The model ------------------------------------------------------------------------------------
+
+
+def add_lora(model: Any, args: TrainArguments, reasoning_token: int | None = None) -> Any:
+    """Put a LoRA adapter on the model; with a reasoning token its embedding is trained too."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    modules: str | list[str] = args.lora_target_modules
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=modules[0] if modules == ["all-linear"] else modules,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        trainable_token_indices=[reasoning_token] if reasoning_token is not None else None,
+    )
+    return get_peft_model(model, config)
+
+
+def check_shared_contexts(
+    model: PreTrainedModel, collator: SquadDataCollator, row: Mapping[str, Any], longest: int
+) -> str:
+    """Compare the loss of a row that shares contexts with that of its separate examples.
+
+    Returns:
+        "" where they agree, after printing both; else why contexts cannot be shared.
+    """
+    text_config = model.config.get_text_config()
+    if text_config._attn_implementation != "sdpa":
+        return f"attention {text_config._attn_implementation!r} takes no tree mask; sdpa does"
+    window = getattr(text_config, "sliding_window", None)
+    if window is not None and longest > window:
+        return f"examples of up to {longest} tokens outgrow the sliding window of {window}"
+    examples = [example for paragraph in row["paragraphs"] for example in paragraph]
+    exact = next(model.parameters()).dtype == torch.float32
+    exact = exact and not getattr(model, "is_loaded_in_4bit", False)
+    try:
+        shared = _mean_loss(model, collator, [dict(row)])
+        separate = sum(_summed_loss(model, collator, [example]) for example in examples)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        return f"this architecture takes no tree mask ({error})"
+    separate /= sum(label != IGNORE for example in examples for label in example["labels"])
+    if abs(shared - separate) > (1e-4 if exact else 3e-2) * max(1.0, separate):
+        return f"the loss would be {shared:.6f} instead of {separate:.6f}"
+    print(
+        f"Shared contexts checked on {len(examples)} questions: "
+        f"loss {shared:.6f}, separately {separate:.6f}."
+    )
+    return ""
+
+
+def _summed_loss(model: PreTrainedModel, collator: SquadDataCollator, features: list) -> float:
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        batch = {k: v.to(model.device) for k, v in collator(features).items()}
+        loss, _, _ = answer_loss(model, batch)
+    model.train(training)
+    return loss.item()
+
+
+def _mean_loss(model: PreTrainedModel, collator: SquadDataCollator, features: list) -> float:
+    labels = collator(features)["labels"]
+    return _summed_loss(model, collator, features) / int((labels[:, 1:] != IGNORE).sum())
+
+
+def answer_loss(
+    model: Any, inputs: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum the cross entropy over the supervised tokens, with logits for no others.
+
+    Returns the summed loss, how many tokens the model gets right, and how many there are.
+    """
+    targets = F.pad(inputs["labels"], (0, 1), value=IGNORE)[:, 1:]
+    keep = targets != IGNORE
+    features = {key: value for key, value in inputs.items() if key != "labels"}
+    logits = model(**features, logits_to_keep=keep, use_cache=False).logits.float()
+    wanted = targets[keep]
+    loss = F.cross_entropy(logits, wanted, reduction="sum")
+    return loss, (logits.detach().argmax(-1) == wanted).sum(), keep.sum()
+
+
+def count_batch(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Count a batch of ``SquadDataCollator``: questions, tokens, tokens if nothing was shared."""
+    mask = inputs["attention_mask"]
+    if mask.dim() == 2:
+        tokens = mask.sum()
+        return torch.stack([torch.tensor(len(mask), device=mask.device), tokens, tokens])
+    # A pad sees itself alone, and so does each row's first token. Positions go on by one within
+    # a prefix and its first branch, and jump where a branch ends.
+    real = mask[:, 0].sum(-1) > 1
+    real[:, 0] = True
+    position = inputs["position_ids"]
+    following = F.pad(position, (0, 1), value=-1)[:, 1:]
+    leaf = real & ((following != position + 1) | ~F.pad(real, (0, 1))[:, 1:])
+    return torch.stack([leaf.sum(), real.sum(), (position + 1)[leaf].sum()])
+
+
+class SquadTrainer(SFTTrainer):
+    """TRL's trainer, with the loss on the answers only and a true log.
+
+    Args:
+        validate: called with the model at each evaluation; returns figures such as exact match,
+            which join the evaluation's (``eval_exact_match``).
+        kwargs: what ``SFTTrainer`` takes.
+    """
+
+    model: Any
+    args: Any
+
+    def __init__(
+        self, *, validate: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self._validate = validate
+        self._counts = torch.zeros(3, dtype=torch.long)
+        self._since = time.perf_counter()
+        # TRL casts the adapters of a 4-bit model to bfloat16, whose steps near 0.01 are 6e-5: at a
+        # learning rate of 2e-7 the updates would be rounded away.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LossBar)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of the supervised tokens over their number in the whole step."""
+        if return_outputs or self.args.loss_type != "nll" or self.label_smoother is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, right, supervised = answer_loss(model, inputs)
+        if num_items_in_batch is None:
+            return loss / supervised.clamp(min=1)
+        self._metrics["train"]["mean_token_accuracy"].append((right / supervised).item())
+        counts = count_batch(inputs).cpu()
+        self._counts += counts
+        loss = loss / num_items_in_batch
+        # `num_items_in_batch` counts the tokens of all processes, and DDP averages gradients
+        return (
+            loss * self.accelerator.num_processes
+            if self.args.average_tokens_across_devices
+            else loss
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the true throughput since the last log, over all processes."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            total = self.accelerator.reduce(self._counts.to(self.accelerator.device))
+            questions, tokens, plain = total.tolist()
+            seconds = now - self._since
+            logs["questions_per_second"] = round(questions / seconds, 2)
+            logs["tokens_per_second"] = round(tokens / seconds, 1)
+            logs["tokens_saved"] = round(1 - tokens / max(plain, 1), 4)
+            self._total_train_tokens += tokens
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            self._counts.zero_()
+            self._since = now
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, the clock of the throughput starting now."""
+        self._since = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate the loss, and answer validation questions by real generation."""
+        metrics = super().evaluate(*args, **kwargs)
+        if self._validate is not None:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            training = self.model.training
+            self.model.eval()
+            figures = self._validate(self.accelerator.unwrap_model(self.model))
+            self.model.train(training)
+            figures = {f"{prefix}_{name}": value for name, value in figures.items()}
+            metrics |= figures
+            self.log(figures)
+        self._since = time.perf_counter()
+        return metrics
+
+
+class LossBar(ProgressCallback):
+    """The progress bar, with the loss and the throughput of the last log behind it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the figures."""
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+            shown = {"loss": f"{float(logs['loss']):.4f}"}
+            if "tokens_per_second" in logs:
+                shown["tokens/s"] = f"{logs['tokens_per_second']:,.0f}"
+                shown["questions/s"] = f"{logs['questions_per_second']:,.1f}"
+            self.training_bar.set_postfix(shown)
+
+
+# Putting a run together ------------------------------------------------------------------------
+
+
+def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
+    """Return the checkpoint to resume from; "latest" is the newest complete one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if asked is None or asked.lower() == "false":
+        return None
+    if asked.lower() in ("latest", "true"):
+        found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name[11:].isdigit()]
+    else:
+        found = [Path(asked)]
+    # the trainer writes its state last: a checkpoint without it was cut short
+    complete = [path for path in found if (path / "trainer_state.json").is_file()]
+    if not complete:
+        raise ValueError(
+            f"no complete checkpoint in {output_dir if len(found) != 1 else found[0]}: "
+            "leave --resume_from_checkpoint out to start anew"
+        )
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2] or 0)))
+
+
+def prepare_model(
+    args: TrainArguments, model_args: ModelArguments, encoder: ConversationEncoder
+) -> Any:
+    """Load the base model and make it trainable in the way that the arguments ask for."""
+    if args.full_parameters:
+        if model_args.dtype == "auto":  # bfloat16 weights would swallow small updates
+            model_args = dataclasses.replace(model_args, dtype="float32")
+        return modeling.load_model(model_args)
+    model = modeling.load_model(model_args, quantize=args.quantize)
+    model = add_lora(model, args, encoder.pause[0] if encoder.pause else None)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = "4 bits" if args.quantize else str(model.dtype)
+    print(f"LoRA: {trained:,} trainable parameters on a base in {base}.")
+    return model
+
+
+def lay_out(
+    args: TrainArguments,
+    sft_args: Any,
+    encoded: dict[str, Any],
+    model: Any,
+    collator: SquadDataCollator,
+) -> dict[str, Any]:
+    """Return the datasets to train and evaluate on: rows that share contexts, or plain examples.
+
+    With rows, ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` of ``sft_args``
+    come to mean rows, so that a step holds about as many questions as was asked for.
+    """
+    questions = (
+        sft_args.per_device_train_batch_size
+        * sft_args.gradient_accumulation_steps
+        * sft_args.world_size
+    )
+    why = "as asked"
+    if args.share_context:
+        planned = {
+            name: rows.plan_rows(
+                split,
+                questions_per_step=questions,
+                processes=sft_args.world_size,
+                row_tokens=args.row_tokens,
+                max_length=sft_args.max_length,
+                seed=sft_args.seed,
+            )
+            for name, split in encoded.items()
+        }
+        features = {
+            name: rows.row_dataset(encoded[name], plan.rows) for name, plan in planned.items()
+        }
+        why = check_shared_contexts(
+            model, collator, features["train"][0], max(encoded["train"]["length"])
+        )
+        if not why:
+            print(planned["train"].describe())
+            sft_args.per_device_train_batch_size = 1
+            sft_args.per_device_eval_batch_size = 1
+            sft_args.gradient_accumulation_steps = planned["train"].rows_per_step
+            sft_args.train_sampling_strategy = "random"  # the rows are balanced already
+            return features
+    print(f"Plain batches, contexts not shared: {why}. A step holds {questions} questions.")
+    return {name: split.remove_columns("paragraph") for name, split in encoded.items()}
+
+
+def make_validation(
+    args: TrainArguments, sft_args: Any, dataset: Any, encoder: ConversationEncoder
+) -> Callable[[Any], dict[str, float]] | None:
+    """Return what answers the validation questions by real generation at each evaluation."""
+    return None

@@ -1,0 +1,92 @@
+"""Fine-tune a chat model on the dataset: QLoRA through TRL, with the loss on the JSON answers only.
+
+Reads the dataset folder and the base model; writes checkpoints and logs to ``--output_dir``
+(results), the adapter with tokenizer, run configuration and model card to its
+``final_checkpoints``, and with ``--merge_and_push`` the merged model to its
+``final_merged_checkpoint``.
+
+    python train_llama_squad.py --model_name meta-llama/Llama-2-7b-chat-hf --merge_and_push
+    python train_llama_squad.py --show_mask 3
+    torchrun --nproc_per_node 8 train_llama_squad.py
+"""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from llama_squad.config import ModelArguments, TrainArguments, parse_stage
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage."""
+    from llama_squad.training import SquadSFTConfig
+
+    types = (TrainArguments, ModelArguments, SquadSFTConfig)
+    args, model_args, sft_args = parse_stage("train", types, argv, description=__doc__)
+    try:
+        if args.show_mask:
+            show_mask(args, model_args)
+        else:
+            train(args, model_args, sft_args)
+    except ValueError as error:
+        sys.exit(f"train_llama_squad.py: {error}")
+
+
+def show_mask(args: TrainArguments, model_args: ModelArguments) -> None:
+    """Print examples with their supervised tokens in colour."""
+    from llama_squad import modeling
+    from llama_squad.collator import colour_labels
+    from llama_squad.data import load_squad
+
+    split = load_squad(args.dataset_name)["train"]
+    encoder = modeling.load_encoder(model_args, args.reasoning_tokens)
+    for row in split.select(range(min(args.show_mask, len(split)))):
+        (example,) = encoder.encode([row["messages"]])
+        print(colour_labels(encoder.tokenizer, example), end="\n\n")
+    print("The tokens in green are trained; the others are read only.")
+
+
+def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> None:
+    """Train, save the adapter, and merge and push it where asked."""
+    from transformers import set_seed
+
+    from llama_squad import modeling, publishing, rows, training
+    from llama_squad.collator import SquadDataCollator
+    from llama_squad.data import load_squad
+
+    # TRL and PEFT still use names that transformers 5 renames
+    warnings.filterwarnings("ignore", message=".*will be removed in v6.*", category=FutureWarning)
+    modeling.say_device()
+    asked = sft_args.to_dict()
+    set_seed(sft_args.seed)
+    checkpoint = training.find_checkpoint(sft_args.resume_from_checkpoint, sft_args.output_dir)
+    dataset = load_squad(args.dataset_name)
+    if "val" in dataset:
+        dataset["val"] = rows.sample_paragraphs(dataset["val"], args.eval_samples, sft_args.seed)
+    encoder = modeling.load_encoder(model_args, args.reasoning_tokens)
+    with sft_args.main_process_first(desc="encoding"):
+        encoded = rows.encode_dataset(dataset, encoder, sft_args.max_length)
+    model = training.prepare_model(args, model_args, encoder)
+    collator = SquadDataCollator(pad_token_id=encoder.tokenizer.pad_token_id)
+    features = training.lay_out(args, sft_args, encoded, model, collator)
+    validate = training.make_validation(args, sft_args, dataset, encoder)
+    trainer = training.SquadTrainer(
+        model=model,
+        args=sft_args,
+        data_collator=collator,
+        train_dataset=features["train"],
+        eval_dataset=features.get("val"),
+        processing_class=encoder.tokenizer,
+        validate=validate,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    final = publishing.save_final(trainer, args, model_args, asked)
+    first = trainer.is_world_process_zero()
+    del trainer, model
+    if args.merge_and_push and first:
+        publishing.merge_and_push(final, args, model_args, sft_args)
+
+
+if __name__ == "__main__":
+    main()
