@@ -143,6 +143,9 @@ def test_best_threshold_is_the_first_of_equals_and_joins_ties_one_by_one() -> No
     assert (figures["best_exact"], figures["best_f1_thresh"]) == (100.0, 0.4)
     figures = evaluate_predictions(references, predictions, dict.fromkeys("cabd", 0.4))
     assert figures["best_exact"] == 75.0
+    # A question that is abstained on already neither gains nor loses.
+    figures = evaluate_predictions(references, predictions, {"d": 0.1, "a": 0.2, "b": 0.3, "c": 1})
+    assert (figures["best_exact"], figures["best_exact_thresh"]) == (100.0, 0.3)
     # Nothing beats abstaining: the threshold stays at zero.
     figures = evaluate_predictions(
         references, dict.fromkeys("abcd", "z"), dict.fromkeys("abcd", 0.4)
