@@ -1,0 +1,603 @@
+"""Answer the questions of a paragraph: its context is run once, and one search decodes them all.
+
+**One tree a paragraph.** The prompts of a paragraph's questions begin with the same tokens. They
+are run once into a key/value cache; the questions branch off it, and so does every partial reply
+that the search looks at. Each token attends to its own ancestors (a 4D mask) at its own depth
+(position ids), so nothing is copied and nothing is run twice (``TokenTree``).
+
+**One search.** Log-probabilities only fall as a reply grows. So partial replies are taken from a
+queue, likeliest first, and the first complete one to come off it is the best: beam search's answer,
+for the model calls of a single reply where the model is sure (best-first beam search, Meister,
+Vieira and Cotterell 2020, https://aclanthology.org/2020.tacl-1.51). ``num_beams`` bounds how many
+partial replies of one length are taken, so the worst case is beam search's, too (``_Search``).
+
+- ``free``: any tokens; the sequences of ``model.generate(num_beams=N, length_penalty=0.0,
+  do_sample=False)`` on each prompt alone.
+- ``span``: a span of the context or no answer (``llama_squad.spans``). The envelope is forced and
+  costs no steps: the header is part of the prompt, the tail is one pass.
+"""
+
+import heapq
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from llama_squad.answers import NO_ANSWER, format_answer
+from llama_squad.collator import ConversationEncoder, common_prefix
+from llama_squad.spans import SpanGrammar, SpanVocabulary, State, reply_ids
+
+SPECULATION = 0.7
+"""Partial replies this close (in nats) to the likeliest one are run along with it: they will
+probably be wanted next, and a pass over two tokens costs little more than over one."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A span and log P(reply that holds it), from after the forced header to the end of turn."""
+
+    text: str
+    log_prob: float
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model says to one question.
+
+    Attributes:
+        completion: the whole reply, without the token that ends the turn.
+        token_ids: its tokens, with the token that ends the turn.
+        score: its log-probability: in span decoding given the forced header (the tokens of
+            ``ANSWER_HEADER`` up to the colon), through the end of the turn; in free decoding of
+            all its tokens.
+        spans: the best spans, best first (span decoding; empty where the context holds none). A
+            span's log-probability is that of its likeliest tokens; other ways to spell it are not
+            added.
+        no_answer_log_prob: log P of the reply that abstains, scored over the same stretch.
+        na_prob: sigmoid(no_answer_log_prob - spans[0].log_prob): the chance of "no answer" if it
+            is that or the best span. None in free decoding.
+        certain: no reply that ``num_beams`` cut off could have been better.
+    """
+
+    completion: str
+    token_ids: list[int]
+    score: float
+    spans: tuple[Span, ...] = ()
+    no_answer_log_prob: float | None = None
+    na_prob: float | None = None
+    certain: bool = False
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """The questions of one context: the ids of each one's prompt, ready for the reply."""
+
+    context: str
+    prompts: Sequence[list[int]]
+
+
+# The tree ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Branch:
+    """Tokens that follow those of ``parent``; ``wanted`` of their logits, the last ones."""
+
+    parent: "_Branch | None"
+    tokens: list[int]
+    wanted: int = 1
+    columns: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Where in the cache its tokens and all their ancestors' are."""
+
+
+class TokenTree:
+    """Token sequences that share stems, one tree a row, run with one key/value cache.
+
+    Rows are padded on the right; a pad is seen by itself alone.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._cache = DynamicCache()
+        self._length = self._compact_length = 0
+
+    @torch.inference_mode()
+    def plant(self, stems: Sequence[list[int]]) -> list[_Branch]:
+        """Run each row's stem; nothing is wanted of its logits."""
+        self._length = max(map(len, stems))
+        ids = np.zeros((len(stems), self._length), dtype=np.int64)
+        for row, stem in zip(ids, stems, strict=True):
+            row[: len(stem)] = stem
+        # Causal order keeps the pads, which come last, from being seen: no mask is needed.
+        self._forward(ids, logits_to_keep=1)
+        return [_Branch(None, stem, columns=np.arange(len(stem))) for stem in stems]
+
+    @torch.inference_mode()
+    def grow(self, rows: Sequence[Sequence[_Branch]]) -> torch.Tensor:
+        """Run new branches of each row; a branch's parent stands before it.
+
+        Returns:
+            the wanted logits in float32, of shape (wanted tokens, vocabulary), in the order of the
+            branches.
+        """
+        # Tokens of which no logits are wanted come first, so that the head is spared them.
+        silent = max(sum(len(b.tokens) - b.wanted for b in row) for row in rows)
+        wanted = max(sum(b.wanted for b in row) for row in rows)
+        width, past = silent + wanted, self._length
+        ids = np.zeros((len(rows), width), dtype=np.int64)
+        positions = np.zeros((len(rows), width), dtype=np.int64)
+        visible = np.zeros((len(rows), 1, width, past + width), dtype=bool)
+        visible[:, 0, np.arange(width), past + np.arange(width)] = True
+        chosen = []
+        for r, row in enumerate(rows):
+            quiet, loud = itertools.count(), itertools.count(silent)
+            for branch in row:
+                first_loud = len(branch.tokens) - branch.wanted
+                new = np.array([next(quiet if i < first_loud else loud)
+                                for i in range(len(branch.tokens))])  # fmt: skip
+                stem = branch.parent.columns if branch.parent else np.empty(0, dtype=np.int64)
+                ids[r, new] = branch.tokens
+                positions[r, new] = len(stem) + np.arange(len(new))
+                visible[r, 0, new[:, None], stem] = True
+                own = np.tril(np.ones((len(new), len(new)), dtype=bool))
+                visible[r, 0, new[:, None], past + new] = own
+                branch.columns = np.concatenate([stem, past + new])
+                chosen += [r * wanted + column - silent for column in new[first_loud:]]
+        self._length += width
+        if not self._compact_length:  # the first branches are the questions
+            self._compact_length = self._length
+        logits = self._forward(ids, positions, visible, logits_to_keep=wanted)
+        if len(chosen) == logits.shape[0] * wanted:
+            return logits.flatten(0, 1).float()
+        return logits.flatten(0, 1)[torch.tensor(chosen, device=logits.device)].float()
+
+    def compact(self, branches: Sequence[Sequence[_Branch]]) -> None:
+        """Forget every token that is in no given branch (a list a row)."""
+        kept = [np.unique(np.concatenate([b.columns for b in row])) for row in branches]
+        length = max(map(len, kept))
+        index = np.zeros((len(kept), length), dtype=np.int64)
+        for r, (columns, row) in enumerate(zip(kept, branches, strict=True)):
+            index[r, : len(columns)] = columns
+            for branch in {id(b): b for b in row}.values():
+                branch.columns = np.searchsorted(columns, branch.columns)
+        self._length = self._compact_length = length
+        for layer in cast(list[Any], self._cache.layers):
+            where = torch.from_numpy(index).to(layer.keys.device)[:, None, :, None]
+            layer.keys = layer.keys.take_along_dim(where, dim=2)
+            layer.values = layer.values.take_along_dim(where, dim=2)
+
+    @property
+    def grown(self) -> int:
+        """Columns of the cache that came since it was last compact."""
+        return self._length - self._compact_length
+
+    def _forward(
+        self,
+        ids: np.ndarray,
+        positions: np.ndarray | None = None,
+        visible: np.ndarray | None = None,
+        logits_to_keep: int = 0,
+    ) -> torch.Tensor:
+        device = self._model.device
+        more: dict[str, Any] = {}
+        if positions is not None and visible is not None:
+            # Both or neither: position ids without the mask would let a branch see its sisters.
+            more["position_ids"] = torch.from_numpy(positions).to(device)
+            more["attention_mask"] = self._mask(torch.from_numpy(visible).to(device))
+        output = self._model(
+            input_ids=torch.from_numpy(ids).to(device),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+            **more,
+        )
+        return output.logits
+
+    def _mask(self, visible: torch.Tensor) -> torch.Tensor:
+        """Return the mask in the form of this model's attention."""
+        kind = self._model.config._attn_implementation
+        if kind == "sdpa":
+            return visible
+        if kind == "eager":  # which adds the mask to its scores
+            dtype = self._model.dtype
+            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            return mask.masked_fill_(~visible, torch.finfo(dtype).min)
+        raise ValueError(
+            f"{kind} attention cannot hold a tree of questions: take --attn_implementation sdpa"
+        )
+
+
+# The search ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Node:
+    """A partial reply: tokens after the prompt (in span decoding: after the header)."""
+
+    log_prob: float
+    ids: tuple[int, ...]
+    level: int
+    stem: _Branch
+    kind: Literal["open", "closing", "complete"] = "open"
+    state: State = ()
+    tail: Sequence[int] = ()  # forced tokens that follow (closing)
+    text: str = ""  # the span (closing, complete)
+    branch: _Branch | None = None  # once it was run
+    children: "list[_Node] | None" = None
+
+
+class _Search:
+    """Best-first beam search for one question.
+
+    It tells which nodes it needs run (``advance``), and is told their logits' outcome by setting
+    ``children``; what it has done so far is the same whatever else was run ahead of need.
+    """
+
+    def __init__(self, root: _Node, num_beams: int, n_best: int, ranked: bool) -> None:
+        self._beams, self._n_best = num_beams, n_best
+        self._ranked = ranked  # a complete reply must be among its length's num_beams best
+        self._order = itertools.count()
+        self._queue: list[tuple[float, int, _Node]] = []
+        self._taken: Counter[tuple[int, str]] = Counter()
+        self.cut_off = -math.inf  # log P of the best partial reply that was given up
+        self.found: dict[str | int, _Node] = {}
+        self._push(root)
+
+    def advance(self) -> list[_Node]:
+        """Go on as far as known; return the nodes to run next, or none where all is found."""
+        while self._queue and len(self.found) < self._n_best:
+            node = self._queue[0][2]
+            full = self._taken[node.level, node.kind] >= self._beams
+            if full and node.kind != "complete":
+                self._pop()
+                self.cut(node.log_prob)
+            elif node.kind == "complete":
+                self._pop()
+                rank = sum(self._taken[node.level, kind] for kind in ("open", "complete"))
+                if not self._ranked or rank <= self._beams:
+                    self.found.setdefault(node.text or len(self.found), node)
+            elif node.children is None:
+                return self._wanted(node.log_prob)
+            else:
+                self._pop()
+                for child in node.children:
+                    self._push(child)
+        return []
+
+    def cut(self, log_prob: float) -> None:
+        """Note that a partial reply of this log-probability was given up."""
+        self.cut_off = max(self.cut_off, log_prob)
+
+    @property
+    def branches(self) -> list[_Branch]:
+        """The branches that may yet grow."""
+        return [node.branch or node.stem for _, _, node in self._queue]
+
+    def _push(self, node: _Node) -> None:
+        heapq.heappush(self._queue, (-node.log_prob, next(self._order), node))
+
+    def _pop(self) -> None:
+        node = heapq.heappop(self._queue)[2]
+        self._taken[node.level, node.kind] += 1
+
+    def _wanted(self, best: float) -> list[_Node]:
+        nearest = heapq.nsmallest(self._beams, self._queue)
+        return [
+            node
+            for _, _, node in nearest
+            if node.children is None
+            and node.kind != "complete"
+            and node.log_prob >= best - SPECULATION
+            and self._taken[node.level, node.kind] < self._beams
+        ]
+
+
+# The generator -------------------------------------------------------------------------------
+
+
+class Generator:
+    """Decode the replies to the questions of paragraphs.
+
+    Args:
+        model: a causal language model with ``sdpa`` or ``eager`` attention, on any device.
+        encoder: the tokenizer's, with the chat template.
+        decoding: "span" or "free"; see the module.
+        num_beams: partial replies of one length that the search takes at most.
+        max_new_tokens: length limit of a reply (in span decoding of the span).
+        na_prob_thresh: the reply abstains where na_prob is above it (span decoding).
+        n_best: how many distinct spans to find (span decoding).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        encoder: ConversationEncoder,
+        *,
+        decoding: Literal["span", "free"] = "span",
+        num_beams: int = 1,
+        max_new_tokens: int = 256,
+        na_prob_thresh: float = 0.5,
+        n_best: int = 1,
+    ) -> None:
+        self.model = model
+        self.tokenizer = encoder.tokenizer
+        self.num_beams = max(num_beams, n_best) if decoding == "span" else num_beams
+        self.max_new_tokens = max_new_tokens
+        self.na_prob_thresh = na_prob_thresh
+        self.n_best = n_best
+        self.vocabulary = SpanVocabulary(encoder) if decoding == "span" else None
+        self.stop_ids = stop_ids(model, encoder)
+        self._too_many = math.inf  # questions that memory did not hold
+
+    def reply(self, paragraphs: Sequence[Paragraph]) -> list[list[Reply]]:
+        """Answer all questions of several paragraphs at once: a list of replies a paragraph.
+
+        Where memory runs out, the batch is halved, and halved again; later ones are, beforehand.
+        """
+        halves = _halve(paragraphs)
+        questions = sum(len(paragraph.prompts) for paragraph in paragraphs)
+        if not halves or questions < self._too_many:
+            try:
+                return _Batch(self, paragraphs).replies()
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if not halves:
+                    error.add_note("One question alone does not fit: --quantize the model.")
+                    raise
+                self._too_many = questions
+            # Out of the handler, which kept the failed pass's tensors alive.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        replies = [row for half in halves for row in self.reply(half)]
+        if len(paragraphs) == 1:  # the questions of one paragraph were parted
+            return [[reply for row in replies for reply in row]]
+        return replies
+
+
+def stop_ids(model: PreTrainedModel, encoder: ConversationEncoder) -> frozenset[int]:
+    """Return the tokens that end a reply: the model's own, and the chat template's end of turn."""
+    found: set[int] = set()
+    for source in (model.generation_config, encoder.tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    end_of_turn = reply_ids(encoder, NO_ANSWER)[-1]
+    if end_of_turn in encoder.tokenizer.added_tokens_decoder:
+        found.add(end_of_turn)
+    return frozenset(found)
+
+
+def _halve(paragraphs: Sequence[Paragraph]) -> list[list[Paragraph]]:
+    """Part a batch, by paragraphs or, where there is one, by its questions; [] if it cannot be."""
+    if len(paragraphs) > 1:
+        middle = len(paragraphs) // 2
+        return [list(paragraphs[:middle]), list(paragraphs[middle:])]
+    context, prompts = paragraphs[0].context, paragraphs[0].prompts
+    middle = len(prompts) // 2
+    return [[Paragraph(context, part)] for part in (prompts[:middle], prompts[middle:])] * (
+        middle > 0
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Tell an allocation that failed, on a GPU or a CPU (where torch has no class for it)."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "DefaultCPUAllocator" in str(error) or "CUDA out of memory" in str(error)
+    )
+
+
+@dataclass
+class _Question:
+    root: _Node
+    search: _Search
+    grammar: SpanGrammar | None
+    no_answer_log_prob: float = 0.0
+
+
+class _Batch:
+    """Some paragraphs on their way from prompts to replies."""
+
+    def __init__(self, generator: Generator, paragraphs: Sequence[Paragraph]) -> None:
+        self._generator = generator
+        self._vocabulary = generator.vocabulary
+        self._tree = TokenTree(generator.model)
+        cuts = [min(common_prefix(p.prompts), *(len(ids) - 1 for ids in p.prompts))
+                for p in paragraphs]  # fmt: skip
+        stems = [p.prompts[0][:cut] for p, cut in zip(paragraphs, cuts, strict=True)]
+        self._rows = [
+            self._questions(paragraph, stem, cut)
+            for paragraph, stem, cut in zip(paragraphs, self._tree.plant(stems), cuts, strict=True)
+        ]
+
+    def replies(self) -> list[list[Reply]]:
+        """Search until every question has its reply."""
+        self._ask()
+        while True:
+            wanted = [
+                [(question, node) for question in row for node in question.search.advance()]
+                for row in self._rows
+            ]
+            if not any(wanted):
+                return [[self._finish(question) for question in row] for row in self._rows]
+            self._compact()
+            self._run(wanted)
+
+    def _questions(self, paragraph: Paragraph, stem: _Branch, cut: int) -> list[_Question]:
+        """Make the empty replies to a paragraph's questions; the header is forced on them."""
+        generator, vocabulary = self._generator, self._vocabulary
+        grammar = SpanGrammar(vocabulary, paragraph.context) if vocabulary else None
+        questions = []
+        for prompt in paragraph.prompts:
+            tokens = prompt[cut:] + (vocabulary.header if vocabulary else [])
+            branch = _Branch(stem, tokens)
+            root = _Node(0.0, (), 0, stem, state=grammar.start if grammar else (), branch=branch)
+            search = _Search(
+                root, generator.num_beams, generator.n_best if grammar else 1, ranked=not grammar
+            )
+            questions.append(_Question(root, search, grammar))
+        return questions
+
+    def _ask(self) -> None:
+        """Run the questions, and for span decoding two ways in which their replies may go on.
+
+        One is the reply that abstains, whole, for its log-probability. The other is the lead, with
+        which most answers begin.
+        """
+        vocabulary = self._vocabulary
+        branches: list[list[_Branch]] = []
+        for row in self._rows:
+            branches.append([])
+            for question in row:
+                root = question.root.branch
+                assert root is not None
+                branches[-1].append(root)
+                if vocabulary:
+                    abstain, lead = vocabulary.no_answer[:-1], vocabulary.lead
+                    branches[-1].append(_Branch(root, abstain, len(abstain)))
+                    branches[-1].append(_Branch(root, lead))
+        logits = self._tree.grow(branches)
+        questions = [question for row in self._rows for question in row]
+        logits = logits.unflatten(0, (len(questions), -1))
+        self._expand([(question, question.root) for question in questions], logits[:, 0])
+        if not vocabulary:
+            return
+        totals = _score(logits[:, :-1], vocabulary.no_answer).sum(1).tolist()
+        opened = []
+        leads = [branch for row in branches for branch in row[2::3]]
+        for question, total, branch in zip(questions, totals, leads, strict=True):
+            question.no_answer_log_prob = total
+            for child in question.root.children or []:
+                if list(child.ids) == vocabulary.lead:
+                    child.branch = branch
+                    opened.append((question, child))
+        chosen = [index for index, question in enumerate(questions)
+                  if any(question is other for other, _ in opened)]  # fmt: skip
+        if opened:
+            self._expand(opened, logits[chosen, -1])
+
+    def _run(self, wanted: Sequence[Sequence[tuple[_Question, _Node]]]) -> None:
+        """Run partial replies, a list of them a row, and find how each may go on."""
+        for row in wanted:
+            for _, node in row:
+                forced = [*node.ids[-1:], *node.tail[:-1]]
+                node.branch = _Branch(node.stem, forced, max(1, len(node.tail)))
+        branches = [[node.branch for _, node in row if node.branch] for row in wanted]
+        logits = self._tree.grow(branches)
+        opened, rows, offset = [], [], 0
+        for question, node in [pair for row in wanted for pair in row]:
+            if node.kind == "open":
+                opened.append((question, node))
+                rows.append(offset)
+                offset += 1
+                continue
+            size = len(node.tail)
+            tail = _score(logits[None, offset : offset + size], node.tail).sum().item()
+            node.children = [
+                replace(node, log_prob=node.log_prob + tail, ids=(*node.ids, *node.tail),
+                        kind="complete", tail=())
+            ]  # fmt: skip
+            offset += size
+        if opened:
+            self._expand(opened, logits if len(rows) == offset else logits[rows])
+
+    def _expand(self, nodes: Sequence[tuple[_Question, _Node]], logits: torch.Tensor) -> None:
+        """Find the likeliest tokens that may follow each node, given its logits, a row each."""
+        beams, vocabulary = self._generator.num_beams, self._vocabulary
+        norms = logits.logsumexp(-1, keepdim=True)
+        if vocabulary is None:
+            top = logits.topk(min(beams + len(self._generator.stop_ids), logits.shape[-1]))
+            scores, ids = (top.values - norms).tolist(), top.indices.tolist()
+            for (_, node), row, tokens in zip(nodes, scores, ids, strict=True):
+                pairs = zip(row, tokens, strict=True)
+                node.children = [self._free_child(node, score, token) for score, token in pairs]
+            return
+        following = [q.grammar.successors(node.state) for q, node in nodes if q.grammar]
+        width = max(len(found.ids) for found in following)
+        padded = torch.tensor([found.ids + [-1] * (width - len(found.ids)) for found in following])
+        padded = padded.to(logits.device)
+        allowed = logits.gather(1, padded.clamp(min=0)) - norms
+        allowed.masked_fill_(padded < 0, -math.inf)
+        top = allowed.topk(min(4 * beams + self._generator.n_best, width))
+        for (question, node), found, values, indices in zip(
+            nodes, following, top.values.tolist(), top.indices.tolist(), strict=True
+        ):
+            if len(found.ids) > len(values):
+                question.search.cut(node.log_prob + values[-1])
+            children = (
+                self._span_child(question, node, value, found.ids[i], found.targets[i])
+                for value, i in zip(values, indices, strict=True)
+                if value > -math.inf
+            )
+            node.children = [child for child in children if child is not None]
+
+    def _free_child(self, node: _Node, score: float, token_id: int) -> _Node:
+        assert node.branch is not None
+        level = node.level + 1
+        last = token_id in self._generator.stop_ids or level == self._generator.max_new_tokens
+        return _Node(
+            node.log_prob + score, (*node.ids, token_id), level, node.branch,
+            kind="complete" if last else "open",
+        )  # fmt: skip
+
+    def _span_child(
+        self, question: _Question, node: _Node, score: float, token_id: int, target: list[int] | int
+    ) -> _Node | None:
+        vocabulary = self._vocabulary
+        assert node.branch is not None and vocabulary is not None and question.grammar is not None
+        level = node.level + 1
+        child = _Node(node.log_prob + score, (*node.ids, token_id), level, node.branch)
+        if not isinstance(target, int):
+            if level >= self._generator.max_new_tokens:
+                question.search.cut(child.log_prob)
+                return None
+            child.state = tuple(target)
+            return child
+        spelled = vocabulary.spell(child.ids)[len(vocabulary.lead_text) : -target]
+        child.kind, child.tail = "closing", vocabulary.tails[target]
+        child.text = question.grammar.read_span(spelled)
+        return child if child.text != NO_ANSWER else None
+
+    def _compact(self) -> None:
+        """Drop what no partial reply needs any more, where that is most of the tree."""
+        if self._tree.grown < 256:
+            return
+        live = [[b for q in row for b in q.search.branches] for row in self._rows]
+        if all(live):
+            self._tree.compact(live)
+
+    def _finish(self, question: _Question) -> Reply:
+        found = list(question.search.found.values())
+        if self._vocabulary is None:
+            best = found[0]
+            ids = list(best.ids)
+            text = self._generator.tokenizer.decode(
+                ids[:-1] if ids[-1] in self._generator.stop_ids else ids, skip_special_tokens=True
+            )
+            return Reply(str(text), ids, best.log_prob)
+        abstain = question.no_answer_log_prob
+        spans = tuple(Span(node.text, node.log_prob) for node in found)
+        na_prob = _sigmoid(abstain - spans[0].log_prob) if spans else 1.0
+        text, ids, score = NO_ANSWER, list(self._vocabulary.no_answer), abstain
+        if na_prob <= self._generator.na_prob_thresh and spans:
+            text, ids, score = spans[0].text, list(found[0].ids), spans[0].log_prob
+        certain = bool(found) and question.search.cut_off <= found[0].log_prob
+        return Reply(
+            format_answer(text), self._vocabulary.header + ids, score,
+            spans, abstain, na_prob, certain,
+        )  # fmt: skip
+
+
+def _score(logits: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
+    """Return the log-probability of each token, given logits of shape (..., tokens, vocabulary)."""
+    index = torch.tensor(ids, device=logits.device).expand(logits.shape[:-1])
+    return logits.gather(-1, index[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -1,0 +1,312 @@
+"""The grammar of span decoding: which tokens may follow in a reply that holds a span.
+
+A reply is ``ANSWER_HEADER + escape_answer(span) + ANSWER_FOOTER``. The tokens of the header up to
+the colon are always the same and are forced; what is left of it (the *lead*, `` "``) may merge with
+the answer's first characters, and the answer's last characters may merge with the closing quote.
+Here the tokens of a vocabulary are laid along the bytes of the escaped context, so any sequence of
+tokens that spells a reply is found, for byte-level and SentencePiece vocabularies alike. What
+follows the closing quote is forced again.
+
+Nothing here needs the model: ``SpanVocabulary`` is made once a tokenizer, ``SpanGrammar`` once a
+paragraph (a few milliseconds).
+"""
+
+import functools
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from llama_squad.answers import (
+    ANSWER_FOOTER,
+    ANSWER_HEADER,
+    NO_ANSWER,
+    escape_answer,
+    format_answer,
+)
+from llama_squad.collator import IGNORE, ConversationEncoder
+
+State = tuple[int, ...]
+"""Where a reply stands: the byte offsets of the escaped context at which the span may go on;
+``()`` at the span's start (anywhere); ``(-n,)`` while n bytes of the lead are still to come."""
+
+_FRESH: State = ()
+
+# Replies whose tokens show where this tokenizer merges the quotes with what is inside of them.
+_PROBES = [
+    NO_ANSWER,
+    "a",
+    "B",
+    "1",
+    "é",
+    "中",
+    *"!#$%&'()*+,-./:;<=>@[]^_`{|}~–’”",
+    '"',
+    "\\",
+    "\n1",
+]
+
+
+def is_span(context: str, text: str) -> bool:
+    """Tell whether ``text`` may be the answer: a substring without white space at its ends.
+
+    The text "?" is none, since a reply that holds it abstains.
+    """
+    return text not in (NO_ANSWER, "") and text == text.strip() and text in context
+
+
+@dataclass(frozen=True)
+class _Matches:
+    """Tokens by the bytes of the span that they spell."""
+
+    inside: Mapping[bytes, int]  # the span goes on after them
+    closing: Mapping[bytes, list[tuple[int, int]]]  # (token, bytes of the footer it spells too)
+    lengths: Mapping[int, list[int]]  # first byte → lengths of ``inside``
+    closing_lengths: list[int]
+
+    @classmethod
+    def build(cls, tokens: Mapping[bytes, int], ends: Sequence[int]) -> "_Matches":
+        """Index the tokens, which may end with the first ``ends`` bytes of the footer."""
+        footer = ANSWER_FOOTER.encode()
+        lengths: dict[int, set[int]] = defaultdict(set)
+        closing: dict[bytes, list[tuple[int, int]]] = defaultdict(list)
+        for spelled, token_id in tokens.items():
+            if spelled:
+                lengths[spelled[0]].add(len(spelled))
+            for end in ends:
+                if spelled.endswith(footer[:end]):
+                    closing[spelled[: len(spelled) - end]].append((token_id, end))
+        return cls(
+            {spelled: token_id for spelled, token_id in tokens.items() if spelled},
+            dict(closing),
+            {byte: sorted(found) for byte, found in lengths.items()},
+            sorted({len(head) for head in closing}),
+        )
+
+
+class SpanVocabulary:
+    """How one tokenizer spells replies.
+
+    Attributes:
+        header: token ids that open every reply, forced.
+        no_answer: the ids that follow them where the reply is ``NO_ANSWER``, through the end of
+            the turn, as in training.
+        tails: bytes of the footer that the closing token spells → the forced ids after it,
+            through the end of the turn.
+        lead: ids of the lead, where the answer begins with a letter.
+
+    Raises:
+        ValueError: the spelling of this tokenizer's tokens is not known, or it does not open all
+            replies with the same tokens.
+    """
+
+    def __init__(self, encoder: ConversationEncoder) -> None:
+        self._bytes = token_bytes(encoder.tokenizer)
+        replies = {probe: reply_ids(encoder, probe) for probe in _PROBES}
+        self.header, lead_text = self._split_header(replies[NO_ANSWER])
+        size = len(self.header)
+        if any(ids[:size] != self.header for ids in replies.values()):
+            raise ValueError(
+                "this tokenizer opens replies with different tokens: use free decoding"
+            )
+        self.no_answer = replies[NO_ANSWER][size:]
+        self.tails: dict[int, list[int]] = {}
+        for probe, ids in replies.items():
+            self._learn_tail(probe, ids[size:], len(lead_text))
+        self.lead_text = lead_text
+        self.lead = self._lead(replies["a"][size:])
+        tokens = _spellings(self._bytes)
+        ends = sorted(self.tails)
+        self.plain = _Matches.build(tokens, ends)
+        # For each rest of the lead: the tokens that end within it, and those that reach beyond.
+        self.within: dict[int, list[tuple[int, int]]] = {}
+        self.beyond: dict[int, _Matches] = {}
+        for left in range(1, len(lead_text) + 1):
+            rest = lead_text[-left:]
+            self.within[left] = [
+                (tokens[rest[:n]], left - n) for n in range(1, left + 1) if rest[:n] in tokens
+            ]
+            longer = {s[left:]: t for s, t in tokens.items() if len(s) > left and s[:left] == rest}
+            self.beyond[left] = _Matches.build(longer, ends)
+
+    def spell(self, ids: Sequence[int]) -> bytes:
+        """Return the bytes that tokens stand for (control tokens: none)."""
+        return b"".join(self._bytes.get(token_id, b"") for token_id in ids)
+
+    def _split_header(self, ids: Sequence[int]) -> tuple[list[int], bytes]:
+        """Return the leading tokens that end at or before the header's colon, and the lead."""
+        header = ANSWER_HEADER.encode()
+        spelled = self.spell(ids)
+        start = spelled.find(header)
+        if start < 0:
+            raise ValueError(
+                f"the tokens of a reply spell {spelled!r}: span decoding does not know this kind "
+                "of tokenizer, use --decoding free"
+            )
+        count = 0
+        while len(self.spell(ids[: count + 1])) <= start + len(header) - 2:
+            count += 1
+        return list(ids[:count]), spelled[len(self.spell(ids[:count])) : start + len(header)]
+
+    def _learn_tail(self, probe: str, ids: Sequence[int], lead: int) -> None:
+        closing = lead + len(escape_answer(probe).encode())
+        for count in range(1, len(ids)):
+            end = len(self.spell(ids[:count])) - closing
+            if end > 0:
+                self.tails.setdefault(end, list(ids[count:]))
+                return
+
+    def _lead(self, ids: Sequence[int]) -> list[int]:
+        count = 0
+        while len(self.spell(ids[: count + 1])) <= len(self.lead_text):
+            count += 1
+        return list(ids[:count])
+
+
+def reply_ids(encoder: ConversationEncoder, text: str) -> list[int]:
+    """Return the ids of the reply that answers ``text``, through the end of the turn."""
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": format_answer(text)},
+    ]
+    return [label for label in encoder.encode([messages])[0]["labels"] if label != IGNORE]
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
+    """Return the bytes that each token stands for inside a text, without control tokens.
+
+    Raises:
+        ValueError: neither a byte-level nor a SentencePiece vocabulary.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    kinds = {part["type"] for part in _components(backend["decoder"])}
+    control = set(tokenizer.added_tokens_decoder)
+    vocabulary = {i: token for token, i in tokenizer.get_vocab().items() if i not in control}
+    if "ByteLevel" in kinds:
+        table = _byte_level_table()
+        return {
+            i: bytes(table[char] for char in token)
+            for i, token in vocabulary.items()
+            if all(char in table for char in token)
+        }
+    if kinds & {"Replace", "Metaspace"}:
+        return {i: _sentencepiece_bytes(token) for i, token in vocabulary.items()}
+    raise ValueError(
+        f"span decoding knows byte-level and SentencePiece vocabularies, not {sorted(kinds)}: "
+        "use --decoding free"
+    )
+
+
+def _components(component: dict | None) -> list[dict]:
+    if component is None:
+        return []
+    return [component, *component.get("decoders", [])]
+
+
+def _byte_level_table() -> dict[str, int]:
+    """Return the byte that each character of a byte-level vocabulary stands for (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("▁", " ").encode()
+
+
+def _spellings(spelled: Mapping[int, bytes]) -> dict[bytes, int]:
+    """Return one token for each spelling: of two, the one of more characters in the vocabulary.
+
+    SentencePiece has a byte token beside the ordinary one for each ASCII character: the ordinary
+    one, which the tokenizer itself writes, comes later in the vocabulary.
+    """
+    return {text: token_id for token_id, text in sorted(spelled.items()) if text}
+
+
+@dataclass(frozen=True)
+class Successors:
+    """The tokens that may follow: the i-th leads to ``targets[i]``.
+
+    A target is the next ``State``'s offsets (a list: call ``tuple``), or an int where the token
+    closes the string: how many bytes of the footer it spells.
+    """
+
+    ids: list[int]
+    targets: list[list[int] | int]
+
+
+class SpanGrammar:
+    """The replies that are spans of one context."""
+
+    def __init__(self, vocabulary: SpanVocabulary, context: str) -> None:
+        self._vocabulary = vocabulary
+        chunks = [escape_answer(char).encode() for char in context]
+        self._text = b"".join(chunks)
+        self._ends = bytearray(len(self._text) + 1)
+        self._starts = []
+        offset = 0
+        for char, chunk in zip(context, chunks, strict=True):
+            if not char.isspace():
+                self._starts.append(offset)
+                self._ends[offset + len(chunk)] = 1
+            offset += len(chunk)
+        self.start: State = (-len(vocabulary.lead_text),) if vocabulary.lead_text else _FRESH
+        self.successors = functools.cache(self._successors)
+
+    def read_span(self, spelled: bytes) -> str:
+        """Return the span that bytes between the quotes stand for."""
+        return json.loads(b'"' + spelled + b'"')
+
+    def accepts(self, ids: Sequence[int]) -> bool:
+        """Tell whether the tokens after the header, through the end of the turn, are a reply."""
+        state = self.start
+        for index, token_id in enumerate(ids):
+            found = self.successors(state)
+            if token_id not in found.ids:
+                return False
+            target = found.targets[found.ids.index(token_id)]
+            if isinstance(target, int):
+                return list(ids[index + 1 :]) == self._vocabulary.tails[target]
+            state = tuple(target)
+        return False
+
+    def _successors(self, state: State) -> Successors:
+        inside: dict[int, list[int]] = {}
+        closing: dict[int, int] = {}
+        if state and state[0] < 0:
+            left = -state[0]
+            for token_id, rest in self._vocabulary.within[left]:
+                inside[token_id] = [-rest] if rest else []
+            self._match(self._vocabulary.beyond[left], self._starts, inside, closing, empty=False)
+        elif state == _FRESH:
+            self._match(self._vocabulary.plain, self._starts, inside, closing, empty=False)
+        else:
+            self._match(self._vocabulary.plain, state, inside, closing)
+        return Successors([*inside, *closing], [*inside.values(), *closing.values()])
+
+    def _match(
+        self,
+        matches: _Matches,
+        offsets: Sequence[int],
+        inside: dict[int, list[int]],
+        closing: dict[int, int],
+        empty: bool = True,
+    ) -> None:
+        """Lay tokens along the context from each offset (``empty``: may close right there)."""
+        text, tokens, closers = self._text, matches.inside, matches.closing
+        for offset in offsets:
+            if offset < len(text):
+                for length in matches.lengths.get(text[offset], ()):
+                    end = offset + length
+                    token_id = tokens.get(text[offset:end])
+                    if token_id is not None and end <= len(text):
+                        inside.setdefault(token_id, []).append(end)
+            for length in matches.closing_lengths:
+                end = offset + length
+                if end <= len(text) and self._ends[end] and (length or empty):
+                    closing.update(closers.get(text[offset:end], ()))
