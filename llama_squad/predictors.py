@@ -48,11 +48,14 @@ def group_paragraphs(records: Sequence[Record]) -> list[list[Record]]:
     return list(groups.values())
 
 
-def batch_paragraphs(
-    groups: Sequence[Sequence[Record]], batch_size: int
-) -> Iterator[list[list[Record]]]:
+Batch = list[list[Record]]
+"""Records by paragraph."""
+
+
+def batch_paragraphs(records: Sequence[Record], batch_size: int) -> Iterator[Batch]:
     """Yield whole paragraphs, as many as hold ``batch_size`` questions; a larger one is parted."""
-    batch: list[list[Record]] = []
+    batch: Batch = []
+    groups = group_paragraphs(records)
     for group in groups:
         for start in range(0, len(group), batch_size):
             part = list(group[start : start + batch_size])
@@ -72,7 +75,6 @@ class LocalModel:
         encoder: the tokenizer's, with the chat template and the reasoning tokens.
         prompt: a key of ``PROMPTS``.
         system_prompt: "" for none.
-        batch_size: questions at once.
         options: what ``Generator`` takes: decoding, num_beams, max_new_tokens, na_prob_thresh,
             n_best.
     """
@@ -84,27 +86,24 @@ class LocalModel:
         *,
         prompt: str = "single_turn",
         system_prompt: str = SYSTEM_PROMPT,
-        batch_size: int = 32,
         **options: Any,
     ) -> None:
         self._encoder = encoder
         self._prompt, self._system_prompt = prompt, system_prompt
-        self._batch_size = batch_size
         self._generator = Generator(model, encoder, **options)
         self._turns = Generator(model, encoder, decoding="free", max_new_tokens=TURN_TOKENS)
 
-    def answer(self, groups: Sequence[Sequence[Record]]) -> Iterator[list[Prediction]]:
-        """Answer the records of paragraphs, a batch at a time and in order."""
-        for batch in batch_paragraphs(groups, self._batch_size):
-            conversations = [[self._messages(record) for record in group] for group in batch]
-            self._talk(batch, conversations)
-            prompts = [self._encoder.encode_prompts(group) for group in conversations]
-            replies = self._generator.reply(_paragraphs(batch, prompts))
-            yield [
-                Prediction(record, str(self._encoder.tokenizer.decode(ids)), reply)
-                for triples in map(zip, batch, prompts, replies)
-                for record, ids, reply in triples
-            ]
+    def answer(self, batch: Batch) -> list[Prediction]:
+        """Answer the records of several paragraphs at once, in order."""
+        conversations = [[self._messages(record) for record in group] for group in batch]
+        self._talk(batch, conversations)
+        prompts = [self._encoder.encode_prompts(group) for group in conversations]
+        replies = self._generator.reply(_paragraphs(batch, prompts))
+        return [
+            Prediction(record, str(self._encoder.tokenizer.decode(ids)), reply)
+            for triples in map(zip, batch, prompts, replies)
+            for record, ids, reply in triples
+        ]
 
     def _messages(self, record: Record) -> list[Message]:
         return build_messages(record, self._prompt, self._system_prompt, answer=False)

@@ -1,0 +1,319 @@
+"""Evaluate a model on a split: resumable, in one process or several, with a tuned threshold.
+
+Reads records and a model, writes a result file (``llama_squad.results``) and, where asked, a
+``.n_best.jsonl`` beside it. Each process of several appends to a file of its own; the first one
+merges them, at the end and whenever a killed run is gone on with.
+"""
+
+import json
+import math
+import os
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from llama_squad.config import ModelArguments, TestArguments, provenance, write_json
+from llama_squad.predictors import Batch, LocalModel, Prediction, Record, batch_paragraphs
+from llama_squad.results import ResultsFile, config_path, merge_results, read_results, summarize
+
+THRESHOLD_FILE = "na_prob_thresh.json"
+"""The threshold tuned on the validation split, beside the adapter."""
+
+AUDIT_BEAMS = 1000
+"""So many partial replies of a length are almost never wanted: the audit's answers are proven."""
+
+# What may change between two runs of one result file.
+_VOLATILE = ("output", "overwrite", "batch_size", "predictions_dir", "audit", "tune_threshold",
+             "versions", "commit")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that torchrun started (or alone)."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def join(cls) -> "Processes":
+        """Meet the others; no tensor passes between them, so gloo does on GPUs, too."""
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world == 1:
+            return cls()
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(days=30))
+        return cls(dist.get_rank(), world)
+
+    def share(self, value: Any) -> Any:
+        """Return the first process's value to all, once all are here."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        dist.barrier()
+        return box[0]
+
+
+def choose_records(split: Any, args: TestArguments) -> list[Record]:
+    """Return the questions to answer, as the flags choose them."""
+    indices = list(range(len(split)))
+    if args.shuffle:
+        random.Random(args.seed).shuffle(indices)
+    columns = [name for name in split.column_names if name != "messages"]
+    return list(split.select(indices[: args.num_samples]).select_columns(columns))
+
+
+def settings_of(
+    args: TestArguments, model_args: ModelArguments, threshold: float | None
+) -> dict[str, Any]:
+    """Return what a result file says of how it was made."""
+    settings = {**asdict(args), **asdict(model_args), "na_prob_thresh": threshold}
+    return {**settings, **provenance()}
+
+
+def evaluate(
+    model: LocalModel,
+    records: Sequence[Record],
+    output: Path,
+    settings: Mapping[str, Any],
+    *,
+    batch_size: int = 32,
+    overwrite: bool = False,
+    n_best: bool = False,
+) -> None:
+    """Answer what ``output`` does not hold yet, and leave a complete result file there.
+
+    The rows stand by paragraph, in the order of ``records``, whatever number of processes and
+    interruptions there was.
+
+    Raises:
+        ValueError: ``output`` was made with other settings; see ``ResultsFile``.
+    """
+    processes = Processes.join()
+    batches = list(batch_paragraphs(records, batch_size))
+    order = [record["id"] for batch in batches for group in batch for record in group]
+    done: set[str] | str = set()
+    if processes.rank == 0:
+        try:
+            done = _gather(output, order, settings, overwrite)
+        except ValueError as error:
+            done = str(error)
+    done = processes.share(done)
+    if isinstance(done, str):
+        raise ValueError(done)
+    # A batch that was interrupted is answered whole: the same batches give the same figures, to
+    # the last bit, however often a run was killed and on however many processes it ran.
+    todo = [batch for batch in batches if _ids(batch) - done]
+    mine = todo[processes.rank :: processes.world]
+    path = output if processes.world == 1 else _shard_path(output, processes.rank)
+    with ResultsFile(path, settings, _VOLATILE) as results:
+        for predictions in _progress(model, mine, done, processes):
+            new = [item for item in predictions if item.record["id"] not in done]
+            if n_best:
+                _append_lines(_n_best_path(path), map(_n_best_line, new))
+            results.append([prediction.row() for prediction in new])
+    processes.share(None)
+    if processes.rank == 0:
+        _gather(output, order, settings)
+    processes.share(None)
+
+
+def _shard_path(output: Path, rank: int) -> Path:
+    return output.with_name(f"{output.stem}.rank{rank}.csv")
+
+
+def _n_best_path(output: Path) -> Path:
+    return output.with_suffix(".n_best.jsonl")
+
+
+def _gather(
+    output: Path, order: Sequence[str], settings: Mapping[str, Any], overwrite: bool = False
+) -> set[str]:
+    """Merge the files of all processes into ``output``, in order; return the ids that it holds."""
+    shards = sorted(output.parent.glob(f"{output.stem}.rank*.csv"))
+    done: set[str] = set()
+    for path in [output, *shards]:
+        with ResultsFile(path, settings, _VOLATILE, overwrite) as results:  # checks and mends it
+            done |= results.done
+    merge_results([output, *shards], output, order, settings)
+    _merge_lines([_n_best_path(path) for path in [output, *shards]], order, done)
+    _remove(shards)
+    return done
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        for file in (path, config_path(path), _n_best_path(path)):
+            file.unlink(missing_ok=True)
+
+
+def _n_best_line(prediction: Prediction) -> dict[str, Any]:
+    """Return the spans of one question: their probabilities, and the abstention's, add up to 1."""
+    reply = prediction.reply
+    assert reply.no_answer_log_prob is not None
+    log_probs = [reply.no_answer_log_prob, *(span.log_prob for span in reply.spans)]
+    weights = [math.exp(value - max(log_probs)) for value in log_probs]
+    probabilities = [weight / sum(weights) for weight in weights]
+    return {
+        "id": prediction.record["id"],
+        "na_prob": reply.na_prob,
+        "no_answer": {"probability": probabilities[0], "log_prob": log_probs[0]},
+        "spans": [
+            {"text": span.text, "probability": probability, "log_prob": span.log_prob}
+            for span, probability in zip(reply.spans, probabilities[1:], strict=True)
+        ],
+    }
+
+
+def _append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _merge_lines(paths: Sequence[Path], order: Sequence[str], done: set[str]) -> None:
+    """Merge JSON-lines files into the first one: those of ``done`` questions, once each."""
+    lines: dict[str, str] = {}
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+            try:
+                lines[json.loads(line)["id"]] = line
+            except ValueError:  # the last line of a killed process
+                continue
+    if lines:
+        kept = [lines[id_] for id_ in order if id_ in lines and id_ in done]
+        aside = paths[0].with_name(f".{paths[0].name}.{os.getpid()}")
+        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        aside.replace(paths[0])
+
+
+def _ids(batch: Batch) -> set[str]:
+    return {record["id"] for group in batch for record in group}
+
+
+def _progress(
+    model: LocalModel, batches: Sequence[Batch], done: set[str], processes: Processes
+) -> Iterator[list[Prediction]]:
+    """Answer batches, with a bar: questions a second, time left, running exact match."""
+    total = sum(len(_ids(batch)) for batch in batches)
+    if done and processes.rank == 0:
+        print(f"Going on: {len(done):,} questions are done, {total:,} to do.", file=sys.stderr)
+    exact = count = 0
+    with tqdm(total=total, unit=" questions", disable=processes.rank != 0) as bar:
+        for batch in batches:
+            predictions = model.answer(batch)
+            yield predictions
+            exact += sum(prediction.row()["Exact match"] for prediction in predictions)
+            count += len(predictions)
+            bar.set_postfix_str(f"exact match {100 * exact / count:.1f} %", refresh=False)
+            bar.update(len(predictions))
+
+
+# The threshold -------------------------------------------------------------------------------
+
+
+def load_threshold(args: TestArguments) -> float:
+    """Return the threshold to abstain above: the flag's, else the adapter's tuned one, else 0.5.
+
+    Raises:
+        ValueError: the adapter's file is damaged.
+    """
+    if args.na_prob_thresh is not None:
+        return args.na_prob_thresh
+    path = Path(args.adapter_name or "", THRESHOLD_FILE)
+    if not args.adapter_name or not path.is_file():
+        return 0.5
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["na_prob_thresh"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, or tune again") from error
+
+
+def tune_threshold(
+    model: LocalModel, split: Any, args: TestArguments, model_args: ModelArguments
+) -> float:
+    """Choose the threshold with the best exact match on the validation split, and save it.
+
+    ``model`` must not abstain (a threshold of 1): what it would have said is needed. The answers
+    are kept in a result file of their own, so that an interrupted tuning goes on.
+
+    Raises:
+        ValueError: there is no adapter folder to save it in.
+    """
+    if not args.adapter_name or not Path(args.adapter_name).is_dir():
+        raise ValueError(
+            "--tune_threshold keeps the threshold in the adapter's folder: give a local "
+            "--adapter_name, or choose a threshold with --na_prob_thresh"
+        )
+    columns = [name for name in split.column_names if name != "messages"]
+    records = list(split.select_columns(columns))
+    output = Path(args.output).with_suffix(".val.csv")
+    settings = settings_of(args, model_args, 1.0) | {"split": "val", "num_samples": None}
+    evaluate(model, records, output, settings, batch_size=args.batch_size, overwrite=args.overwrite)
+    figures = summarize(read_results(output))
+    threshold = figures["best_exact_thresh"]
+    if Processes.join().rank == 0:
+        write_json(
+            Path(args.adapter_name) / THRESHOLD_FILE,
+            {
+                "na_prob_thresh": threshold,
+                "questions": figures["n"],
+                "exact": figures["best_exact"],
+                **settings,
+            },
+        )
+        print(
+            f"Threshold {threshold:.4f}: {figures['best_exact']:.2f} % exact on the "
+            f"{figures['n']:,} validation questions. Saved in {args.adapter_name}/{THRESHOLD_FILE}"
+        )
+    return threshold
+
+
+# The audit -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Audit:
+    """How the search's answers compare with the best of all spans."""
+
+    questions: int
+    proven: int
+    best: int
+
+    def __str__(self) -> str:
+        share = f"{100 * self.best / self.proven:.1f} %" if self.proven else "none"
+        return (
+            f"Audit of {self.questions:,} questions: the best of all spans is known for "
+            f"{self.proven:,}; the search had found it for {self.best:,} of them ({share})."
+        )
+
+
+def audit(
+    model: LocalModel, exhaustive: LocalModel, records: Sequence[Record], args: TestArguments
+) -> Audit:
+    """Compare a model's best spans with those of a search that gives up next to nothing.
+
+    The exhaustive search counts where it is proven: each span that it did not finish had already
+    become less likely than its answer. Texts or, where several are equally likely,
+    log-probabilities must agree.
+    """
+    sample = random.Random(args.seed).sample(list(records), min(args.audit, len(records)))
+    proven = [
+        (searched.reply, best.reply)
+        for batch in batch_paragraphs(sample, args.batch_size)
+        for searched, best in zip(model.answer(batch), exhaustive.answer(batch), strict=True)
+        if best.reply.certain
+    ]
+    best = sum(
+        a.spans[0].text == b.spans[0].text
+        or abs(a.spans[0].log_prob - b.spans[0].log_prob) < 1e-4
+        for a, b in proven if a.spans
+    )  # fmt: skip
+    return Audit(len(sample), len(proven), best)

@@ -1,0 +1,122 @@
+"""Evaluate a model or an adapter: answer a split's questions, and print the row of the table.
+
+Reads the dataset folder and the model; writes ``--output`` (results/results.csv), a row a question
+as it is known, so that a killed run goes on where it stopped. Several processes share the work.
+
+    python test_llama_squad.py --adapter_name=results/final_checkpoints --num_beams 10
+    python test_llama_squad.py --model_name meta-llama/Llama-2-7b-chat-hf --decoding free
+    python test_llama_squad.py --adapter_name=results/final_checkpoints --tune_threshold
+    torchrun --nproc_per_node 8 test_llama_squad.py --adapter_name=results/final_checkpoints
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_squad.config import ModelArguments, TestArguments, parse_stage
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage."""
+    args, model_args = parse_stage(
+        "test", (TestArguments, ModelArguments), argv, saved=adapter_settings, description=__doc__
+    )
+    try:
+        check_flags(args)
+        run(args, model_args)
+    except ValueError as error:
+        sys.exit(f"test_llama_squad.py: {error}")
+
+
+def adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
+    """Return what the adapter brings: its base model, prompt and reasoning tokens."""
+    if not parsed[0].adapter_name:
+        return {}
+    from llama_squad.modeling import saved_settings
+
+    return saved_settings(parsed[0].adapter_name)
+
+
+def check_flags(args: TestArguments) -> None:
+    """Refuse flags that mean nothing together. Raises ValueError."""
+    needs_spans = {
+        "--tune_threshold": args.tune_threshold,
+        "--na_prob_thresh": args.na_prob_thresh is not None,
+        "--n_best": args.n_best,
+        "--audit": args.audit,
+    }
+    for flag, given in needs_spans.items():
+        if given and args.decoding == "free":
+            raise ValueError(f"{flag} needs --decoding span: free decoding weighs no spans")
+    if args.tune_threshold and args.na_prob_thresh is not None:
+        raise ValueError("--tune_threshold chooses what --na_prob_thresh sets: give one of them")
+    for name in ("num_beams", "batch_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+
+
+def run(args: TestArguments, model_args: ModelArguments) -> None:
+    """Answer, score and print."""
+    from llama_squad.data import load_squad
+
+    dataset = load_squad(args.dataset_name)
+    for name in [args.split, *["val"] * args.tune_threshold]:
+        if name not in dataset:
+            raise ValueError(
+                f"{args.dataset_name} has no split {name!r}, only {', '.join(dataset)}"
+            )
+    from llama_squad import evaluation, modeling
+    from llama_squad.predictors import LocalModel
+
+    modeling.say_device()
+    threshold = evaluation.load_threshold(args)
+    encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)
+    weights = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
+
+    def model(**options: Any) -> LocalModel:
+        common = {
+            "decoding": args.decoding,
+            "num_beams": args.num_beams,
+            "max_new_tokens": args.max_new_tokens,
+        }
+        return LocalModel(
+            weights, encoder, prompt=args.prompt, system_prompt=args.system_prompt, **common | options,
+        )  # fmt: skip
+
+    if args.tune_threshold:
+        judge = model(na_prob_thresh=1.0)
+        threshold = evaluation.tune_threshold(judge, dataset["val"], args, model_args)
+    records = evaluation.choose_records(dataset[args.split], args)
+    evaluation.evaluate(
+        model(na_prob_thresh=threshold, n_best=max(1, args.n_best)),
+        records,
+        Path(args.output),
+        evaluation.settings_of(args, model_args, threshold),
+        batch_size=args.batch_size,
+        overwrite=args.overwrite,
+        n_best=args.n_best > 0,
+    )
+    if evaluation.Processes.join().rank > 0:
+        return
+    report(args)
+    if args.audit:
+        exhaustive = model(num_beams=evaluation.AUDIT_BEAMS)
+        print(evaluation.audit(model(), exhaustive, records, args))
+
+
+def report(args: TestArguments) -> None:
+    """Print the row of the table and the next command; write the official files if asked."""
+    from llama_squad.report import render_summaries
+    from llama_squad.results import read_results, summarize, write_official
+
+    rows = read_results(args.output)
+    if args.predictions_dir:
+        write_official(rows, args.predictions_dir)
+    name = Path(args.adapter_name or args.output).name
+    print("\n" + render_summaries({name: summarize(rows)}, "table"))
+    print(f"Wrote {args.output}. Next: python summarize_results.py {args.output}")
+
+
+if __name__ == "__main__":
+    main()
