@@ -1,0 +1,169 @@
+"""The configuration: defaults < file < saved < flags, strict, and every shipped YAML."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from llama_squad.config import (
+    STAGES,
+    AppArguments,
+    CreateArguments,
+    ModelArguments,
+    TestArguments,
+    TrainArguments,
+    load_run_config,
+    load_yaml,
+    nearest,
+    parse_stage,
+    save_run_config,
+)
+from llama_squad.prompts import SYSTEM_PROMPT
+
+CONFIGS = [ROOT / "config.yaml", *sorted((ROOT / "configs").glob("*.yaml"))]
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Write a configuration file and return its path."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str) -> str:
+        path = tmp_path / "some.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def parse(*argv: str, **options):
+    return parse_stage("create", (CreateArguments,), argv, **options)[0]
+
+
+def test_defaults_file_saved_flags(config):
+    assert parse() == CreateArguments()
+    assert parse().system_prompt == SYSTEM_PROMPT
+    file = config("prompt: multi_turn\ncreate:\n  seed: 1\n  validation_ratio: 0.2\n")
+    assert parse("--config", file) == CreateArguments(
+        prompt="multi_turn", seed=1, validation_ratio=0.2
+    )
+    saved = {"seed": 2, "validation_ratio": 0.3, "not_a_flag_here": 1}
+    args = parse("--config", file, "--validation_ratio=0.4", saved=lambda parsed: saved)
+    assert args == CreateArguments(prompt="multi_turn", seed=2, validation_ratio=0.4)
+
+
+def test_section_beats_top_and_null_is_none(config):
+    file = config("seed: 1\ncreate:\n  seed: 3\n  train_files: null\n")
+    assert parse(f"--config={file}") == CreateArguments(seed=3)
+    file = config("create:\n  train_files: [a b.json, c.json]\n  source: --odd\n")
+    assert parse("--config", file).source == "--odd"
+    assert parse("--config", file).train_files == ["a b.json", "c.json"]
+
+
+def test_config_yaml_of_the_current_folder(config, tmp_path):
+    (tmp_path / "config.yaml").write_text("create: {seed: 9}\n")
+    assert parse().seed == 9
+    assert parse("--config", config("")).seed == 42
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.0e-6", "+1e-6", ".1e-5", "0.000001"])
+def test_numbers(config, text):
+    assert load_yaml(Path(config(f"x: {text}")))["x"] == 1e-6
+    assert load_yaml(Path(config("x: 12")))["x"] == 12
+    assert load_yaml(Path(config("x: 1e-6b")))["x"] == "1e-6b"
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "message"),
+    [
+        ("create:\n  sed: 1", (), "unknown key 'sed' in `create:` (did you mean seed?)"),
+        ("promt: single_turn", (), "unknown key 'promt' at the top (did you mean prompt?)"),
+        ("creat:\n  seed: 1", (), "unknown key 'creat' at the top (did you mean create?)"),
+        ("validation_ratio: 0.1", (), "it belongs in the section `create:`"),
+        ("create:\n  seed: soon", (), "some.yaml: error: argument --seed: invalid int value"),
+        ("create: 3", (), "section 'create' must hold"),
+        ("- a", (), "expected `key: value` lines"),
+        ("a: [", (), "some.yaml"),
+        ("create:\n  seed: 1\n  seed: 2", (), "line 3: key 'seed' is there twice"),
+        ("", ("--sead", "1"), "unknown flag --sead (did you mean --seed?)"),
+        ("", ("--see=1",), "unknown flag --see (did you mean --seed?)"),  # no abbreviations
+        ("", ("extra",), "unexpected argument 'extra'"),
+        ("", ("--seed", "x"), "argument --seed: invalid int value: 'x'"),
+        ("", ("--prompt", "three_turn"), "invalid choice: 'three_turn'"),
+    ],
+)
+def test_refused(config, capsys, text, argv, message):
+    with pytest.raises(SystemExit) as exit_info:
+        parse("--config", config(text), *argv)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_file(capsys):
+    with pytest.raises(SystemExit):
+        parse("--config", "nowhere.yaml")
+    assert "cannot read the configuration nowhere.yaml" in capsys.readouterr().err
+
+
+def test_nearest():
+    assert nearest("lerning_rate", ["learning_rate", "seed"]) == " (did you mean learning_rate?)"
+    assert nearest("zzz", ["learning_rate"]) == ""
+
+
+def test_run_config_round_trip(tmp_path):
+    save_run_config(tmp_path, "create", create=CreateArguments(seed=5), extra={"a": [1]})
+    saved = load_run_config(tmp_path)
+    assert saved["stage"] == "create"
+    assert saved["create"] == dataclasses.asdict(CreateArguments(seed=5))
+    assert saved["extra"] == {"a": [1]}
+    assert saved["versions"]["torch"].startswith("2.")
+    assert load_run_config(tmp_path / "nowhere") == {}
+    (tmp_path / "llama_squad.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        load_run_config(tmp_path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_yaml_parses(path, monkeypatch):
+    """Through the real command line of every stage."""
+    from llama_squad.training import SquadSFTConfig
+    from summarize_results import SummarizeArguments
+
+    monkeypatch.chdir(ROOT)
+    stages = {
+        "create": (CreateArguments,),
+        "train": (TrainArguments, ModelArguments, SquadSFTConfig),
+        "test": (TestArguments, ModelArguments),
+        "summarize": (SummarizeArguments,),
+        "app": (AppArguments, ModelArguments),
+    }
+    assert tuple(stages) == STAGES
+    content = yaml.safe_load(path.read_text())
+    for stage, types in stages.items():
+        parsed = parse_stage(stage, types, ["--config", str(path)])
+        values = {k: v for args in parsed for k, v in vars(args).items()}
+        for key, value in (content.get(stage) or {}).items():
+            if isinstance(value, int | bool) or key == "output":
+                assert values[key] == value, (stage, key)
+        if stage == "train" and "learning_rate" in content.get("train", {}):
+            assert isinstance(values["learning_rate"], float)
+        if "model_name" in values:
+            assert values["model_name"] == content["model_name"]
+
+
+@pytest.mark.parametrize("stage", ["create_squad_dataset.py", "summarize_results.py"])
+def test_help_imports_no_torch(stage):
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = [{stage!r}, '--help']\n"
+        f"try: runpy.run_path({stage!r}, run_name='__main__')\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "assert 'torch' not in sys.modules and 'datasets' not in sys.modules\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "--config" in run.stdout

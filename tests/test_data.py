@@ -1,0 +1,308 @@
+"""Reading, checking, splitting and writing SQuAD records; and the stage that does all of it."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import create_squad_dataset
+from llama_squad.config import CreateArguments, load_run_config
+from llama_squad.data import (
+    check_records,
+    count_split,
+    expand_files,
+    load_squad,
+    read_hub,
+    read_squad_file,
+    split_by_title,
+    write_dataset,
+)
+
+CONTEXT = "Velmor lies on the Ash. It was founded in 1655."
+
+
+def squad(*titles: str, ids: str = "q") -> dict:
+    """Make a file of one paragraph a title, with an answerable and an unanswerable question."""
+    return {
+        "version": "v2.0",
+        "data": [
+            {
+                "title": title,
+                "paragraphs": [
+                    {
+                        "context": f"{title}: {CONTEXT}",
+                        "qas": [
+                            {
+                                "id": f"{ids}{n}a",
+                                "question": " When was Velmor founded?",
+                                "is_impossible": False,
+                                "answers": [{"text": "1655", "answer_start": len(title) + 2 + 42}],
+                            },
+                            {
+                                "id": f"{ids}{n}b",
+                                "question": "Who founded Velmor?",
+                                "is_impossible": True,
+                                "answers": [],
+                                "plausible_answers": [{"text": "Ash", "answer_start": 0}],
+                            },
+                        ],
+                    }
+                ],
+            }
+            for n, title in enumerate(titles)
+        ],
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content, name: str = "train.json") -> str:
+        path = tmp_path / name
+        text = content if isinstance(content, str) else json.dumps(content)
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_read_squad_file(write, tmp_path):
+    write(squad("Velmor"))
+    records = list(read_squad_file(tmp_path / "train.json"))
+    assert records == [
+        {
+            "id": "q0a",
+            "title": "Velmor",
+            "context": f"Velmor: {CONTEXT}",
+            "question": " When was Velmor founded?",
+            "answers": {"text": ["1655"], "answer_start": [50]},
+        },
+        {
+            "id": "q0b",
+            "title": "Velmor",
+            "context": f"Velmor: {CONTEXT}",
+            "question": "Who founded Velmor?",
+            "answers": {"text": [], "answer_start": []},
+        },
+    ]
+    assert count_split(records) == {
+        "questions": 2, "answerable": 1, "paragraphs": 1, "titles": 1,
+    }  # fmt: skip
+
+
+def broken(change) -> dict:
+    content = copy.deepcopy(squad("A", "B"))
+    change(content["data"][1]["paragraphs"][0])
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "has no 'data'"),
+        ({"data": {}}, "'data' should be a list, found a dict"),
+        (broken(lambda p: p.pop("context")), r"data\[1\].paragraphs\[0\] has no 'context'"),
+        (broken(lambda p: p["qas"][0].update(id=7)), r"qas\[0\]: 'id' should be a str, found a int"),
+        (broken(lambda p: p["qas"][1].pop("answers")), r"qas\[1\] has no 'answers'"),
+        (
+            broken(lambda p: p["qas"][0].update(is_impossible=True)),
+            r"id q1a\): is_impossible is True, but there are 1 answers",
+        ),
+        (
+            broken(lambda p: p["qas"][0]["answers"][0].update(answer_start="3")),
+            "'answer_start' should be a int",
+        ),
+        (
+            broken(lambda p: p["qas"][0]["answers"][0].update(answer_start=4)),
+            r"1 answers whose answer_start does not index their text \(first: id 'q1a'\)",
+        ),
+        (
+            broken(lambda p: p["qas"][0]["answers"][0].update(answer_start=-4)),
+            "answer_start does not index",
+        ),
+        (broken(lambda p: p["qas"][1].update(id="q0a")), r"1 questions whose id was there before"),
+        (
+            broken(lambda p: (p.update(context=" "), p["qas"][0].update(answers=[], is_impossible=True))),
+            r"2 questions with an empty context \(first: id 'q1a'\)",
+        ),
+        (broken(lambda p: p["qas"][0].update(question="")), "1 empty questions"),
+    ],
+)  # fmt: skip
+def test_bad_files_are_refused_and_nothing_is_written(
+    write, tmp_path, monkeypatch, content, message
+):
+    monkeypatch.chdir(tmp_path)
+    path = write(content)
+    with pytest.raises(SystemExit) as exit_info:
+        create_squad_dataset.main(["--train_files", path, "--validation_ratio=0"])
+    assert re.search(message, str(exit_info.value.code))
+    assert path in str(exit_info.value.code)
+    assert [p.name for p in tmp_path.rglob("*")] == ["train.json"]
+
+
+def test_faults_of_all_kinds_in_one_message():
+    records = [
+        {"id": "a", "context": "x", "question": "", "answers": {"text": ["y"], "answer_start": [0]}},
+        {"id": "a", "context": "", "question": "q", "answers": {"text": [], "answer_start": []}},
+    ]  # fmt: skip
+    with pytest.raises(ValueError) as caught:
+        check_records(records, "here", set())
+    assert str(caught.value) == (
+        "here: 1 empty questions (first: id 'a'); 1 answers whose answer_start does not index "
+        "their text (first: id 'a'); 1 questions whose id was there before (first: id 'a'); "
+        "1 questions with an empty context (first: id 'a'). Mend the file; nothing was written."
+    )
+
+
+def test_ids_are_unique_across_files(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train, test = write(squad("A")), write(squad("B"), "test.json")
+    with pytest.raises(SystemExit) as exit_info:
+        create_squad_dataset.main(["--train_files", train, "--test_files", test, "--validation_ratio=0"])  # fmt: skip
+    assert "test.json: 2 questions whose id was there before" in str(exit_info.value.code)
+
+
+def test_expand_files(write, tmp_path):
+    b, a = write("{}", "b.json"), write("{}", "a.json")
+    pattern = str(tmp_path / "*.json")
+    assert [str(p) for p in expand_files([b, pattern])] == [b, a]  # in order, and once each
+    with pytest.raises(ValueError, match="no file matches 'nowhere"):
+        expand_files(["nowhere/*.json"])
+
+
+def test_split_keeps_titles_and_contexts_together():
+    def record(n, title, context):
+        return {"id": str(n), "title": title, "context": context}
+
+    records = [record(n, f"t{n % 20}", f"c{n % 20}") for n in range(200)]
+    # three titles are tied together by shared contexts
+    records += [record(200, "t1", "c0"), record(201, "t2", "c1")]
+    train, val = split_by_title(records, 0.25, seed=1)
+    assert sorted(int(r["id"]) for r in train + val) == list(range(202))
+    for key in ("title", "context"):
+        assert not {r[key] for r in train} & {r[key] for r in val}
+    assert 40 <= len(val) <= 61
+    assert split_by_title(records, 0.25, seed=1) == (train, val)
+    assert split_by_title(records, 0.25, seed=2) != (train, val)
+    assert split_by_title(records, 0, seed=1) == (records, [])
+
+
+def test_split_that_is_impossible():
+    records = [{"id": "a", "title": "t", "context": "c"}] * 3
+    with pytest.raises(ValueError, match="--validation_ratio 0"):
+        split_by_title(records, 0.1, 1)
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        split_by_title(records, 1.0, 1)
+
+
+def test_stage(write, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train = write(squad(*"ABCDEFGHIJ"))
+    test = write(squad("Y", ids="t"), "test.json")
+    create_squad_dataset.main(
+        ["--train_files", train, "--test_files", test, "--validation_ratio=0.2", "--prompt=multi_turn"]
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert re.search(r"train +16 +8 +8 +8\nval +4 +2 +2 +2\ntest +2 +1 +1 +1", out)
+    assert "train and val hold the 20 questions" in out
+    dataset = load_squad("data/squad_v2")
+    assert {name: len(split) for name, split in dataset.items()} == {
+        "train": 16,
+        "val": 4,
+        "test": 2,
+    }
+    row = dataset["test"][0]
+    assert [m["role"] for m in row["messages"]] == ["system", *["user", "assistant"] * 3]
+    assert row["messages"][-1]["content"] == '```json\n{\n  "answer": "1655"\n}\n```'
+    assert row["answers"] == {"text": ["1655"], "answer_start": [45]}
+    assert load_run_config("data/squad_v2")["create"]["prompt"] == "multi_turn"
+    # again, over the old one; and no trace of the work beside it
+    create_squad_dataset.main(["--test_files", test])
+    assert list(load_squad("data/squad_v2")) == ["test"]
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["squad_v2"]
+
+
+def test_other_folders_are_left_alone(write, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    records = list(read_squad_file(__import__("pathlib").Path(write(squad("A")))))
+    with pytest.raises(ValueError, match="holds no dataset"):
+        write_dataset({"train": records}, CreateArguments(dataset_name=str(tmp_path / "mine")))
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+
+
+def test_shared_contexts_with_the_test_split_are_told(write, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    files = ["--train_files", write(squad("A", "B")), "--test_files", write(squad("B", ids="t"), "t.json")]  # fmt: skip
+    create_squad_dataset.main([*files, "--validation_ratio=0"])
+    assert "2 training questions are about a context of the test split" in capsys.readouterr().err
+
+
+def test_no_dataset_there():
+    with pytest.raises(ValueError, match="create_squad_dataset.py --dataset_name nowhere"):
+        load_squad("nowhere")
+
+
+def test_hub_source_as_a_local_copy(tmp_path, monkeypatch):
+    """The Hub's own code path, on a folder of parquet files as the Hub has them."""
+    from datasets import Dataset
+
+    def rows(split):
+        answers = {"text": ["1655"], "answer_start": [42]}
+        return Dataset.from_list(
+            [
+                {
+                    "id": split,
+                    "title": "t",
+                    "context": CONTEXT,
+                    "question": "When?",
+                    "answers": answers,
+                }
+            ]
+        )
+
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    rows("train").to_parquet(str(folder / "train.parquet"))
+    rows("validation").to_parquet(str(folder / "validation.parquet"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    splits = read_hub(str(folder), set())
+    assert [r["id"] for r in splits["train"] + splits["test"]] == ["train", "validation"]
+    (folder / "validation.parquet").unlink()
+    with pytest.raises(ValueError, match="has no split 'validation', only train"):
+        read_hub(str(folder), set())
+
+
+def test_hub_out_of_reach():
+    code = "import create_squad_dataset as c; c.main(['--dataset_name', '/nonexistent/x'])"
+    env = {"PATH": "/usr/bin", "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert "cannot load 'rajpurkar/squad_v2'" in run.stderr
+    assert "bring files: --train_files" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.slow
+def test_real_squad(shared_data, tmp_path, capsys, monkeypatch):
+    """The complete data: the counts, and no context in two splits."""
+    folder = shared_data / "squad_v2"
+    create_squad_dataset.main(
+        [
+            "--dataset_name", str(tmp_path / "squad"),
+            "--train_files", str(folder / "train-*.json"),
+            "--test_files", str(folder / "dev.json"),
+        ]
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert "the 129,943 questions of the training source" in out
+    assert re.search(r"test +11,873 +5,928 +1,204 +35", out)
+    dataset = load_squad(str(tmp_path / "squad"))
+    contexts = {name: set(split["context"]) for name, split in dataset.items()}
+    assert not contexts["train"] & contexts["val"]
+    assert not contexts["test"] & (contexts["train"] | contexts["val"])
