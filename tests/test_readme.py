@@ -1,0 +1,98 @@
+"""The commands that the README, the recipes and the scripts name are real ones."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+from llama_squad.config import (
+    AppArguments,
+    CreateArguments,
+    ModelArguments,
+    TestArguments,
+    TrainArguments,
+    parse_stage,
+)
+
+SOURCES = [
+    ROOT / "README.md",
+    ROOT / "quickstart.sh",
+    *sorted((ROOT / "configs").glob("*.yaml")),
+    *sorted(ROOT.glob("*.py")),
+    *sorted((ROOT / "llama_squad").glob("*.py")),
+    ROOT / "benchmarks" / "RESULTS.md",
+]
+
+
+def commands(text: str) -> list[str]:
+    """Find `python STAGE.py ...`, up to the end of the code or the line (joined at backslashes)."""
+    text = text.replace("\\\n", " ")
+    found = re.findall(r"python ([a-z_]+\.py\b[^`\n\"#]*)", text)
+    return [re.sub(r" {2,}.*|[…,].*", "", command).strip() for command in found]
+
+
+FOUND = [
+    (source.name, command)
+    for source in SOURCES
+    if source.is_file()
+    for command in commands(source.read_text(encoding="utf-8"))
+]
+
+
+def test_finds_commands():
+    assert len([c for name, c in FOUND if name == "README.md"]) >= 12
+    assert {"quickstart.sh", "llama2_7b.yaml", "multi_turn.yaml"} <= {name for name, _ in FOUND}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in (
+        "python create_squad_dataset.py",
+        "python test_llama_squad.py --adapter_name=results/final_checkpoints",
+        "python summarize_results.py",
+        "./eval.sh results/final_checkpoints",
+        "python app.py --adapter_name=results/final_checkpoints",
+        "./quickstart.sh",
+        "./tests/run.sh",
+    ):
+        assert re.search(rf"^{re.escape(line)}\b", text, re.M), line
+
+
+@pytest.mark.parametrize(("source", "command"), FOUND, ids=lambda value: value[:60])
+def test_parses(source, command, monkeypatch):
+    from llama_squad.training import SquadSFTConfig
+    from summarize_results import SummarizeArguments
+
+    monkeypatch.chdir(ROOT)
+    types = {
+        "create_squad_dataset.py": ("create", CreateArguments),
+        "train_llama_squad.py": ("train", TrainArguments, ModelArguments, SquadSFTConfig),
+        "test_llama_squad.py": ("test", TestArguments, ModelArguments),
+        "summarize_results.py": ("summarize", SummarizeArguments),
+        "app.py": ("app", AppArguments, ModelArguments),
+    }
+    filled = re.sub(
+        r"\{[^}]*\}|\$[a-z]+", "x", command.replace("$config", "configs/quickstart.yaml")
+    )
+    script, *argv = shlex.split(filled)
+    if script not in types:
+        assert (ROOT / script).is_file(), f"{source} names {script}"
+        return
+    while script == "summarize_results.py" and argv and not argv[0].startswith("-"):
+        argv.pop(0)
+    stage, *dataclasses = types[script]
+    parsed = parse_stage(stage, dataclasses, argv)
+    given = {name.split("=")[0].lstrip("-") for name in argv if name.startswith("--")} - {"config"}
+    known = {name for args in parsed for name in vars(args)} | {"max_seq_length"}
+    assert {name.removeprefix("no_") for name in given} <= known
+
+
+def test_files_that_the_readme_names_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text[text.index("## What is where") : text.index("## How it works")]
+    names = re.findall(r"^(?:  )?([\w./]+\.(?:py|sh|yaml))", tree, re.M)
+    assert len(names) >= 18
+    for name in names:
+        assert (ROOT / name).is_file() or (ROOT / "llama_squad" / name).is_file(), name
+    for recipe in re.findall(r"configs/\w+\.yaml", text):
+        assert (ROOT / recipe).is_file(), recipe
+    package = {path.name for path in (ROOT / "llama_squad").glob("[a-z]*.py")}
+    assert package <= set(re.findall(r"\w+\.py", tree)), "a module is missing from the tree"
