@@ -69,8 +69,8 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> No
         encoded = rows.encode_dataset(dataset, encoder, sft_args.max_length)
     model = training.prepare_model(args, model_args, encoder)
     collator = SquadDataCollator(pad_token_id=encoder.tokenizer.pad_token_id)
+    validate = training.make_validation(sft_args, dataset, args.dataset_name, encoder)
     features = training.lay_out(args, sft_args, encoded, model, collator)
-    validate = training.make_validation(args, sft_args, dataset, encoder)
     trainer = training.SquadTrainer(
         model=model,
         args=sft_args,

@@ -4,7 +4,8 @@ import dataclasses
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -12,12 +13,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 from transformers import PreTrainedModel, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from llama_squad import modeling, rows
+from llama_squad.answers import extract_answer
 from llama_squad.collator import IGNORE, ConversationEncoder, SquadDataCollator
-from llama_squad.config import ModelArguments, TrainArguments
+from llama_squad.config import ModelArguments, TrainArguments, load_run_config
+from llama_squad.metrics import is_exact_match
+from llama_squad.predictors import LocalModel, Prediction, batch_paragraphs
 
 # Flags of TRL's own data preparation, whose part is taken by our encoder and collator. Setting one
 # would change nothing, so it is refused, with what does the job here.
@@ -409,7 +414,52 @@ def lay_out(
 
 
 def make_validation(
-    args: TrainArguments, sft_args: Any, dataset: Any, encoder: ConversationEncoder
+    sft_args: Any, dataset: Any, dataset_name: str, encoder: ConversationEncoder
 ) -> Callable[[Any], dict[str, float]] | None:
-    """Return what answers the validation questions by real generation at each evaluation."""
-    return None
+    """Return what answers the validation questions by real generation at each evaluation.
+
+    Replies are free and greedy, so that the figures show how far the format is learned too.
+    Processes take the paragraphs in turns and add up what they count. None where there is nothing
+    to validate on.
+    """
+    if "val" not in dataset or sft_args.eval_strategy == "no":
+        sft_args.eval_strategy = "no"
+        return None
+    created = load_run_config(dataset_name).get("create", {})
+    prompts = {key: created[key] for key in ("prompt", "system_prompt") if key in created}
+    batches = list(batch_paragraphs(dataset["val"].to_list(), sft_args.per_device_eval_batch_size))[
+        sft_args.process_index :: sft_args.world_size
+    ]
+
+    def validate(model: Any) -> dict[str, float]:
+        local = LocalModel(model, encoder, decoding="free", max_new_tokens=128, **prompts)
+        counts = Counter[str]()
+        for batch in tqdm(batches, desc="Validating", leave=False, unit=" batches"):
+            counts.update(key for prediction in local.answer(batch) for key in _verdict(prediction))
+        keys = ("questions", "valid", "right", "answerable", "found", "abstained")
+        total = torch.tensor([counts[key] for key in keys], device=model.device)
+        if sft_args.world_size > 1:
+            torch.distributed.all_reduce(total)
+        n = dict(zip(keys, total.tolist(), strict=True))
+        return {
+            "exact_match": n["right"] / max(n["questions"], 1),
+            "valid_json": n["valid"] / max(n["questions"], 1),
+            "correct_has_answer": n["found"] / max(n["answerable"], 1),
+            "correct_no_answer": n["abstained"] / max(n["questions"] - n["answerable"], 1),
+        }
+
+    return validate
+
+
+def _verdict(prediction: Prediction) -> Iterator[str]:
+    """Yield the counters that one prediction adds to."""
+    answer = extract_answer(prediction.reply.completion)
+    golds = prediction.record["answers"]["text"]
+    yield "questions"
+    if golds:
+        yield "answerable"
+    if answer.state != "malformed":
+        yield "valid"
+    if is_exact_match(answer, golds):
+        yield "right"
+        yield "found" if golds else "abstained"
