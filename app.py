@@ -63,8 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
         page = build(args, Talker(model, encoder, args), model_args.model_name)
         serve(page, server_name=args.host, server_port=args.port, share=args.share)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"app.py: {error}")
+    except OSError as error:  # the loaders' own are ValueErrors
+        sys.exit(f"app.py: cannot serve {args.host}:{args.port}: give another --port ({error})")
 
 
 def _adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
@@ -268,7 +270,7 @@ def failed(error: Exception) -> str:
     if not isinstance(error, ValueError):  # those say what the visitor can do
         traceback.print_exception(error)
     message = str(error) or type(error).__name__
-    gr.Warning(html.escape(message), title=FAILED)
+    gr.Warning(html.escape(message))
     return card(FAILED, note=message, tone="bad")
 
 
