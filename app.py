@@ -12,8 +12,6 @@ import html
 import itertools
 import random
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +21,10 @@ from typing import Any
 from llama_squad.answers import NO_ANSWER, Answer, extract_answer
 from llama_squad.config import AppArguments, ModelArguments, parse_stage
 from llama_squad.metrics import is_exact_match, score_answer
-from llama_squad.prompts import Message, build_messages
+from llama_squad.prompts import Message
 
 VISITORS = 8
 """Replies under way at a time, each with a key/value cache of its own; more wait in a queue."""
-FRAME = 0.05
-"""Seconds between two updates of a reply on the page: each costs about as much as a token."""
 FAILED = "That did not work"
 SPLITS = ("test", "val", "train")
 PRIVATE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -55,13 +51,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, model_args = parse_stage(
         "app", (AppArguments, ModelArguments), argv, saved=_adapter_settings, description=__doc__
     )
+    import gradio
+
     from llama_squad import modeling
+    from llama_squad.chat import Talker
 
     modeling.say_device()
     try:
         encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)
         model = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
-        page = build(args, Talker(model, encoder, args), model_args.model_name)
+        page = build(args, Talker(model, encoder, args, gradio.Info), model_args.model_name)
         serve(page, server_name=args.host, server_port=args.port, share=args.share)
     except ValueError as error:
         sys.exit(f"app.py: {error}")
@@ -76,94 +75,6 @@ def _adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
 
 
 # The conversation ----------------------------------------------------------------------------
-
-
-class Talker:
-    """A model that all visitors share: it is held for one token at a time, so they take turns.
-
-    It keeps nothing between two calls; the conversation is the visitor's.
-    """
-
-    def __init__(self, model: Any, encoder: Any, args: AppArguments) -> None:
-        from llama_squad.generation import stop_ids
-
-        self.model, self.encoder, self.args = model, encoder, args
-        self._stop_ids = stop_ids(model, encoder)
-        self._lock = threading.Lock()
-
-    def ask(self, context: str, question: str) -> Iterator[list[Message]]:
-        """Put a question as in training: a new conversation, each user turn in its turn."""
-        record = {"context": context, "question": question}
-        messages = build_messages(record, self.args.prompt, self.args.system_prompt, answer=False)
-        turns = [message["content"] for message in messages if message["role"] == "user"]
-        return self.converse([], turns, pause=True)
-
-    def converse(
-        self, messages: list[Message], turns: Sequence[str], pause: bool = False
-    ) -> Iterator[list[Message]]:
-        """Add user turns and their replies to a conversation; yield it whenever it has grown.
-
-        Args:
-            messages: turns of user and assistant so far, without the system prompt.
-            turns: what the user says next, one after the other.
-            pause: the last reply comes after the reasoning tokens, if the model has any.
-        """
-        for left, turn in zip(reversed(range(len(turns))), turns, strict=True):
-            messages = [*messages, {"role": "user", "content": turn}]
-            yield messages
-            answered = messages
-            for text in self._reply(messages, final=pause and not left):
-                answered = [*messages, {"role": "assistant", "content": text}]
-                yield answered
-            messages = answered
-
-    def _reply(self, messages: list[Message], final: bool) -> Iterator[str]:
-        """Yield the greedy reply as it grows.
-
-        Raises:
-            ValueError: the conversation leaves no room for a reply.
-        """
-        import gradio
-
-        if self.args.system_prompt.strip():
-            system = {"role": "system", "content": self.args.system_prompt.strip()}
-            messages = [system, *messages]
-        (ids,) = self.encoder.encode_prompts([messages], final=final)
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        room = self.args.max_new_tokens if limit is None else limit - len(ids)
-        if room <= 0:
-            raise ValueError(
-                f"The conversation is {len(ids)} tokens long, and the model reads at most {limit}. "
-                "Clear the chat, or shorten the text."
-            )
-        reply: list[int] = []
-        cache, text, shown = None, "", 0.0
-        for _ in range(min(room, self.args.max_new_tokens)):
-            token, cache = self._next_token(ids, cache)
-            if token in self._stop_ids:
-                break
-            reply.append(token)
-            ids = [token]
-            text = str(self.encoder.tokenizer.decode(reply, skip_special_tokens=True))
-            in_character = text.endswith("\ufffd")
-            if not in_character and time.monotonic() - shown > FRAME:
-                yield text
-                shown = time.monotonic()
-        else:
-            gradio.Info(f"The reply was cut after {len(reply)} tokens.", 5)
-        yield text.strip()  # as it is fed back in evaluation, too
-
-    def _next_token(self, ids: list[int], cache: Any) -> tuple[int, Any]:
-        import torch
-
-        with self._lock, torch.inference_mode():
-            output = self.model(
-                input_ids=torch.tensor([ids], device=self.model.device),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        return int(output.logits[0, -1].argmax()), output.past_key_values
 
 
 def answered_turns(history: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -304,7 +215,7 @@ def known_golds(record: Any, context: str, question: str) -> list[str] | None:
 
 
 def ask(
-    talker: Talker, context: str, question: str, record: Mapping[str, Any] | None
+    talker: Any, context: str, question: str, record: Mapping[str, Any] | None
 ) -> Iterator[tuple[list[Message], str]]:
     """Stream the conversation about a question, and the verdict at its end."""
     messages: list[Message] = []
@@ -321,7 +232,7 @@ def ask(
 
 
 def chat(
-    talker: Talker, message: str, history: Sequence[Mapping[str, Any]]
+    talker: Any, message: str, history: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[list[Message], str, str]]:
     """Stream the conversation with one more turn, the verdict at its end, and "" for the input."""
     messages = before = answered_turns(history)
@@ -336,7 +247,7 @@ def chat(
     yield as_shown(messages), show_verdict(judge(messages[-1]["content"]), free=True), ""
 
 
-def build(args: AppArguments, talker: Talker, model_name: str) -> Any:
+def build(args: AppArguments, talker: Any, model_name: str) -> Any:
     """Return the page, a ``gradio.Blocks``; ``serve`` starts it."""
     import gradio as gr
 

@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import app
 from llama_squad.answers import Answer, format_answer
+from llama_squad.chat import Talker
 from llama_squad.collator import ConversationEncoder
 from llama_squad.config import AppArguments, CreateArguments
 from llama_squad.data import write_dataset
@@ -131,9 +132,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def scripted(tokenizer: Any, reply: Any, pause: float = 0.0, **settings: Any) -> app.Talker:
+def scripted(tokenizer: Any, reply: Any, pause: float = 0.0, **settings: Any) -> Talker:
     model = ScriptedModel(tokenizer, reply, pause)
-    return app.Talker(model, ConversationEncoder(tokenizer), AppArguments(**settings))
+    return Talker(model, ConversationEncoder(tokenizer), AppArguments(**settings))
 
 
 @pytest.fixture
@@ -254,7 +255,7 @@ def test_what_is_shown_can_be_taken_back(text: str) -> None:
 
 def test_a_reply_is_the_greedy_one(tokenizer: Any, llama: Any) -> None:
     encoder = ConversationEncoder(tokenizer)
-    talker = app.Talker(llama, encoder, AppArguments(max_new_tokens=24))
+    talker = Talker(llama, encoder, AppArguments(max_new_tokens=24))
     *_, messages = talker.ask(CONTEXT, "Who?")
     prompt = {"role": "system", "content": talker.args.system_prompt}, messages[0]
     ids = torch.tensor(encoder.encode_prompts([prompt]))

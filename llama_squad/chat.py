@@ -1,0 +1,114 @@
+"""Talk with a model as people do: turn by turn, the reply streaming. The demo's side of decoding.
+
+Replies are greedy and free; ``llama_squad.generation`` is what evaluates.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from llama_squad.collator import ConversationEncoder
+from llama_squad.config import AppArguments
+from llama_squad.generation import stop_ids
+from llama_squad.prompts import Message, build_messages
+
+FRAME = 0.05
+"""Seconds between two updates of a reply on the page: each costs about as much as a token."""
+
+
+class Talker:
+    """A model that all visitors share: it is held for one token at a time, so they take turns.
+
+    It keeps nothing between two calls; the conversation is the visitor's.
+
+    Args:
+        model: in evaluation mode.
+        encoder: the tokenizer's, with the chat template.
+        args: the demo's.
+        tell: shows the visitor a passing note.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        encoder: ConversationEncoder,
+        args: AppArguments,
+        tell: Callable[[str], object] = print,
+    ) -> None:
+        self.model, self.encoder, self.args = model, encoder, args
+        self._tell = tell
+        self._stop_ids = stop_ids(model, encoder)
+        self._lock = threading.Lock()
+
+    def ask(self, context: str, question: str) -> Iterator[list[Message]]:
+        """Put a question as in training: a new conversation, each user turn in its turn."""
+        record = {"context": context, "question": question}
+        messages = build_messages(record, self.args.prompt, self.args.system_prompt, answer=False)
+        turns = [message["content"] for message in messages if message["role"] == "user"]
+        return self.converse([], turns, pause=True)
+
+    def converse(
+        self, messages: list[Message], turns: Sequence[str], pause: bool = False
+    ) -> Iterator[list[Message]]:
+        """Add user turns and their replies to a conversation; yield it whenever it has grown.
+
+        Args:
+            messages: turns of user and assistant so far, without the system prompt.
+            turns: what the user says next, one after the other.
+            pause: the last reply comes after the reasoning tokens, if the model has any.
+        """
+        for left, turn in zip(reversed(range(len(turns))), turns, strict=True):
+            messages = [*messages, {"role": "user", "content": turn}]
+            yield messages
+            answered = messages
+            for text in self._reply(messages, final=pause and not left):
+                answered = [*messages, {"role": "assistant", "content": text}]
+                yield answered
+            messages = answered
+
+    def _reply(self, messages: list[Message], final: bool) -> Iterator[str]:
+        """Yield the greedy reply as it grows.
+
+        Raises:
+            ValueError: the conversation leaves no room for a reply.
+        """
+        if self.args.system_prompt.strip():
+            system = {"role": "system", "content": self.args.system_prompt.strip()}
+            messages = [system, *messages]
+        (ids,) = self.encoder.encode_prompts([messages], final=final)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        room = self.args.max_new_tokens if limit is None else limit - len(ids)
+        if room <= 0:
+            raise ValueError(
+                f"The conversation is {len(ids)} tokens long, and the model reads at most {limit}. "
+                "Clear the chat, or shorten the text."
+            )
+        reply: list[int] = []
+        cache, text, shown = None, "", 0.0
+        for _ in range(min(room, self.args.max_new_tokens)):
+            token, cache = self._next_token(ids, cache)
+            if token in self._stop_ids:
+                break
+            reply.append(token)
+            ids = [token]
+            text = str(self.encoder.tokenizer.decode(reply, skip_special_tokens=True))
+            in_character = text.endswith("\ufffd")
+            if not in_character and time.monotonic() - shown > FRAME:
+                yield text
+                shown = time.monotonic()
+        else:
+            self._tell(f"The reply was cut after {len(reply)} tokens.")
+        yield text.strip()  # as it is fed back in evaluation, too
+
+    def _next_token(self, ids: list[int], cache: Any) -> tuple[int, Any]:
+        with self._lock, torch.inference_mode():
+            output = self.model(
+                input_ids=torch.tensor([ids], device=self.model.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return int(output.logits[0, -1].argmax()), output.past_key_values
