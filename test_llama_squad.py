@@ -81,7 +81,8 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
             "max_new_tokens": args.max_new_tokens,
         }
         return LocalModel(
-            weights, encoder, prompt=args.prompt, system_prompt=args.system_prompt, **common | options,
+            weights, encoder, prompt=args.prompt, system_prompt=args.system_prompt,
+            **common | options,
         )  # fmt: skip
 
     if args.tune_threshold:

@@ -31,11 +31,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from llama_squad.answers import NO_ANSWER, format_answer
 from llama_squad.collator import ConversationEncoder, common_prefix
-from llama_squad.spans import SpanGrammar, SpanVocabulary, State, reply_ids
+from llama_squad.spans import SpanGrammar, State, reply_ids, span_vocabulary
 
 SPECULATION = 0.7
 """Partial replies this close (in nats) to the likeliest one are run along with it: they will
 probably be wanted next, and a pass over two tokens costs little more than over one."""
+
+COMPACT_AFTER = 256
+"""The tree drops its dead branches when it has grown by so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -331,7 +334,7 @@ class Generator:
         self.max_new_tokens = max_new_tokens
         self.na_prob_thresh = na_prob_thresh
         self.n_best = n_best
-        self.vocabulary = SpanVocabulary(encoder) if decoding == "span" else None
+        self.vocabulary = span_vocabulary(encoder) if decoding == "span" else None
         self.stop_ids = stop_ids(model, encoder)
         self._too_many = math.inf  # questions that memory did not hold
 
@@ -565,7 +568,7 @@ class _Batch:
 
     def _compact(self) -> None:
         """Drop what no partial reply needs any more, where that is most of the tree."""
-        if self._tree.grown < 256:
+        if self._tree.grown < COMPACT_AFTER:
             return
         live = [[b for q in row for b in q.search.branches] for row in self._rows]
         if all(live):

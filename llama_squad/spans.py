@@ -165,6 +165,12 @@ class SpanVocabulary:
         return list(ids[:count])
 
 
+@functools.lru_cache(maxsize=4)
+def span_vocabulary(encoder: ConversationEncoder) -> SpanVocabulary:
+    """Return the encoder's ``SpanVocabulary``, made once (a second or two)."""
+    return SpanVocabulary(encoder)
+
+
 def reply_ids(encoder: ConversationEncoder, text: str) -> list[int]:
     """Return the ids of the reply that answers ``text``, through the end of the turn."""
     messages = [

@@ -1,0 +1,388 @@
+"""The tree of questions, the search and the grammar of spans, against plain ways to do the same."""
+
+import itertools
+import json
+import random
+import unicodedata
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from llama_squad import generation
+from llama_squad.answers import NO_ANSWER, extract_answer, format_answer
+from llama_squad.collator import ConversationEncoder
+from llama_squad.generation import Generator, Paragraph, TokenTree
+from llama_squad.prompts import build_messages
+from llama_squad.spans import SpanGrammar, is_span, reply_ids, span_vocabulary
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZERS = ("llama2", "llama3", "qwen2_5_rebuilt")
+# Double spaces, line ends, quotes, a backslash, a control character, composed and decomposed
+# accents, wide characters, an abstention's own sign, punctuation that merges with the quotes.
+ODD = ('Née  in 1990s, "Zoë" (é\\n)\n\tsaid: 中文 “ok”?\x07 '
+       + unicodedata.normalize("NFD", "é") + " ✨ x.")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoders(shared_data):
+    trl = Path(find_spec("trl").origin).parent / "chat_templates"
+    templates = {
+        "llama2": ROOT / "configs/chat_templates/llama2.jinja",
+        "llama3": trl / "llama3.jinja",
+        "qwen2_5_rebuilt": trl / "qwen2_5.jinja",
+    }
+    found = {}
+    for name, template in templates.items():
+        tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / name)
+        tokenizer.chat_template = template.read_text()
+        found[name] = ConversationEncoder(tokenizer)
+    return found
+
+
+@pytest.fixture(scope="module")
+def vocabularies(encoders):
+    return {name: span_vocabulary(encoder) for name, encoder in encoders.items()}
+
+
+@pytest.fixture(scope="module")
+def encoder(encoders):
+    return encoders["llama2"]
+
+
+@pytest.fixture(scope="module")
+def model(encoder):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(encoder.tokenizer), hidden_size=32, intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        initializer_range=0.4, attn_implementation="sdpa",
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def paragraphs(shared_data, encoder):
+    """Three questions each of two real paragraphs of different lengths."""
+    articles = json.loads((shared_data / "squad_v2/dev.json").read_text())["data"]
+    found = [articles[0]["paragraphs"][0], articles[3]["paragraphs"][2]]
+    return [
+        make_paragraph(encoder, item["context"], [qa["question"] for qa in item["qas"][:3]])
+        for item in found
+    ]
+
+
+def make_paragraph(encoder, context, questions):
+    records = [{"context": context, "question": question} for question in questions]
+    messages = [build_messages(record, answer=False) for record in records]
+    return Paragraph(context, encoder.encode_prompts(messages))
+
+
+@torch.inference_mode()
+def teacher_force(model, prompt, reply):
+    """Log P(reply | prompt), by one plain pass."""
+    ids = torch.tensor([[*prompt, *reply]])
+    scores = model(ids).logits[0].float().log_softmax(-1)[len(prompt) - 1 : -1]
+    return scores.gather(1, torch.tensor(reply)[:, None]).sum().item()
+
+
+# Free decoding -------------------------------------------------------------------------------
+
+
+def generate(model, prompt, num_beams, length):
+    more = {"length_penalty": 0.0} if num_beams > 1 else {}
+    output = model.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        num_beams=num_beams, do_sample=False, max_new_tokens=length, pad_token_id=0,
+        output_scores=True, return_dict_in_generate=True, **more,
+    )  # fmt: skip
+    ids = output.sequences[0, len(prompt) :].tolist()
+    stop = [i for i, token in enumerate(ids) if token in stop_list(model)]
+    return ids[: stop[0] + 1] if stop else ids, output.get("sequences_scores")
+
+
+def stop_list(model):
+    eos = model.generation_config.eos_token_id
+    return eos if isinstance(eos, list) else [eos]
+
+
+@pytest.mark.parametrize("num_beams", [1, 10])
+@pytest.mark.parametrize("stops", [0, 25], ids=["to the limit", "with ends of turn"])
+def test_free_decoding_equals_generate(model, encoder, paragraphs, num_beams, stops, monkeypatch):
+    if stops:  # tokens that this model likes, so that replies end, at all lengths and beams
+        liked = model.lm_head.weight.norm(dim=1).topk(stops).indices.tolist()
+        eos = [*liked, encoder.tokenizer.eos_token_id]
+        monkeypatch.setattr(model.generation_config, "eos_token_id", eos)
+    generator = Generator(model, encoder, decoding="free", num_beams=num_beams, max_new_tokens=8)
+    replies = generator.reply(paragraphs)
+    ended = 0
+    for paragraph, row in zip(paragraphs, replies, strict=True):
+        for prompt, reply in zip(paragraph.prompts, row, strict=True):
+            ids, score = generate(model, prompt, num_beams, 8)
+            assert reply.token_ids == ids
+            ended += len(ids) < 8
+            if score is not None:
+                assert reply.score == pytest.approx(score.item(), abs=1e-4)
+    assert ended or not stops
+
+
+def test_free_replies_lose_their_end_of_turn(model, encoder, paragraphs, monkeypatch):
+    generator = Generator(model, encoder, decoding="free", max_new_tokens=1)
+    reply = generator.reply(paragraphs)[0][0]
+    assert reply.completion == encoder.tokenizer.decode(reply.token_ids)
+    generator.stop_ids |= set(reply.token_ids)
+    assert generator.reply(paragraphs)[0][0].completion == ""
+
+
+# The tree ------------------------------------------------------------------------------------
+
+
+def test_no_answer_probability_equals_teacher_forcing(model, encoder, paragraphs):
+    generator = Generator(model, encoder)
+    header, tail = generator.vocabulary.header, generator.vocabulary.no_answer
+    assert extract_answer(encoder.tokenizer.decode(header + tail)).state == "no_answer"
+    for paragraph, row in zip(paragraphs, generator.reply(paragraphs), strict=True):
+        for prompt, reply in zip(paragraph.prompts, row, strict=True):
+            expected = teacher_force(model, prompt + header, tail)
+            assert reply.no_answer_log_prob == pytest.approx(expected, abs=1e-4)
+            ids = reply.token_ids[len(header) :]
+            assert reply.score == pytest.approx(
+                teacher_force(model, prompt + header, ids), abs=1e-4
+            )
+
+
+@pytest.mark.parametrize("fault", ["position_ids", "attention_mask"])
+def test_tree_needs_its_positions_and_its_mask(model, encoder, paragraphs, fault, monkeypatch):
+    right = Generator(model, encoder).reply(paragraphs)
+    forward = type(model).forward
+
+    def wrong(self, **kwargs):
+        kwargs.pop(fault, None)
+        return forward(self, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", wrong)
+    broken = Generator(model, encoder).reply(paragraphs)
+    pairs = zip(itertools.chain(*right), itertools.chain(*broken), strict=True)
+    assert any(abs(a.no_answer_log_prob - b.no_answer_log_prob) > 1e-3 for a, b in pairs)
+
+
+def test_paragraphs_together_equal_paragraphs_alone(model, encoder, paragraphs):
+    generator = Generator(model, encoder, num_beams=3)
+    assert len(paragraphs[0].prompts[0]) != len(paragraphs[1].prompts[0])
+    together = itertools.chain(*generator.reply(paragraphs))
+    alone = [
+        generator.reply([Paragraph(paragraph.context, [prompt])])[0][0]
+        for paragraph in paragraphs
+        for prompt in paragraph.prompts
+    ]
+    for a, b in zip(together, alone, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.spans[0].text == b.spans[0].text
+        assert a.no_answer_log_prob == pytest.approx(b.no_answer_log_prob, abs=1e-4)
+
+
+def test_eager_attention_gives_the_same(model, encoder, paragraphs, monkeypatch):
+    expected = Generator(model, encoder).reply(paragraphs)
+    monkeypatch.setattr(model.config, "_attn_implementation", "eager")
+    for a, b in zip(Generator(model, encoder).reply(paragraphs), expected, strict=True):
+        assert [reply.token_ids for reply in a] == [reply.token_ids for reply in b]
+
+
+def test_dropping_dead_branches_changes_nothing(model, encoder, paragraphs, monkeypatch):
+    generator = Generator(model, encoder, decoding="free", num_beams=4, max_new_tokens=12)
+    expected = generator.reply(paragraphs)
+    lengths = []
+    compact = TokenTree.compact
+
+    def watched(tree, branches):
+        lengths.append(tree.grown)
+        compact(tree, branches)
+
+    monkeypatch.setattr(TokenTree, "compact", watched)
+    monkeypatch.setattr(generation, "COMPACT_AFTER", 4)
+    again = generator.reply(paragraphs)
+    assert lengths
+    for a, b in zip(itertools.chain(*again), itertools.chain(*expected), strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.score == pytest.approx(b.score, abs=1e-4)
+
+
+def test_out_of_memory_halves_the_batch_and_loses_no_row(model, encoder, paragraphs, monkeypatch):
+    expected = Generator(model, encoder).reply(paragraphs)
+    grow, sizes = TokenTree.grow, []
+
+    def small(tree, rows):
+        questions = sum(len(branch.tokens) > 4 for row in rows for branch in row)
+        sizes.append(questions)
+        if questions > 2 * 2:  # a question and its abstention each
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return grow(tree, rows)
+
+    monkeypatch.setattr(TokenTree, "grow", small)
+    generator = Generator(model, encoder)
+    replies = generator.reply(paragraphs)
+    assert [len(row) for row in replies] == [3, 3]
+    assert max(sizes) == 12
+    for a, b in zip(itertools.chain(*replies), itertools.chain(*expected), strict=True):
+        assert a.token_ids == b.token_ids
+    sizes.clear()
+    generator.reply(paragraphs)
+    assert max(sizes) <= 4  # it has learned what does not fit
+
+
+def test_other_errors_are_not_taken_for_out_of_memory(model, encoder, paragraphs, monkeypatch):
+    def broken(tree, rows):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(TokenTree, "grow", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        Generator(model, encoder).reply(paragraphs)
+
+
+# The grammar ---------------------------------------------------------------------------------
+
+
+def spell_out(grammar, vocabulary, text):
+    """Find some tokens that spell the reply that holds ``text``, or None."""
+    target = vocabulary.lead_text + format_answer(text).encode().partition(b'": "')[2]
+
+    def walk(state, offset):
+        found = grammar.successors(state)
+        for token_id, following in zip(found.ids, found.targets, strict=True):
+            spelled = vocabulary.spell([token_id])
+            if not target.startswith(spelled, offset):
+                continue
+            if isinstance(following, int):
+                return [token_id, *vocabulary.tails[following]]
+            rest = walk(tuple(following), offset + len(spelled))
+            if rest is not None:
+                return [token_id, *rest]
+        return None
+
+    return walk(grammar.start, 0)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_span_can_be_spelled_and_nothing_else(encoders, vocabularies, name):
+    tokenizer, vocabulary = encoders[name].tokenizer, vocabularies[name]
+    grammar = SpanGrammar(vocabulary, ODD)
+    texts = {ODD[i:j] for i in range(len(ODD)) for j in range(i + 1, min(i + 6, len(ODD)) + 1)}
+    spans = {text for text in texts if is_span(ODD, text)}
+    assert {"n", "é\\n", "“ok”", '"Zoë"', "é\\n)\n\tsa", "\x07"} <= spans
+    assert not {"", "?", " x", "in ", "zoë"} & spans
+    for text in spans:
+        ids = spell_out(grammar, vocabulary, text)
+        assert ids is not None, text
+        assert grammar.accepts(ids)
+        reply = tokenizer.decode(vocabulary.header + ids, clean_up_tokenization_spaces=False)
+        assert extract_answer(reply).text == text
+    for text in [*(texts - spans - {"?"}), "not there", "Zoë (é"]:
+        assert spell_out(grammar, vocabulary, text) is None, text
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_random_walks_give_spans(encoders, vocabularies, name):
+    vocabulary, chance = vocabularies[name], random.Random(0)
+    grammar = SpanGrammar(vocabulary, ODD)
+    seen = set()
+    for _ in range(150):
+        state, ids = grammar.start, []
+        while True:
+            found = grammar.successors(state)
+            index = chance.randrange(len(found.ids))
+            ids.append(found.ids[index])
+            if isinstance(found.targets[index], int):
+                ids += vocabulary.tails[found.targets[index]]
+                break
+            state = tuple(found.targets[index])
+            if not grammar.successors(state).ids:  # white space at the context's end
+                break
+        else:
+            continue
+        if not grammar.accepts(ids):
+            continue
+        answer = extract_answer(vocabulary.spell(vocabulary.header + ids).decode())
+        assert answer.text == NO_ANSWER or is_span(ODD, answer.text)
+        seen.add(answer.text)
+    assert len(seen) > 25
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_grammar_takes_the_tokens_of_training(encoders, vocabularies, name):
+    encoder, vocabulary = encoders[name], vocabularies[name]
+    context = 'The "Beyoncé" tour (1990s, U.S.) grossed $5\\10 — “twice” as much; it\'s 中文.'
+    grammar = SpanGrammar(vocabulary, context)
+    for text in ["Beyoncé", '"Beyoncé"', "1990s", "(1990s", "U.S.)", "990s", "$5\\10", "“twice”",
+                 "it's", "中文.", "our", context]:  # fmt: skip
+        ids = reply_ids(encoder, text)
+        size = len(vocabulary.header)
+        assert ids[:size] == vocabulary.header
+        assert grammar.accepts(ids[size:]), text
+    assert not grammar.accepts(reply_ids(encoder, "Beyonce")[len(vocabulary.header) :])
+
+
+@pytest.mark.parametrize("context", ["", " \n ", "?", " ? "])
+def test_a_context_without_spans_is_answered_by_abstaining(model, encoder, context):
+    reply = Generator(model, encoder).reply([make_paragraph(encoder, context, ["Who?"])])[0][0]
+    assert reply.completion == format_answer(NO_ANSWER)
+    assert (reply.na_prob, reply.spans) == (1.0, ())
+
+
+# The search ----------------------------------------------------------------------------------
+
+
+def all_replies(grammar, vocabulary):
+    """Every token sequence that the grammar admits, with the text that it spells."""
+    stack = [(grammar.start, ())]
+    while stack:
+        state, ids = stack.pop()
+        found = grammar.successors(state)
+        for token_id, target in zip(found.ids, found.targets, strict=True):
+            if isinstance(target, int):
+                whole = [*ids, token_id, *vocabulary.tails[target]]
+                text = extract_answer(vocabulary.spell(vocabulary.header + whole).decode()).text
+                if text != NO_ANSWER:
+                    yield whole, text
+            else:
+                stack.append((tuple(target), (*ids, token_id)))
+
+
+@pytest.mark.parametrize("context", ["Ab c", "x?", 'a"b'])
+def test_search_finds_the_best_of_all_spans(model, encoder, context):
+    paragraph = make_paragraph(encoder, context, ["What is it?", "Who are you?"])
+    generator = Generator(model, encoder, num_beams=1000, n_best=1000)
+    vocabulary = generator.vocabulary
+    candidates = list(all_replies(SpanGrammar(vocabulary, context), vocabulary))
+    texts = {context[i:j] for i in range(len(context)) for j in range(i + 1, len(context) + 1)}
+    assert {text for _, text in candidates} == {text for text in texts if is_span(context, text)}
+    for prompt, reply in zip(paragraph.prompts, generator.reply([paragraph])[0], strict=True):
+        best: dict[str, float] = {}
+        for ids, text in candidates:
+            score = teacher_force(model, prompt + vocabulary.header, ids)
+            best[text] = max(score, best.get(text, score))
+        expected = sorted(best.items(), key=lambda item: -item[1])
+        assert [span.text for span in reply.spans] == [text for text, _ in expected]
+        assert [span.log_prob for span in reply.spans] == pytest.approx(
+            [score for _, score in expected], abs=1e-4
+        )
+        assert reply.certain
+
+
+def test_threshold_decides_between_span_and_abstention(model, encoder, paragraphs):
+    low = Generator(model, encoder, na_prob_thresh=0.0).reply(paragraphs)[0][0]
+    high = Generator(model, encoder, na_prob_thresh=1.0).reply(paragraphs)[0][0]
+    assert low.completion == format_answer(NO_ANSWER)
+    assert high.completion == format_answer(high.spans[0].text)
+    assert low.score == low.no_answer_log_prob
+    odds = torch.tensor(low.no_answer_log_prob - low.spans[0].log_prob, dtype=torch.float64)
+    assert low.na_prob == high.na_prob == pytest.approx(torch.sigmoid(odds).item(), rel=1e-6)
+
+
+def test_n_best_spans_are_distinct_and_in_order(model, encoder, paragraphs):
+    reply = Generator(model, encoder, n_best=5).reply(paragraphs)[0][0]
+    texts = [span.text for span in reply.spans]
+    assert len(texts) == len(set(texts)) == 5
+    scores = [span.log_prob for span in reply.spans]
+    assert scores == sorted(scores, reverse=True)
