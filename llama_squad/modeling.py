@@ -56,8 +56,8 @@ def saved_settings(adapter_name: str | None) -> dict[str, Any]:
             base = PeftConfig.from_pretrained(adapter_name).base_model_name_or_path
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"cannot load the adapter {adapter_name}: {error}\nIt is neither a folder here nor, "
-                "as seen from here, an adapter on the Hub: train one with "
+                f"cannot load the adapter {adapter_name}: {error}\nIt is neither a folder here "
+                "nor, as seen from here, an adapter on the Hub: train one with "
                 "`python train_llama_squad.py`, or name another with --adapter_name"
             ) from error
         settings["model_name"] = base
