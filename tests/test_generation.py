@@ -268,7 +268,7 @@ def spell_out(grammar, vocabulary, text):
 def test_every_span_can_be_spelled_and_nothing_else(encoders, vocabularies, name):
     tokenizer, vocabulary = encoders[name].tokenizer, vocabularies[name]
     grammar = SpanGrammar(vocabulary, ODD)
-    texts = {ODD[i:j] for i in range(len(ODD)) for j in range(i + 1, min(i + 6, len(ODD)) + 1)}
+    texts = {ODD[i:j] for i in range(len(ODD)) for j in range(i + 1, min(i + 8, len(ODD)) + 1)}
     spans = {text for text in texts if is_span(ODD, text)}
     assert {"n", "é\\n", "“ok”", '"Zoë"', "é\\n)\n\tsa", "\x07"} <= spans
     assert not {"", "?", " x", "in ", "zoë"} & spans
