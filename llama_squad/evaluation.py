@@ -263,10 +263,10 @@ def tune_threshold(
         write_json(
             Path(args.adapter_name) / THRESHOLD_FILE,
             {
+                **settings,
                 "na_prob_thresh": threshold,
                 "questions": figures["n"],
                 "exact": figures["best_exact"],
-                **settings,
             },
         )
         print(

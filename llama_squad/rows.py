@@ -1,6 +1,7 @@
 """From a split of the dataset to rows that share contexts, and to what an optimizer step holds."""
 
 import hashlib
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -196,7 +197,7 @@ def plan_rows(
     wanted = max(1, round(questions_per_step * len(paragraphs) / questions / processes))
     fitting = max(1, int(row_tokens * len(paragraphs) / tokens))
     rows_per_step = -(-wanted // fitting)
-    per_row = max(1, round(wanted / rows_per_step))
+    per_row = wanted / rows_per_step  # on average: five paragraphs in two rows are 2.5
     rows = _balanced_rows(paragraphs, per_row, max_length or 1 << 62, random.Random(seed))
     rows = _divisible(rows, processes)
     shared = shareable_prefix([encoded[p.examples[0]] for p in paragraphs[:50]])
@@ -212,20 +213,21 @@ def plan_rows(
 
 
 def _balanced_rows(
-    paragraphs: Sequence[Paragraph], per_row: int, max_length: int, rng: random.Random
+    paragraphs: Sequence[Paragraph], per_row: float, max_length: int, rng: random.Random
 ) -> list[list[tuple[int, ...]]]:
     shuffled = list(paragraphs)
     rng.shuffle(shuffled)
     rows = []
-    window = per_row * 64  # sorting all of them would put the same paragraphs together each time
+    most = math.ceil(per_row)
+    window = most * 64  # sorting all of them would put the same paragraphs together each time
     for start in range(0, len(shuffled), window):
         batch = sorted(shuffled[start : start + window], key=lambda p: -p.tokens)
         bins: list[tuple[list[Paragraph], int]] = [
-            ([], 0) for _ in range(-(-len(batch) // per_row))
+            ([], 0) for _ in range(math.ceil(len(batch) / per_row))
         ]
         for paragraph in batch:  # longest first, each into the emptiest row that has room for it
             open_bins = [
-                b for b in bins if len(b[0]) < per_row and b[1] + paragraph.tokens <= max_length
+                b for b in bins if len(b[0]) < most and b[1] + paragraph.tokens <= max_length
             ]
             target = min(open_bins, key=lambda b: b[1], default=None)
             if target is None:

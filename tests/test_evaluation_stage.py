@@ -1,0 +1,253 @@
+"""test_llama_squad.py on a small dataset with a tiny model of random weights."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import make_records, tiny_model, tiny_tokenizer
+
+import test_llama_squad
+from llama_squad import evaluation
+from llama_squad.answers import NO_ANSWER
+from llama_squad.config import CreateArguments, load_yaml, save_run_config
+from llama_squad.data import write_dataset
+from llama_squad.predictors import LocalModel
+from llama_squad.results import read_results, summarize
+from llama_squad.spans import is_span
+
+PYTHON = sys.executable
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, a LoRA adapter of it, and a dataset of 15 test questions on 5 paragraphs."""
+    from peft import LoraConfig, get_peft_model
+
+    root = tmp_path_factory.mktemp("stage")
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    for path in (root / "model", root / "adapter"):
+        tokenizer.save_pretrained(path)
+    model.save_pretrained(root / "model")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    adapted.peft_config["default"].base_model_name_or_path = str(root / "model")
+    adapted.save_pretrained(root / "adapter")
+    save_run_config(
+        root / "adapter", "train", prompt="single_turn", system_prompt="Only the text counts.",
+        train={"reasoning_tokens": 0},
+    )  # fmt: skip
+    splits = {
+        "train": make_records(2, [1], seed=1),
+        "val": make_records(3, [4], seed=2),
+        "test": make_records(5, [2, 4], seed=3),
+    }
+    create = CreateArguments(dataset_name=str(root / "data"))
+    write_dataset(splits, create)
+    return root
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch):
+    """Run the stage; returns the rows."""
+    monkeypatch.chdir(tmp_path)
+
+    def stage(*flags, model=True):
+        which = [f"--model_name={folder}/model"] if model else []
+        test_llama_squad.main([*which, f"--dataset_name={folder}/data", *SMALL, *flags])
+        return read_results("results/results.csv")
+
+    return stage
+
+
+SMALL = ("--batch_size=4", "--max_new_tokens=12")
+
+
+def test_rows_hold_spans_or_abstain(run, capsys):
+    rows = run("--predictions_dir=official", "--n_best=2")
+    contexts = {record["id"]: record["context"] for record in make_records(5, [2, 4], seed=3)}
+    assert [row["id"] for row in rows] == list(contexts)
+    for row in rows:
+        text = row["prediction_text"]
+        assert row["state"] == ("no_answer" if text == NO_ANSWER else "answer")
+        assert text == NO_ANSWER or is_span(contexts[row["id"]], text)
+        assert json.loads(row["completion"].removeprefix("```json\n").removesuffix("\n```")) == {
+            "answer": text
+        }
+        assert contexts[row["id"]] in row["Prompt"]
+        assert (row["na_prob"] > 0.5) == (text == NO_ANSWER)
+    lines = [json.loads(line) for line in open("results/results.n_best.jsonl")]
+    assert [line["id"] for line in lines] == list(contexts)
+    for line in lines:
+        total = line["no_answer"]["probability"] + sum(s["probability"] for s in line["spans"])
+        assert total == pytest.approx(1)
+        assert len({span["text"] for span in line["spans"]}) == 2
+    assert json.load(open("official/na_prob.json")) == {row["id"]: row["na_prob"] for row in rows}
+    out = capsys.readouterr()
+    assert "% Exact Match" in out.out
+    assert "Next: python summarize_results.py results/results.csv" in out.out
+    assert out.err.count("running on the CPU") <= 1
+
+
+def test_free_decoding_writes_what_the_model_says(run):
+    rows = run("--decoding=free", "--num_samples=5")
+    assert len(rows) == 5
+    assert {row["na_prob"] for row in rows} == {None}
+    assert all(row["score"] < 0 for row in rows)
+
+
+def test_shuffled_sample_is_the_same_for_a_seed(run):
+    first = {row["id"] for row in run("--shuffle", "--num_samples=5", "--seed=1")}
+    again = {row["id"] for row in run("--shuffle", "--num_samples=5", "--seed=1", "--overwrite")}
+    other = {row["id"] for row in run("--shuffle", "--num_samples=5", "--seed=2", "--overwrite")}
+    assert first == again != other
+
+
+def test_multi_turn_feeds_the_replies_back(run, monkeypatch):
+    turns = []
+    real = LocalModel._talk
+
+    def watched(self, batch, conversations):
+        real(self, batch, conversations)
+        turns.extend(messages for group in conversations for messages in group)
+
+    monkeypatch.setattr(LocalModel, "_talk", watched)
+    monkeypatch.setattr("llama_squad.predictors.TURN_TOKENS", 6)
+    rows = run("--prompt=multi_turn", "--num_samples=2")
+    for row, messages in zip(rows, turns, strict=True):
+        replies = [m["content"] for m in messages if m["role"] == "assistant"]
+        assert len(replies) == 2
+        assert any(replies)
+        assert all(reply in row["Prompt"] for reply in replies)
+
+
+def test_adapter_brings_its_model_and_prompt(folder, run):
+    rows = run(f"--adapter_name={folder}/adapter", "--num_samples=2", model=False)
+    assert all("Only the text counts." in row["Prompt"] for row in rows)
+    saved = json.load(open("results/results.config.json"))
+    assert saved["model_name"] == str(folder / "model")
+
+
+def test_interrupted_run_goes_on_with_the_same_rows(run, monkeypatch, capsys):
+    whole = run("--n_best=2")
+    expected = open("results/results.csv", "rb").read()
+    lines = open("results/results.n_best.jsonl").read()
+    answer, calls = LocalModel.answer, []
+
+    def stops(self, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answer(self, batch)
+
+    monkeypatch.setattr(LocalModel, "answer", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run("--n_best=2", "--overwrite")
+    done = read_results("results/results.csv")
+    assert 0 < len(done) < len(whole)
+    run("--n_best=2")
+    assert open("results/results.csv", "rb").read() == expected
+    assert open("results/results.n_best.jsonl").read() == lines
+    assert f"{len(done)} questions are done" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="other settings.*num_beams"):
+        run("--n_best=2", "--num_beams=3")
+
+
+def command(folder, output, *launcher):
+    return [*(launcher or (PYTHON,)), str(evaluation_script()), f"--model_name={folder}/model",
+            f"--dataset_name={folder}/data", f"--output={output}", *SMALL]  # fmt: skip
+
+
+def evaluation_script():
+    return os.path.abspath(test_llama_squad.__file__)
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.slow
+def test_killed_and_on_two_processes_the_file_is_the_same(folder, tmp_path):
+    """Kill -9 in the middle, go on with two processes, compare with an undisturbed run."""
+    output = tmp_path / "killed.csv"
+    process = subprocess.Popen(command(folder, output), env=ENVIRONMENT, cwd=tmp_path)
+    while process.poll() is None and rows_of(output) < 4:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with output.open("ab") as file:  # as if the kill had torn a row
+        file.write(b'"3-4-1","Title')
+    launcher = (PYTHON, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
+    done = subprocess.run(
+        command(folder, output, *launcher), env=ENVIRONMENT, cwd=tmp_path, check=False,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Wrote ") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.config.json", "killed.csv"]
+    whole = tmp_path / "whole.csv"
+    subprocess.run(command(folder, whole), env=ENVIRONMENT, cwd=tmp_path, check=True)
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def rows_of(path):
+    try:
+        with path.open(newline="") as file:
+            return sum(1 for _ in csv.reader(file)) - 1
+    except (OSError, UnicodeDecodeError):
+        return 0
+
+
+def test_threshold_is_tuned_on_validation_and_used_afterwards(folder, run, capsys):
+    flags = (f"--adapter_name={folder}/adapter",)
+    path = folder / "adapter" / evaluation.THRESHOLD_FILE
+    try:
+        rows = run(*flags, "--tune_threshold", model=False)
+        saved = json.loads(path.read_text())
+        judged = read_results("results/results.val.csv")
+        validation = {record["id"] for record in make_records(3, [4], seed=2)}
+        assert {row["id"] for row in judged} == validation  # and never on the test split
+        assert "no_answer" not in {row["state"] for row in judged}
+        threshold = saved["na_prob_thresh"]
+        assert threshold == summarize(judged)["best_exact_thresh"]
+        assert saved["questions"] == len(validation)
+        assert f"Threshold {threshold:.4f}" in capsys.readouterr().out
+        assert all((row["state"] == "no_answer") == (row["na_prob"] > threshold) for row in rows)
+        run(*flags, "--output=later/results.csv", model=False)
+        assert load_yaml_json("later/results.config.json")["na_prob_thresh"] == threshold
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def load_yaml_json(path):
+    from pathlib import Path
+
+    return load_yaml(Path(path))
+
+
+def test_audit_compares_with_the_proven_best(run, capsys):
+    run("--num_samples=3", "--num_beams=2", "--audit=2")
+    assert "Audit of 2 questions: the best of all spans is known for" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset_name=nowhere"], "no dataset in 'nowhere'.*create_squad_dataset.py"),
+        (["--adapter_name=./nowhere"], "train"),
+        (["--split=val", "--decoding=free", "--n_best=2"], "--n_best needs --decoding span"),
+        (["--tune_threshold", "--na_prob_thresh=0.3"], "give one of them"),
+        (["--tune_threshold"], "local --adapter_name"),
+        (["--num_beams=0"], "at least 1"),
+    ],
+)
+def test_mistakes_are_explained(run, flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        run(*flags)
+    said = str(error.value.code) + capsys.readouterr().err
+    import re
+
+    assert re.search(message, said), said

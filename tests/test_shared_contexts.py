@@ -1,0 +1,605 @@
+"""Rows that share contexts: the same logits, loss, gradients and steps as separate examples."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from helpers import (
+    ARCHITECTURES,
+    collator,
+    dataset_folder,
+    difference,
+    encode_paragraphs,
+    encoded_dataset,
+    flatten,
+    make_records,
+    make_trainer,
+    model_folder,
+    tiny_model,
+    tiny_tokenizer,
+)
+from peft import LoraConfig, get_peft_model
+
+from llama_squad import rows
+from llama_squad.collator import IGNORE, SquadDataCollator, Tree
+from llama_squad.config import TrainArguments
+from llama_squad.data import read_files
+from llama_squad.training import (
+    SquadSFTConfig,
+    check_shared_contexts,
+    count_batch,
+    lay_out,
+)
+
+PARAGRAPHS = encode_paragraphs(make_records(3, [3, 1, 2]))
+EXACT = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def shared_batches(layout: str) -> list[dict[str, torch.Tensor]]:
+    """Collate PARAGRAPHS in one of the ways that rows may hold them."""
+    collate = collator()
+    if layout == "a paragraph a row":
+        return [collate([{"paragraphs": [p]}]) for p in PARAGRAPHS]
+    if layout == "all in a row":  # with the system prompt shared by the paragraphs: nested
+        return [collate([{"paragraphs": PARAGRAPHS}])]
+    assert layout == "padded rows"
+    return [collate([{"paragraphs": PARAGRAPHS[:2]}, {"paragraphs": PARAGRAPHS[2:]}])]
+
+
+def separate_batches(paragraphs: list = PARAGRAPHS) -> list[dict[str, torch.Tensor]]:
+    """Collate each example on its own."""
+    collate = collator()
+    return [collate([example]) for example in flatten(paragraphs)]
+
+
+def with_lora(model: Any, dropout: float = 0.0) -> Any:
+    """Put an adapter on a model, no matrix of it zero."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=dropout
+    )
+    model = get_peft_model(model, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def assert_equal(found: dict[str, float], limit: float) -> None:
+    """Compare what ``difference`` found with a limit."""
+    assert max(found.values()) < limit, found
+
+
+# Equality ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_architectures(architecture: str, dtype: torch.dtype) -> None:
+    model = tiny_model(architecture, dtype)
+    found = difference(model, shared_batches("padded rows"), separate_batches())
+    assert_equal(found, EXACT[dtype])
+
+
+@pytest.mark.parametrize("layout", ["a paragraph a row", "all in a row"])
+def test_layouts(layout: str) -> None:
+    found = difference(tiny_model(), shared_batches(layout), separate_batches())
+    assert_equal(found, 1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma3_text", "phi3"])
+def test_lora_and_checkpointing(architecture: str, checkpointing: bool) -> None:
+    model = with_lora(tiny_model(architecture))
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        assert model.is_gradient_checkpointing
+    found = difference(model, shared_batches("all in a row"), separate_batches())
+    assert_equal(found, 1e-5)
+
+
+def test_checkpointing_of_all_parameters() -> None:
+    model = tiny_model()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    assert_equal(difference(model, shared_batches("padded rows"), separate_batches()), 1e-5)
+
+
+@pytest.mark.parametrize("prompt", ["single_turn", "multi_turn"])
+@pytest.mark.parametrize("reasoning_tokens", [0, 4])
+def test_prompts_and_reasoning_tokens(prompt: str, reasoning_tokens: int) -> None:
+    paragraphs = encode_paragraphs(make_records(2, [2]), prompt, reasoning_tokens)
+    pause = tiny_tokenizer().added_tokens_encoder["<|reserved_special_token_0|>"]
+    assert all(e["input_ids"].count(pause) == reasoning_tokens for e in flatten(paragraphs))
+    shared = collator()([{"paragraphs": paragraphs}])
+    plain = sum(len(e["input_ids"]) for e in flatten(paragraphs))
+    assert shared["input_ids"].shape[1] < 0.75 * plain, "nothing is shared"
+    assert_equal(difference(tiny_model(), [shared], separate_batches(paragraphs)), 1e-5)
+
+
+def test_a_paragraph_of_one_question_and_one_token_apart() -> None:
+    # examples that part at their last prompt token, or only in the answer
+    prompt = [5, 6, 7, 8, 9]
+    examples = [
+        {"input_ids": prompt + tail, "labels": [IGNORE] * 5 + tail}
+        for tail in ([1, 2], [1, 3], [4])
+    ]
+    tree = Tree.build([examples])
+    assert tree.input_ids == [5, 6, 7, 8, 9, 1, 2, 9, 1, 3, 9, 4]
+    assert tree.position_ids == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 4, 5]
+    assert tree.ends == [12, 12, 12, 12, 7, 7, 7, 10, 10, 10, 12, 12]
+    batches = [
+        collator()([{"paragraphs": [examples]}]),
+        collator()([{"paragraphs": [examples[:1]]}]),
+    ]
+    separate = [collator()([example]) for example in [*examples, examples[0]]]
+    assert_equal(difference(tiny_model(), batches, separate), 1e-5)
+
+
+# The silent failures ---------------------------------------------------------------------------
+
+
+class Forgetful(SquadDataCollator):
+    """A collator that loses one of the tensors that rows need."""
+
+    lost = ""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate, and lose it."""
+        batch = super().torch_call(examples)
+        if "paragraphs" in examples[0]:
+            batch.pop(self.lost)
+        return batch
+
+
+@pytest.mark.parametrize("lost", ["attention_mask", "position_ids"])
+def test_a_lost_tensor_is_caught(lost: str) -> None:
+    model = tiny_model()
+    forgetful = Forgetful(pad_token_id=0)
+    forgetful.lost = lost
+    row = {"paragraphs": PARAGRAPHS}
+    assert "the loss would be" in check_shared_contexts(model, forgetful, row, 400)
+    assert check_shared_contexts(model, collator(), row, 400) == ""
+    batch = shared_batches("all in a row")[0]
+    del batch[lost]
+    assert difference(model, [batch], separate_batches())["gradients"] > 1e-2
+
+
+def test_eager_attention_with_a_bool_mask_is_caught() -> None:
+    model = tiny_model(attn_implementation="eager")
+    assert difference(model, shared_batches("all in a row"), separate_batches())["gradients"] > 1e-2
+    row = {"paragraphs": PARAGRAPHS}
+    assert "'eager' takes no tree mask" in check_shared_contexts(model, collator(), row, 400)
+
+
+def test_an_outgrown_sliding_window_is_caught() -> None:
+    longest = max(len(e["input_ids"]) for e in flatten(PARAGRAPHS))
+    row = {"paragraphs": PARAGRAPHS}
+    for architecture in ("mistral", "gemma3_text"):
+        model = tiny_model(architecture, sliding_window=64)
+        assert (
+            difference(model, shared_batches("all in a row"), separate_batches())["gradients"]
+            > 1e-3
+        )
+        assert "outgrow the sliding window" in check_shared_contexts(
+            model, collator(), row, longest
+        )
+    model = tiny_model("mistral", sliding_window=longest)  # as long as an example: never felt
+    assert check_shared_contexts(model, collator(), row, longest) == ""
+    assert_equal(difference(model, shared_batches("all in a row"), separate_batches()), 1e-5)
+
+
+# Falling back to plain batches ------------------------------------------------------------------
+
+
+def planned(
+    model: Any, encoded: Any, folder: Path, args: TrainArguments | None = None, **settings: Any
+) -> tuple[Any, SquadSFTConfig]:
+    """Lay out a dataset as the stage does; returns the features and the changed arguments."""
+    sft_args = SquadSFTConfig(output_dir=str(folder), report_to="none", bf16=False, **settings)
+    features = lay_out(args or TrainArguments(), sft_args, {"train": encoded}, model, collator())
+    return features["train"], sft_args
+
+
+def refuse_4d_masks(model: Any) -> None:
+    """Make a model raise as an architecture does that prepares its own masks."""
+    forward = model.forward
+
+    def strict(**kwargs: Any) -> Any:
+        if kwargs["attention_mask"].dim() != 2:
+            raise AttributeError("a 2D mask was expected")
+        return forward(**kwargs)
+
+    model.forward = strict
+
+
+@pytest.mark.parametrize(
+    "reason", ["eager", "sliding window", "a 2D mask was expected", "as asked"]
+)
+def test_fallback(
+    reason: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"attn_implementation": "eager"} if reason == "eager" else {}
+    window = {"sliding_window": 64} if reason == "sliding window" else {}
+    model = tiny_model("mistral", **options, **window)
+    if "2D" in reason:
+        refuse_4d_masks(model)
+    encoded = encoded_dataset(make_records(4, [3, 2]))
+    args = TrainArguments(share_context=reason != "as asked")
+    train, sft_args = planned(
+        model, encoded, tmp_path, args, per_device_train_batch_size=2, gradient_accumulation_steps=3
+    )
+    said = capsys.readouterr().out
+    assert "Plain batches, contexts not shared" in said
+    assert reason in said
+    assert len(train) == len(encoded) == 10
+    assert set(train.column_names) >= {"input_ids", "labels"}
+    assert (sft_args.per_device_train_batch_size, sft_args.gradient_accumulation_steps) == (2, 3)
+    trainer = make_trainer(
+        model, train, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3
+    )
+    assert trainer.train().global_step == 1  # and it trains
+
+
+def test_a_real_failure_is_not_a_fallback(tmp_path: Path) -> None:
+    model = tiny_model()
+
+    def broken(**kwargs: Any) -> None:
+        raise RuntimeError("no forward at all")
+
+    model.forward = broken
+    with pytest.raises(RuntimeError, match="no forward at all"):
+        planned(model, encoded_dataset(make_records(2, [2])), tmp_path)
+
+
+# Steps of the trainer --------------------------------------------------------------------------
+
+STEP = make_records(4, [1, 3, 2, 2])  # 8 questions
+
+
+def weights_after(trainer: Any) -> dict[str, torch.Tensor]:
+    """Train, and return the trained weights."""
+    trainer.train()
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def one_step(kind: str, batch: int, accumulate: int, lora: bool, folder: Path) -> dict[str, Any]:
+    """Return the weights after a step over STEP, in rows (2 questions each on average) or plain."""
+    torch.manual_seed(0)
+    model = with_lora(tiny_model()) if lora else tiny_model()
+    encoded = encoded_dataset(STEP)
+    train = encoded.select_columns(["input_ids", "labels"])
+    if kind == "rows":
+        examples = [p.examples for p in rows.group_paragraphs(encoded, None)]
+        per_row = len(examples) // (batch * accumulate)
+        held = [examples[i : i + per_row] for i in range(0, len(examples), per_row)]
+        train = rows.row_dataset(encoded, held)
+    trainer = make_trainer(
+        model, train, folder,
+        per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+        gradient_checkpointing=lora,
+    )  # fmt: skip
+    return weights_after(trainer)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_accumulation(lora: bool, tmp_path: Path) -> None:
+    before = with_lora(tiny_model()) if lora else tiny_model()
+    start = {name: weight.detach() for name, weight in before.named_parameters()}
+    expected = one_step("plain", 8, 1, lora, tmp_path)
+    moved = {name: weight - start[name] for name, weight in expected.items()}
+    largest = max(float(step.abs().max()) for step in moved.values())
+    assert largest > 1e-2
+    ways = [("rows", 1, 4), ("rows", 2, 2), ("rows", 4, 1)]
+    for kind, batch, accumulate in ways if lora else [*ways, ("plain", 2, 4), ("rows", 1, 1)]:
+        found = one_step(kind, batch, accumulate, lora, tmp_path)
+        gap = max(float((found[name] - expected[name]).abs().max()) for name in expected)
+        assert gap < 1e-5 * largest, (kind, batch, accumulate, gap, largest)
+
+
+def test_a_step_through_lay_out(tmp_path: Path) -> None:
+    # what the stage does from end to end, with AdamW: 8 questions a step, 2 steps, 2 epochs
+    encoded = encoded_dataset(STEP)
+    model = tiny_model()
+    train, sft_args = planned(model, encoded, tmp_path, per_device_train_batch_size=8)
+    options = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 2}
+    shared = weights_after(
+        make_trainer(
+            model, train, tmp_path,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=sft_args.gradient_accumulation_steps, **options,
+        )
+    )  # fmt: skip
+    plain = weights_after(
+        make_trainer(
+            tiny_model(), encoded.select_columns(["input_ids", "labels"]), tmp_path,
+            per_device_train_batch_size=8, gradient_accumulation_steps=1, **options,
+        )
+    )  # fmt: skip
+    gaps = torch.cat([(shared[n] - plain[n]).abs().flatten() for n in plain])
+    # Adam's step is +-1e-3 whatever the gradient's size: where it is 1e-9, noise decides
+    assert gaps.mean() < 1e-7
+    start = dict(tiny_model().named_parameters())
+    assert torch.cat([(start[n] - plain[n]).abs().flatten() for n in plain]).mean() > 1e-4
+
+
+# What a step and an epoch hold -----------------------------------------------------------------
+
+
+class Recorder(SquadDataCollator):
+    """A collator that remembers the examples it was given."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate and remember."""
+        for row in examples:
+            for example in flatten(row["paragraphs"]) if "paragraphs" in row else [row]:
+                self.seen.append(tuple(example["input_ids"]))
+        batch = super().torch_call(examples)
+        self.questions += count_batch(batch)[0]
+        return batch
+
+
+def recorder() -> Recorder:
+    """Make a recorder."""
+    made = Recorder(pad_token_id=tiny_tokenizer().pad_token_id)
+    made.seen, made.questions = [], 0
+    return made
+
+
+@functools.cache
+def many_paragraphs() -> tuple[Any, list[dict]]:
+    """Encode 61 paragraphs; returns the dataset, and its examples."""
+    encoded = encoded_dataset(make_records(61, [7, 5, 9, 6, 1, 12]))
+    return encoded, encoded.select_columns(["input_ids", "labels"]).to_list()
+
+
+@pytest.mark.parametrize("questions", [1, 8, 16, 37, 64])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_plan(questions: int, processes: int) -> None:
+    encoded, examples = many_paragraphs()
+    asked = {"questions_per_step": questions, "processes": processes, "row_tokens": 1200}
+    plan = rows.plan_rows(encoded, max_length=2000, seed=3, **asked)
+    found = [index for row in plan.rows for group in row for index in group]
+    assert sorted(found) == list(range(len(encoded)))
+    assert len(plan.rows) % processes == 0
+    # the nearest whole number of paragraphs, at least one a process
+    mean = len(encoded) / 61
+    nearest = max(1, round(questions / mean / processes)) * processes
+    assert plan.paragraphs_per_step == nearest
+    # a row more or two, so that their number is right, is much among 61 paragraphs
+    assert plan.questions_per_step == pytest.approx(nearest * mean, rel=0.1)
+    tokens = 0
+    for row in plan.rows:
+        tree = Tree.build([[examples[i] for i in group] for group in row])
+        assert len(tree.input_ids) <= 2000
+        tokens += len(tree.input_ids)
+    assert plan.tokens == pytest.approx(tokens, rel=0.02)
+    assert plan.plain_tokens == sum(encoded["length"])
+
+
+def test_a_paragraph_that_does_not_fit_is_split_never_cut() -> None:
+    encoded = encoded_dataset(make_records(3, [40, 2]))
+    limit = 500
+    plan = rows.plan_rows(
+        encoded, questions_per_step=8, processes=1, row_tokens=400, max_length=limit, seed=0
+    )
+    examples = encoded.select_columns(["input_ids", "labels"])
+    seen = []
+    for row in plan.rows:
+        tree = Tree.build([[examples[i] for i in group] for group in row])
+        assert len(tree.input_ids) <= limit
+        batch = collator()([{"paragraphs": [[examples[i] for i in group] for group in row]}])
+        assert count_batch(batch)[0] == sum(map(len, row))
+        seen += [i for group in row for i in group]
+    assert sorted(seen) == list(range(len(encoded)))
+    assert len(plan.rows) > 10
+
+
+def test_advice_below_eight_paragraphs() -> None:
+    encoded = encoded_dataset(make_records(40, [4]))
+    for questions, advised in ((16, True), (64, False)):
+        plan = rows.plan_rows(
+            encoded,
+            questions_per_step=questions,
+            processes=1,
+            row_tokens=2048,
+            max_length=4096,
+            seed=0,
+        )
+        assert (f"A step holds {questions // 4} paragraphs, {questions}.0 questions"
+                in plan.describe())  # fmt: skip
+        assert ("Fewer than 8 paragraphs" in plan.describe()) is advised
+
+
+def test_throughput_counts_are_true(tmp_path: Path) -> None:
+    encoded = encoded_dataset(STEP)
+    model = tiny_model()
+    train, sft_args = planned(model, encoded, tmp_path, per_device_train_batch_size=4)
+    trainer = make_trainer(
+        model, train, tmp_path, max_steps=-1, num_train_epochs=3, logging_steps=1,
+        gradient_accumulation_steps=sft_args.gradient_accumulation_steps,
+        per_device_train_batch_size=1,
+    )  # fmt: skip
+    trainer.data_collator = recorder()
+    trainer.train()
+    assert Counter(trainer.data_collator.seen) == Counter(
+        {tuple(ids): 3 for ids in encoded["input_ids"]}
+    )
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    trees = [Tree.build(row["paragraphs"]) for row in train]
+    tokens, plain = sum(len(t.input_ids) for t in trees), sum(encoded["length"])
+    assert logs[-1]["num_tokens"] == 3 * tokens
+    assert sum(entry["tokens_saved"] for entry in logs) / len(logs) == pytest.approx(
+        1 - tokens / plain, abs=0.05
+    )
+    seconds = [entry["tokens_per_second"] / entry["questions_per_second"] for entry in logs]
+    assert sum(seconds) / len(seconds) == pytest.approx(tokens / 8, rel=0.2)
+
+
+# A real epoch, on one process and on two ---------------------------------------------------------
+
+
+def real_records(shared_data: Path, count: int = 2000) -> list[dict]:
+    """Return the first real training questions, whole paragraphs but for the last."""
+    return read_files([str(shared_data / "squad_v2" / "train-000.json")], set())[:count]
+
+
+def epoch(encoded: Any, folder: Path) -> Recorder:
+    """Go through the trainer's own batches of an epoch, and return what was seen."""
+    model = tiny_model(hidden_size=8, num_hidden_layers=1)
+    train, sft_args = planned(
+        model, encoded, folder, per_device_train_batch_size=4, gradient_accumulation_steps=4
+    )
+    trainer = make_trainer(
+        model, train, folder, max_steps=-1, num_train_epochs=1,
+        train_sampling_strategy=sft_args.train_sampling_strategy,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=sft_args.gradient_accumulation_steps,
+    )  # fmt: skip
+    trainer.data_collator = seen = recorder()
+    for _ in trainer.get_train_dataloader():
+        pass
+    return seen
+
+
+def test_an_epoch_of_real_questions(shared_data: Path, tmp_path: Path) -> None:
+    encoded = encoded_dataset(real_records(shared_data), max_length=None)
+    assert len(encoded) == 2000
+    seen = epoch(encoded, tmp_path)
+    assert Counter(seen.seen) == Counter(map(tuple, encoded["input_ids"]))
+    assert seen.questions == 2000
+
+
+TWO_PROCESSES = """
+import json, os, sys
+from pathlib import Path
+import torch
+from helpers import *
+from test_shared_contexts import epoch, planned, real_records, recorder, weights_after
+
+folder, data = Path(sys.argv[1]), Path(sys.argv[2])
+rank = int(os.environ["RANK"])
+model = tiny_model()
+encoded = encoded_dataset(make_records(4, [1, 3, 2, 2]))
+train, sft_args = planned(model, encoded, folder / "run", per_device_train_batch_size=4)
+assert sft_args.world_size == torch.distributed.get_world_size() == 2
+trainer = make_trainer(
+    model, train, folder / "run", per_device_train_batch_size=1, logging_steps=1,
+    gradient_accumulation_steps=sft_args.gradient_accumulation_steps,
+)
+trainer.data_collator = seen = recorder()
+weights = weights_after(trainer)
+assert seen.questions < 8, "every process has all questions"
+if rank == 0:
+    torch.save({"weights": weights, "log": trainer.state.log_history}, folder / "weights.pt")
+if data.is_dir():
+    encoded = encoded_dataset(real_records(data), max_length=None)
+    seen = epoch(encoded, folder / "run")
+    (folder / f"seen-{rank}.json").write_text(json.dumps(seen.seen))
+"""
+
+
+def python_path() -> dict[str, str]:
+    """Return an environment in which a subprocess finds the package and the tests."""
+    return os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    data = ROOT.parent / "shared" / "data"
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES, encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path), str(data)],
+        capture_output=True, text=True, env=python_path(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    saved = torch.load(tmp_path / "weights.pt")
+    expected = one_step("plain", 8, 1, False, tmp_path)
+    start = {name: weight.detach() for name, weight in tiny_model().named_parameters()}
+    largest = max(float((w - start[n]).abs().max()) for n, w in expected.items())
+    gap = max(float((saved["weights"][n] - w).abs().max()) for n, w in expected.items())
+    assert gap < 1e-5 * largest
+    log = saved["log"][0]
+    trees = encoded_dataset(STEP)
+    assert log["tokens_saved"] > 0.1
+    assert log["num_tokens"] < sum(trees["length"])
+    if not data.is_dir():
+        pytest.skip(f"equal weights; the real data for an epoch is not here: {data}")
+    encoded = encoded_dataset(real_records(data), max_length=None)
+    seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+    assert abs(len(seen[0]) - len(seen[1])) < 200, "one process does most of the work"
+    assert Counter(map(tuple, seen[0] + seen[1])) == Counter(map(tuple, encoded["input_ids"]))
+
+
+# Killed and resumed ------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+import train_llama_squad
+from llama_squad.training import SquadTrainer
+
+step, training_step = int(sys.argv[1]), SquadTrainer.training_step
+
+def killed(self, *args, **kwargs):
+    if self.state.global_step == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return training_step(self, *args, **kwargs)
+
+SquadTrainer.training_step = killed
+train_llama_squad.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import train_llama_squad
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = dataset_folder(tmp_path, make_records(20, [3, 2, 4]))
+    flags = [
+        "--model_name", model_folder(tmp_path), "--dataset_name", data, "--no_quantize",
+        "--per_device_train_batch_size", "6", "--num_train_epochs", "2", "--learning_rate", "1e-2",
+        "--save_steps", "3", "--report_to", "none", "--disable_tqdm", "True", "--lora_r", "4",
+        "--lora_dropout", "0.1", "--lora_alpha", "8",
+    ]  # fmt: skip
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, "11", *flags, "--output_dir", "killed"],
+        capture_output=True, text=True, env=python_path(), check=False,
+    )  # fmt: skip
+    assert killed.returncode == -9, killed.stderr[-3000:]
+    assert (tmp_path / "killed/checkpoint-9").is_dir()
+    assert not (tmp_path / "killed/final_checkpoints").exists()
+    (tmp_path / "killed/checkpoint-12").mkdir()  # a save that was cut short is passed over
+    train_llama_squad.main([*flags, "--output_dir", "killed", "--resume_from_checkpoint", "latest"])
+    train_llama_squad.main([*flags, "--output_dir", "whole"])
+    steps = [
+        max(int(p.name[11:]) for p in (tmp_path / run).glob("checkpoint-*"))
+        for run in ("killed", "whole")
+    ]
+    assert steps[0] == steps[1] > 12
+    from safetensors.torch import load_file
+
+    resumed, whole = (
+        load_file(tmp_path / run / "final_checkpoints/adapter_model.safetensors")
+        for run in ("killed", "whole")
+    )
+    assert max(float(weight.abs().max()) for weight in whole.values()) > 1e-2
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=1e-7)

@@ -1,0 +1,376 @@
+"""The training stage: where the loss falls, what moves, what is saved, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    collator,
+    dataset_folder,
+    encode_paragraphs,
+    encoded_dataset,
+    flatten,
+    make_records,
+    make_trainer,
+    model_folder,
+    tiny_model,
+    tiny_tokenizer,
+)
+from peft import PeftModel
+
+import train_llama_squad
+from llama_squad import modeling, rows, training
+from llama_squad.answers import format_answer
+from llama_squad.collator import IGNORE, ConversationEncoder
+from llama_squad.config import ModelArguments, TrainArguments, load_run_config, parse_stage
+from llama_squad.prompts import build_messages, gold_answer
+
+EXAMPLES = flatten(encode_paragraphs(make_records(2, [2])))
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # 4-bit blocks are of 64 weights
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Work in an empty folder, with no Hub and no token."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+
+
+# The loss --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_unsupervised_positions_get_no_gradient(shared: bool) -> None:
+    model = tiny_model()
+    states: list[torch.Tensor] = []
+
+    def keep_gradient(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        states.append(output)
+
+    # what the vocabulary's matrix reads: the logits of a position depend on it alone
+    model.model.norm.register_forward_hook(keep_gradient)
+    batch = collator()([{"paragraphs": [EXAMPLES[:2]]}] if shared else [EXAMPLES[0]])
+    training.answer_loss(model, batch)[0].backward()
+    supervised = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE) != IGNORE
+    gradient = states[0].grad
+    assert gradient is not None
+    assert (gradient[~supervised] == 0).all()
+    assert (gradient[supervised].abs().sum(-1) > 0).all()
+    assert 0 < supervised.sum() < supervised.numel() / 3
+
+
+def test_loss_on_literal_logits() -> None:
+    class Literal:
+        """A model of vocabulary 3 that finds token 1 twice as likely as 0 and as 2."""
+
+        def __call__(self, logits_to_keep: torch.Tensor, **inputs: Any) -> Any:
+            assert logits_to_keep.tolist() == [[False, True, True, False]]
+            assert "labels" not in inputs
+            logits = torch.tensor([1.0, 2.0, 1.0]).log().repeat(2, 1)
+            return type("Output", (), {"logits": logits})
+
+    batch = {
+        "input_ids": torch.tensor([[0, 0, 1, 2]]),
+        "labels": torch.tensor([[IGNORE, IGNORE, 1, 2]]),
+    }
+    loss, right, count = training.answer_loss(Literal(), batch)
+    assert loss.item() == pytest.approx(-torch.tensor([0.5, 0.25]).log().sum().item())
+    assert (right.item(), count.item()) == (1, 2)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_accumulation_gives_the_same_weights(shared: bool, tmp_path: Path) -> None:
+    encoded = encoded_dataset(make_records(4, [1]))  # replies of different lengths
+    train = encoded.select_columns(["input_ids", "labels"])
+    if shared:
+        train = rows.row_dataset(
+            encoded, [[p.examples] for p in rows.group_paragraphs(encoded, None)]
+        )
+    weights = []
+    for batch, steps in ((1, 4), (4, 1)):
+        model = tiny_model()
+        trainer = make_trainer(
+            model, train, tmp_path,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=steps,
+        )  # fmt: skip
+        trainer.train()
+        weights.append({n: p.detach() for n, p in trainer.model.named_parameters()})
+    start = dict(tiny_model().named_parameters())
+    moved = max(float((w - start[n]).abs().max().detach()) for n, w in weights[0].items())
+    gap = max(float((w - weights[1][n]).abs().max()) for n, w in weights[0].items())
+    assert moved > 1e-2
+    assert gap < 1e-6
+
+
+# The counts ------------------------------------------------------------------------------------
+
+
+def test_count_batch_of_plain_examples() -> None:
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    assert training.count_batch({"attention_mask": mask}).tolist() == [2, 7, 7]
+
+
+def test_count_batch_of_a_literal_row() -> None:
+    # prefix of 2, branches of 2, 1 and 3 tokens, one pad
+    mask = torch.tensor(
+        [
+            [1, 0, 0, 0, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0, 0, 0, 0],
+            [1, 1, 1, 1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 1, 0, 0, 0],
+            [1, 1, 0, 0, 0, 1, 1, 0, 0],
+            [1, 1, 0, 0, 0, 1, 1, 1, 0],
+            [0, 0, 0, 0, 0, 0, 0, 0, 1],
+        ]
+    ).bool()[None, None]
+    positions = torch.tensor([[0, 1, 2, 3, 2, 2, 3, 4, 0]])
+    counts = training.count_batch({"attention_mask": mask, "position_ids": positions})
+    assert counts.tolist() == [3, 8, 4 + 3 + 5]
+
+
+def test_count_batch_where_paragraphs_share_nothing() -> None:
+    # the second paragraph's first token sees itself alone, as a pad does
+    one = [{"input_ids": [1, 2, 3], "labels": [IGNORE, IGNORE, 3]}]
+    two = [{"input_ids": [7, 8, 9], "labels": [IGNORE, IGNORE, 9]}]
+    longer = [{"input_ids": [1] * 8, "labels": [IGNORE] * 7 + [1]}]
+    batch = collator()([{"paragraphs": [one, two]}, {"paragraphs": [longer]}])
+    assert training.count_batch(batch).tolist() == [3, 14, 14]
+
+
+# 4-bit -----------------------------------------------------------------------------------------
+
+
+def quantized(folder: Path) -> tuple[Any, ModelArguments]:
+    """Load a tiny model in 4 bits with a new adapter, as the stage does."""
+    model_args = ModelArguments(model_name=model_folder(folder, **WIDE))
+    encoder = ConversationEncoder(tiny_tokenizer())
+    torch.manual_seed(0)
+    args = TrainArguments(lora_r=4, lora_dropout=0.0)
+    return training.prepare_model(args, model_args, encoder), model_args
+
+
+def test_float32_adapters_move_at_the_default_rate(tmp_path: Path) -> None:
+    model, _ = quantized(tmp_path)
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+    assert len(start) == 2 * 7 * 2
+    examples = encoded_dataset(make_records(4, [2])).select_columns(["input_ids", "labels"])
+    trainer = make_trainer(
+        model, examples, tmp_path, per_device_train_batch_size=2, max_steps=4,
+        optim="adamw_torch", learning_rate=training.SquadSFTConfig().learning_rate,
+    )  # fmt: skip
+    trainer.train()
+    for name, weight in trainer.model.named_parameters():
+        if "lora_" in name:
+            assert weight.dtype == torch.float32, name
+            step = (weight.detach() - start[name]).abs()
+            assert 0 < step.max() < 1e-5, name
+            assert (step > 0).float().mean() > 0.5, name  # in bfloat16 next to none of A's moves
+
+
+def test_an_evaluation_does_not_break_4_bit_training(tmp_path: Path) -> None:
+    model, _ = quantized(tmp_path)
+    with torch.no_grad():  # B is zero at first, and nothing would reach A
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    batch = collator()([EXAMPLES[0]])
+
+    def gradients() -> torch.Tensor:
+        model.zero_grad()
+        training.answer_loss(model, batch)[0].backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    before = gradients()
+    assert before.norm() > 0
+    model.eval()
+    with torch.no_grad():
+        training.answer_loss(model, batch)
+        model.generate(input_ids=batch["input_ids"][:, :20], max_new_tokens=2, do_sample=False)
+    model.train()
+    assert torch.nn.functional.cosine_similarity(before, gradients(), dim=0) > 0.9999
+
+
+# The stage from end to end -----------------------------------------------------------------------
+
+
+def stage_flags(folder: Path, **model: Any) -> list[str]:
+    """Make a dataset and a model, and return the flags of a short run on them."""
+    data = dataset_folder(folder, make_records(6, [3, 2]), make_records(2, [2], seed=5))
+    return [
+        "--model_name", model_folder(folder, **model), "--dataset_name", data, "--lora_r", "4",
+        "--per_device_train_batch_size", "4", "--max_steps", "3", "--logging_steps", "1",
+        "--report_to", "none", "--disable_tqdm", "True", "--save_strategy", "no",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_merge_and_push(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = stage_flags(tmp_path, **WIDE)
+    train_llama_squad.main(
+        [*flags, "--merge_and_push", "--learning_rate", "3e-2", "--eval_steps", "3"]
+    )
+    said = capsys.readouterr().out
+    assert "Not pushed to the Hub: no --hub_model_id was given" in said
+    assert "Shared contexts checked on" in said
+    final, merged = Path("results/final_checkpoints"), Path("results/final_merged_checkpoint")
+
+    base = modeling.load_model(ModelArguments(model_name=flags[1]), quantize=True)
+    base.dequantize()
+    ids = collator()(EXAMPLES[:1])["input_ids"]
+    with torch.no_grad():
+        plain = base(ids).logits
+        expected = PeftModel.from_pretrained(base, str(final)).eval()(ids).logits
+        found = modeling.load_model(ModelArguments(model_name=str(merged)))(ids).logits
+    assert (expected - plain).abs().max() > 0.1, "the adapter does nothing"
+    # the merged weights are kept in the type of the base
+    assert (found - expected).abs().max() < 0.02 * (expected - plain).abs().max()
+
+    saved = load_run_config(final)
+    assert saved["train"]["lora_r"] == 4
+    assert saved["model"]["model_name"] == flags[1]
+    assert saved["trainer"]["learning_rate"] == 0.03
+    assert saved["trainer"]["per_device_train_batch_size"] == 4  # as asked, not as laid out
+    assert saved["prompt"] == "single_turn"
+    assert set(saved["versions"]) >= {"torch", "trl", "peft"}
+    assert {"eval_loss", "eval_exact_match", "eval_valid_json"} <= set(saved["figures"])
+    card = (final / "README.md").read_text()
+    assert f"base_model: {flags[1]}" in card
+    assert "| eval_exact_match |" in card
+    assert "QLoRA (r=4, 4-bit nf4)" in card
+    assert (final / "tokenizer.json").is_file()
+    assert (merged / "tokenizer.json").is_file()
+
+
+def test_push_without_a_token(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from llama_squad import publishing
+
+    args = training.SquadSFTConfig(hub_model_id="someone/model", report_to="none")
+    folder = tmp_path / "final"
+    folder.mkdir()
+    full = TrainArguments(full_parameters=True)
+    publishing.merge_and_push(folder, full, ModelArguments(), args)
+    said = capsys.readouterr()
+    assert "Not pushed to someone/model: no token" in said.err
+    assert "hf auth login" in said.err
+    assert "no adapter to merge" in said.out
+
+
+def test_show_mask_prints_the_trained_tokens_in_green(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    records = make_records(2, [2])
+    data = dataset_folder(tmp_path, records)
+    model_folder(tmp_path)
+    train_llama_squad.main(["--model_name", "model", "--dataset_name", data, "--show_mask", "3"])
+    said = capsys.readouterr().out
+    green = re.findall(r"\033\[1;30;42m(.*?)\033\[0m", said, flags=re.DOTALL)
+    assert green == [format_answer(gold_answer(r)) + "<|eot_id|>" for r in records[:3]]
+    plain = re.sub(r"\033\[[\d;]*m", "", said)
+    for record in records[:3]:
+        assert build_messages(record)[1]["content"] in plain
+    assert not Path("results").exists()
+
+
+def test_examples_that_are_too_long_are_dropped_and_counted(capsys: pytest.CaptureFixture) -> None:
+    from datasets import Dataset, DatasetDict
+
+    records = [{**r, "messages": build_messages(r)} for r in make_records(8, [2])]
+    encoder = ConversationEncoder(tiny_tokenizer())
+    lengths = [len(e["input_ids"]) for e in encoder.encode([r["messages"] for r in records])]
+    limit = sorted(lengths)[10]
+    kept = sum(length <= limit for length in lengths)
+    assert 0 < kept < 16
+    dataset = DatasetDict(train=Dataset.from_list(records))
+    encoded = rows.encode_dataset(dataset, encoder, limit)["train"]
+    assert len(encoded) == kept
+    assert max(encoded["length"]) <= limit
+    assert all(labels[-2:] != [IGNORE, IGNORE] for labels in encoded["labels"])
+    said = capsys.readouterr().out
+    assert f"train: {16 - kept} of 16 examples are longer than {limit} tokens" in said
+    with pytest.raises(ValueError, match="no example of the train split fits in 20 tokens"):
+        rows.encode_dataset(dataset, encoder, 20)
+
+
+# Flags -----------------------------------------------------------------------------------------
+
+
+def parse(*flags: str) -> tuple[Any, ...]:
+    """Parse training flags."""
+    types = (TrainArguments, ModelArguments, training.SquadSFTConfig)
+    return parse_stage("train", types, list(flags))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "instead"),
+    [
+        ("--packing", "True", "--share_context"),
+        ("--assistant_only_loss", "True", "the answer only, always"),
+        ("--completion_only_loss", "True", "the answer only, always"),
+        ("--chat_template_path", "x.jinja", "--chat_template FILE"),
+        ("--truncation_mode", "keep_end", "left out, never cut"),
+        ("--trust_remote_code", "True", "never run"),
+        ("--pad_token", "x", "attention mask"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(
+    flag: str, value: str, instead: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(flag, value)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert f"{flag} does nothing here" in said
+    assert instead in said
+
+
+def test_the_rate_is_a_number_in_the_file_and_on_the_command_line() -> None:
+    assert parse()[2].learning_rate == 2e-7
+    assert parse("--learning_rate=1e-6")[2].learning_rate == 1e-6
+    Path("config.yaml").write_text("train:\n  learning_rate: 1e-6\n  max_seq_length: 512\n")
+    with pytest.raises(SystemExit):  # an alias is a flag, the field is the key
+        parse()
+    Path("config.yaml").write_text("train:\n  learning_rate: 1e-6\n  max_length: 512\n")
+    assert parse()[2].learning_rate == 1e-6
+    assert parse()[2].max_length == 512
+    assert parse("--max_seq_length", "1024")[2].max_length == 1024
+
+
+def test_a_wrong_setup_ends_with_a_message() -> None:
+    with pytest.raises(SystemExit, match="no dataset in 'nowhere'"):
+        train_llama_squad.main(["--dataset_name", "nowhere"])
+
+
+# Checkpoints -----------------------------------------------------------------------------------
+
+
+def checkpoint(name: str, state: str | None = '{"global_step": 1}') -> Path:
+    """Make a checkpoint's folder, its state as given."""
+    folder = Path("results") / name
+    folder.mkdir(parents=True)
+    if state is not None:
+        (folder / "trainer_state.json").write_text(state)
+    return folder
+
+
+def test_find_checkpoint() -> None:
+    find = training.find_checkpoint
+    assert find(None, "results") is None
+    with pytest.raises(ValueError, match="no complete checkpoint in results"):
+        find("latest", "results")
+    nine = checkpoint("checkpoint-9")
+    ten = checkpoint("checkpoint-10")
+    checkpoint("checkpoint-11", None)  # killed before its state was written,
+    checkpoint("checkpoint-12", json.dumps({"global_step": 12})[:-4])  # and in the middle of it
+    checkpoint("checkpoint-best")
+    assert find("latest", "results") == str(ten)
+    assert find(str(nine), "results") == str(nine)
+    assert find("results/checkpoint-best", "results") == "results/checkpoint-best"
+    with pytest.raises(ValueError, match="no complete checkpoint in results/checkpoint-11"):
+        find("results/checkpoint-11", "results")
