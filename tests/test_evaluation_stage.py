@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers import make_records, tiny_model, tiny_tokenizer
@@ -80,13 +81,17 @@ def test_rows_hold_spans_or_abstain(run, capsys):
         }
         assert contexts[row["id"]] in row["Prompt"]
         assert (row["na_prob"] > 0.5) == (text == NO_ANSWER)
-    lines = [json.loads(line) for line in open("results/results.n_best.jsonl")]
+    lines = [
+        json.loads(line) for line in Path("results/results.n_best.jsonl").read_text().splitlines()
+    ]
     assert [line["id"] for line in lines] == list(contexts)
     for line in lines:
         total = line["no_answer"]["probability"] + sum(s["probability"] for s in line["spans"])
         assert total == pytest.approx(1)
         assert len({span["text"] for span in line["spans"]}) == 2
-    assert json.load(open("official/na_prob.json")) == {row["id"]: row["na_prob"] for row in rows}
+    assert json.loads(Path("official/na_prob.json").read_text()) == {
+        row["id"]: row["na_prob"] for row in rows
+    }
     out = capsys.readouterr()
     assert "% Exact Match" in out.out
     assert "Next: python summarize_results.py results/results.csv" in out.out
@@ -128,14 +133,14 @@ def test_multi_turn_feeds_the_replies_back(run, monkeypatch):
 def test_adapter_brings_its_model_and_prompt(folder, run):
     rows = run(f"--adapter_name={folder}/adapter", "--num_samples=2", model=False)
     assert all("Only the text counts." in row["Prompt"] for row in rows)
-    saved = json.load(open("results/results.config.json"))
+    saved = json.loads(Path("results/results.config.json").read_text())
     assert saved["model_name"] == str(folder / "model")
 
 
 def test_interrupted_run_goes_on_with_the_same_rows(run, monkeypatch, capsys):
     whole = run("--n_best=2")
-    expected = open("results/results.csv", "rb").read()
-    lines = open("results/results.n_best.jsonl").read()
+    expected = Path("results/results.csv").read_bytes()
+    lines = Path("results/results.n_best.jsonl").read_text()
     answer, calls = LocalModel.answer, []
 
     def stops(self, batch):
@@ -150,8 +155,8 @@ def test_interrupted_run_goes_on_with_the_same_rows(run, monkeypatch, capsys):
     done = read_results("results/results.csv")
     assert 0 < len(done) < len(whole)
     run("--n_best=2")
-    assert open("results/results.csv", "rb").read() == expected
-    assert open("results/results.n_best.jsonl").read() == lines
+    assert Path("results/results.csv").read_bytes() == expected
+    assert Path("results/results.n_best.jsonl").read_text() == lines
     assert f"{len(done)} questions are done" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="other settings.*num_beams"):
         run("--n_best=2", "--num_beams=3")
@@ -223,8 +228,6 @@ def test_threshold_is_tuned_on_validation_and_used_afterwards(folder, run, capsy
 
 
 def load_yaml_json(path):
-    from pathlib import Path
-
     return load_yaml(Path(path))
 
 
