@@ -220,7 +220,7 @@ def encoded_dataset(records: Sequence[dict], max_length: int | None = 4096) -> A
 def make_trainer(model: Any, train_dataset: Any, folder: Path, **settings: Any) -> SquadTrainer:
     """Make our trainer with plain SGD, whose step shows the gradient as it is."""
     cls = settings.pop("trainer", SquadTrainer)
-    options = {
+    options: dict[str, Any] = {
         "output_dir": str(folder),
         "optim": "sgd",
         "learning_rate": 0.5,

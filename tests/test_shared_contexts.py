@@ -230,8 +230,8 @@ def refuse_4d_masks(model: Any) -> None:
 def test_fallback(
     reason: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"attn_implementation": "eager"} if reason == "eager" else {}
-    window = {"sliding_window": 64} if reason == "sliding window" else {}
+    options: dict[str, Any] = {"attn_implementation": "eager"} if reason == "eager" else {}
+    window: dict[str, Any] = {"sliding_window": 64} if reason == "sliding window" else {}
     model = tiny_model("mistral", **options, **window)
     if "2D" in reason:
         refuse_4d_masks(model)
@@ -338,7 +338,10 @@ def test_a_step_through_lay_out(tmp_path: Path) -> None:
 
 
 class Recorder(SquadDataCollator):
-    """A collator that remembers the examples it was given."""
+    """A collator that remembers the examples it was given, and counts its trees' branches."""
+
+    seen: list[tuple[int, ...]]
+    questions: int
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate and remember."""
@@ -346,14 +349,14 @@ class Recorder(SquadDataCollator):
             for example in flatten(row["paragraphs"]) if "paragraphs" in row else [row]:
                 self.seen.append(tuple(example["input_ids"]))
         batch = super().torch_call(examples)
-        self.questions += count_batch(batch)[0]
+        self.questions += int(count_batch(batch)[0])
         return batch
 
 
 def recorder() -> Recorder:
     """Make a recorder."""
     made = Recorder(pad_token_id=tiny_tokenizer().pad_token_id)
-    made.seen, made.questions = [], 0
+    made.seen, made.questions = [], 0  # SquadDataCollator is a dataclass
     return made
 
 

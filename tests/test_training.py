@@ -29,7 +29,10 @@ from llama_squad.config import ModelArguments, TrainArguments, load_run_config, 
 from llama_squad.prompts import build_messages, gold_answer
 
 EXAMPLES = flatten(encode_paragraphs(make_records(2, [2])))
-WIDE = {"hidden_size": 64, "intermediate_size": 128}  # 4-bit blocks are of 64 weights
+WIDE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+}  # 4-bit blocks are of 64 weights
 
 
 @pytest.fixture(autouse=True)
