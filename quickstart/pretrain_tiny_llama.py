@@ -70,10 +70,11 @@ WHETHER = (
     "Do not answer the question. Only say whether the text does.",
 )
 BRIEFLY = (
-    ("Answer briefly.", "The answer is {}."),
-    ("Quote the text.", 'The text says "{}".'),
-    ("Say it in a short sentence.", "The answer is {}."),
-    ("Answer with a quote from the text.", 'The text says "{}".'),
+    ("{} Answer briefly.", "The answer is {}."),
+    ("{} In a word, please.", "It is {}."),
+    ("{} Quote the text.", 'The text says "{}".'),
+    ("{} Answer with a quote.", 'The answer is "{}".'),
+    ("Quote the text: {}", '"{}".'),
 )
 WHETHER_ASKED = ("{} Does the text say?", "{} Does the text say that?", "{} Is that in the text?")
 YES, NO = "Yes, it does.", "No, it does not say that."
@@ -115,9 +116,18 @@ def subject(paragraph: Paragraph) -> str:
     return f"The text is about {' and '.join(paragraph.entities)}."
 
 
-def whether(rng: random.Random, question: Question, template: str) -> tuple[str, str]:
+def whether(rng: random.Random, question: Question) -> tuple[str, str]:
     """Return a yes/no question on what the text says, and its reply."""
-    return template.format(question.text), YES if question.answerable else NO
+    return rng.choice(WHETHER_ASKED).format(question.text), YES if question.answerable else NO
+
+
+def reply(rng: random.Random, question: Question) -> tuple[str, str]:
+    """Return an answerable question and its reply: a whole sentence, or (asked for) a short one."""
+    assert question.fact
+    if rng.random() < 0.25:
+        return question.text, question.reply
+    asked, said = rng.choice(BRIEFLY)
+    return asked.format(question.text), said.format(question.fact.value)
 
 
 def balanced(rng: random.Random, paragraph: Paragraph, count: int) -> list[Question]:
@@ -126,32 +136,28 @@ def balanced(rng: random.Random, paragraph: Paragraph, count: int) -> list[Quest
     return [q for group in groups for q in rng.sample(group, min(len(group), count // 2))]
 
 
-def make_row(rng: random.Random, taken: set[str], simple: bool) -> Row:
-    """Make up a paragraph and conversations about it; ``simple``: about a single thing."""
-    paragraph = make_paragraph(rng, set(taken))
-    while simple and len(paragraph.entities) > 1:
-        paragraph = make_paragraph(rng, set(taken))
+def make_row(rng: random.Random, taken: set[str], binding: float) -> Row:
+    """Make up a paragraph and conversations about it.
+
+    A share ``binding`` of the paragraphs is about one thing, or about three or four of which little
+    is said: from these the model learns soonest to tell attributes and things apart.
+    """
+    things = rng.choice((1, 3, 4)) if rng.random() < binding else None
+    paragraph = make_paragraph(rng, set(taken), things)
     system = rng.choice(SYSTEMS)
     prefix = BEGIN + (turn("system", system) if system else "") + opening("user")
     passage = f"Context: {paragraph.context}\nQuestion: "
-    if rng.random() < 0.12:
-        return _several_turns(rng, prefix, paragraph)
-    if rng.random() < 0.25:
-        pairs = [whether(rng, q, "{}") for q in balanced(rng, paragraph, 12)]
-        return _row(f"{prefix}{rng.choice(WHETHER)}\n{passage}", pairs)
-    asked = [q for q in paragraph.questions if q.answerable]
-    if rng.random() < 0.25:
-        instruction, form = rng.choice(BRIEFLY)
-        pairs = [(q.text, form.format(q.fact.value)) for q in asked if q.fact]
-        pairs += [whether(rng, q, rng.choice(WHETHER_ASKED)) for q in balanced(rng, paragraph, 8)]
-        return _row(f"{prefix}{instruction}\n{passage}", pairs)
-    pairs = [(question.text, question.reply) for question in asked]
     kind = rng.random()
-    if 0.2 < kind < 0.5:
-        pairs += [whether(rng, q, rng.choice(WHETHER_ASKED)) for q in balanced(rng, paragraph, 8)]
-    if kind < 0.1:
+    if kind < 0.08:
+        return _several_turns(rng, prefix, paragraph)
+    if kind < 0.2:
+        pairs = [(q.text, YES if q.answerable else NO) for q in balanced(rng, paragraph, 12)]
+        return _row(f"{prefix}{rng.choice(WHETHER)}\n{passage}", pairs)
+    pairs = [reply(rng, q) for q in paragraph.questions if q.answerable]
+    pairs += [whether(rng, q) for q in balanced(rng, paragraph, 8)]
+    if kind < 0.25:
         pairs.append(("What is the text about?", subject(paragraph)))
-    if kind < 0.3:
+    if kind < 0.5:
         style = rng.choice(list(PROMPTS.values()))
         exact = style({"context": paragraph.context, "question": ""})[0]
         return _row(prefix + exact, pairs)
@@ -183,10 +189,11 @@ def _several_turns(rng: random.Random, prefix: str, paragraph: Paragraph) -> Row
     lead = rng.choice(("", rng.choice(INSTRUCTIONS) + "\n"))
     talk = exchange(asked[0].text, asked[0].reply)
     for question in balanced(rng, paragraph, 8):
-        text, reply = question.text, question.reply
         if not question.answerable or rng.random() < 0.3:
-            text, reply = whether(rng, question, rng.choice(WHETHER_ASKED))
-        talk += exchange(opening("user") + text, reply)
+            text, said = whether(rng, question)
+        else:
+            text, said = reply(rng, question)
+        talk += exchange(opening("user") + text, said)
     return Row(f"{prefix}{lead}Context: {paragraph.context}\nQuestion: ", [talk])
 
 
@@ -200,7 +207,7 @@ def make_tokenizer(seed: int, taken: set[str]) -> PreTrainedTokenizerFast:
     rng = random.Random(seed)
     words = split_words()
     count: Counter[str] = Counter()
-    texts = [row_text(make_row(rng, taken, False)) for _ in range(3000)]
+    texts = [row_text(make_row(rng, taken, 0.2)) for _ in range(3000)]
     texts += [format_answer(value) for value in ("?", "1655", "oak")] * 20
     for pool in load_world()["pools"].values():
         texts += [f"{word} {word}." for word in pool] * 3
@@ -392,8 +399,8 @@ def chat_batches(
     pile: list[list[Row]] = []
     for step in range(steps):
         if not pile:
-            simple = step < args.simple_steps
-            rows = [make_row(rng, taken, simple) for _ in range(8 * args.rows)]
+            binding = 1.0 if step < args.simple_steps else args.binding
+            rows = [make_row(rng, taken, binding) for _ in range(8 * args.rows)]
             rows.sort(key=lambda row: len(row_text(row)))
             pile = [rows[start : start + args.rows] for start in range(0, len(rows), args.rows)]
             rng.shuffle(pile)
@@ -431,9 +438,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--frozen_steps", type=int, default=1000, help="induction heads held")
-    parser.add_argument("--simple_steps", type=int, default=250, help="about single things")
+    parser.add_argument("--simple_steps", type=int, default=250, help="all paragraphs simple")
+    parser.add_argument("--binding", type=float, default=0.3, help="share of simple paragraphs")
     parser.add_argument("--rows", type=int, default=8, help="paragraphs a step")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--start", type=Path, help="go on from this folder")
     parser.add_argument("--output", type=Path, default=HERE / "tiny_llama")
     parser.add_argument("--log", type=Path, help="append the log to this file")
@@ -470,7 +479,7 @@ def main(argv: list[str] | None = None) -> None:
     """Make the tokenizer, train the model, and save both."""
     args = parse(argv)
     torch.manual_seed(args.seed)
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     log = args.log.open("a", encoding="utf-8") if args.log else None
 
     def say(text: str) -> None:
@@ -486,7 +495,7 @@ def main(argv: list[str] | None = None) -> None:
             args.start, dtype=torch.float32, attn_implementation="sdpa"
         )
     say(f"{model.num_parameters():,} parameters, torch {torch.__version__}, {vars(args)}")
-    test = argparse.Namespace(rows=16, simple_steps=0)
+    test = argparse.Namespace(rows=16, simple_steps=0, binding=0.0)
     held_out = list(chat_batches(tokenizer, args.seed + 1, taken, 4, test))
     yes_no = {tokenizer(text, add_special_tokens=False).input_ids[0] for text in (YES, NO)}
     optimizer, frozen = make_optimizer(model)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -196,6 +197,38 @@ def test_killed_and_on_two_processes_the_file_is_the_same(folder, tmp_path):
     whole = tmp_path / "whole.csv"
     subprocess.run(command(folder, whole), env=ENVIRONMENT, cwd=tmp_path, check=True)
     assert output.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_the_files_are_the_same(folder, tmp_path):
+    """Kill -9 ten times, each time some moments after new rows came; then go on to the end."""
+    many = make_records(24, [2, 3], seed=4)
+    splits = {"train": make_records(2, [1], seed=1), "val": make_records(2, [1], seed=2)}
+    write_dataset(
+        splits | {"test": many}, CreateArguments(dataset_name=str(tmp_path / "data"))
+    )  # fmt: skip
+    more = [f"--dataset_name={tmp_path}/data", "--batch_size=3", "--n_best=3", "--num_beams=3"]
+    output, moments = tmp_path / "killed.csv", random.Random(0)
+    seen = []
+    for _ in range(10):
+        seen.append(rows_of(output))
+        process = subprocess.Popen(
+            [*command(folder, output), *more], env=ENVIRONMENT, cwd=tmp_path,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while process.poll() is None and rows_of(output) <= seen[-1]:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.05))
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert seen == sorted(set(seen)), "each run went on where the last one had stopped"
+    for path in (output, tmp_path / "whole.csv"):
+        subprocess.run([*command(folder, path), *more], env=ENVIRONMENT, cwd=tmp_path, check=True)
+    assert rows_of(output) == len(many)
+    for suffix in (".csv", ".n_best.jsonl"):
+        killed, whole = (tmp_path / (name + suffix) for name in ("killed", "whole"))
+        assert killed.read_bytes() == whole.read_bytes()
 
 
 def rows_of(path):
