@@ -51,9 +51,15 @@ def check_flags(args: TestArguments) -> None:
             raise ValueError(f"{flag} needs --decoding span: free decoding weighs no spans")
     if args.tune_threshold and args.na_prob_thresh is not None:
         raise ValueError("--tune_threshold chooses what --na_prob_thresh sets: give one of them")
-    for name in ("num_beams", "batch_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("num_beams", "batch_size", "max_new_tokens", "num_samples"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}")
+    for name in ("n_best", "audit"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} must not be negative: 0 does without")
+    if args.na_prob_thresh is not None and not 0 <= args.na_prob_thresh <= 1:
+        raise ValueError(f"--na_prob_thresh is a probability, not {args.na_prob_thresh}")
 
 
 def run(args: TestArguments, model_args: ModelArguments) -> None:
@@ -70,7 +76,7 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
     from llama_squad.predictors import LocalModel
 
     modeling.say_device()
-    threshold = evaluation.load_threshold(args)
+    threshold = 1.0 if args.tune_threshold else evaluation.load_threshold(args)
     encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)
     weights = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
 
@@ -86,14 +92,14 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
         )  # fmt: skip
 
     if args.tune_threshold:
-        judge = model(na_prob_thresh=1.0)
+        judge = model(na_prob_thresh=threshold)
         threshold = evaluation.tune_threshold(judge, dataset["val"], args, model_args)
     records = evaluation.choose_records(dataset[args.split], args)
     evaluation.evaluate(
         model(na_prob_thresh=threshold, n_best=max(1, args.n_best)),
         records,
         Path(args.output),
-        evaluation.settings_of(args, model_args, threshold),
+        evaluation.settings_of(args, model_args, threshold, records),
         batch_size=args.batch_size,
         overwrite=args.overwrite,
         n_best=args.n_best > 0,
@@ -102,7 +108,7 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
         return
     report(args)
     if args.audit:
-        exhaustive = model(num_beams=evaluation.AUDIT_BEAMS)
+        exhaustive = model(num_beams=evaluation.AUDIT_BEAMS)  # n_best changes no answer
         print(evaluation.audit(model(), exhaustive, records, args))
 
 

@@ -5,10 +5,12 @@ Reads records and a model, writes a result file (``llama_squad.results``) and, w
 merges them, at the end and whenever a killed run is gone on with.
 """
 
+import hashlib
 import json
 import math
 import os
 import random
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,8 +28,8 @@ from llama_squad.results import ResultsFile, config_path, merge_results, read_re
 THRESHOLD_FILE = "na_prob_thresh.json"
 """The threshold tuned on the validation split, beside the adapter."""
 
-AUDIT_BEAMS = 1000
-"""So many partial replies of a length are almost never wanted: the audit's answers are proven."""
+AUDIT_BEAMS = 1_000_000
+"""More than there are partial replies of a length: nothing is given up but what is too long."""
 
 # What may change between two runs of one result file.
 _VOLATILE = ("output", "overwrite", "batch_size", "predictions_dir", "audit", "tune_threshold",
@@ -71,11 +73,46 @@ def choose_records(split: Any, args: TestArguments) -> list[Record]:
 
 
 def settings_of(
-    args: TestArguments, model_args: ModelArguments, threshold: float | None
+    args: TestArguments,
+    model_args: ModelArguments,
+    threshold: float | None,
+    records: Sequence[Record],
 ) -> dict[str, Any]:
-    """Return what a result file says of how it was made."""
+    """Return what a result file says of how it was made.
+
+    With digests of the questions and of local weights: another training may write into the same
+    folder, and its rows must not be taken for those of the last one.
+    """
     settings = {**asdict(args), **asdict(model_args), "na_prob_thresh": threshold}
-    return {**settings, **provenance()}
+    text = json.dumps(list(records), sort_keys=True, ensure_ascii=False)
+    return {
+        **settings,
+        "questions_digest": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "model_digest": weights_digest(model_args.model_name),
+        "adapter_digest": weights_digest(args.adapter_name),
+        **provenance(),
+    }
+
+
+def weights_digest(folder: str | None) -> str | None:
+    """Return a digest of the weights in a local folder: of their sizes, and a sample of bytes.
+
+    A training changes every tensor, so 256 pieces of 4 KiB a file tell it, however large the model.
+    """
+    files = sorted(
+        path for path in Path(folder or "").glob("*") if path.suffix in (".safetensors", ".bin")
+    )
+    if not folder or not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for piece in range(256):
+                file.seek(size * piece // 256)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def evaluate(
@@ -126,7 +163,7 @@ def evaluate(
 
 
 def _shard_path(output: Path, rank: int) -> Path:
-    return output.with_name(f"{output.stem}.rank{rank}.csv")
+    return output.with_name(f".{output.stem}.shard{rank}.csv")
 
 
 def _n_best_path(output: Path) -> Path:
@@ -137,7 +174,8 @@ def _gather(
     output: Path, order: Sequence[str], settings: Mapping[str, Any], overwrite: bool = False
 ) -> set[str]:
     """Merge the files of all processes into ``output``, in order; return the ids that it holds."""
-    shards = sorted(output.parent.glob(f"{output.stem}.rank*.csv"))
+    name = re.compile(re.escape(f".{output.stem}.shard") + r"\d+\.csv")
+    shards = sorted(path for path in output.parent.glob(".*.csv") if name.fullmatch(path.name))
     done: set[str] = set()
     for path in [output, *shards]:
         with ResultsFile(path, settings, _VOLATILE, overwrite) as results:  # checks and mends it
@@ -180,9 +218,9 @@ def _append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 def _merge_lines(paths: Sequence[Path], order: Sequence[str], done: set[str]) -> None:
     """Merge JSON-lines files into the first one: those of ``done`` questions, once each."""
-    lines: dict[str, str] = {}
+    lines: dict[str, bytes] = {}
     for path in paths:
-        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        for line in path.read_bytes().split(b"\n") if path.exists() else []:
             try:
                 lines[json.loads(line)["id"]] = line
             except ValueError:  # the last line of a killed process
@@ -190,7 +228,7 @@ def _merge_lines(paths: Sequence[Path], order: Sequence[str], done: set[str]) ->
     if lines:
         kept = [lines[id_] for id_ in order if id_ in lines and id_ in done]
         aside = paths[0].with_name(f".{paths[0].name}.{os.getpid()}")
-        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        aside.write_bytes(b"".join(line + b"\n" for line in kept))
         aside.replace(paths[0])
 
 
@@ -255,7 +293,7 @@ def tune_threshold(
     columns = [name for name in split.column_names if name != "messages"]
     records = list(split.select_columns(columns))
     output = Path(args.output).with_suffix(".val.csv")
-    settings = settings_of(args, model_args, 1.0) | {"split": "val", "num_samples": None}
+    settings = settings_of(args, model_args, 1.0, records) | {"split": "val", "num_samples": None}
     evaluate(model, records, output, settings, batch_size=args.batch_size, overwrite=args.overwrite)
     figures = summarize(read_results(output))
     threshold = figures["best_exact_thresh"]
@@ -284,36 +322,41 @@ class Audit:
     """How the search's answers compare with the best of all spans."""
 
     questions: int
-    proven: int
     best: int
+    unproven: int
 
     def __str__(self) -> str:
-        share = f"{100 * self.best / self.proven:.1f} %" if self.proven else "none"
-        return (
-            f"Audit of {self.questions:,} questions: the best of all spans is known for "
-            f"{self.proven:,}; the search had found it for {self.best:,} of them ({share})."
+        text = (
+            f"Audit of {self.questions:,} questions: the search found the best of all spans for "
+            f"{self.best:,} ({100 * self.best / max(1, self.questions):.1f} %)."
         )
+        if self.unproven:
+            text += (
+                f" For {self.unproven:,} of the others the best one is not known: a likelier span "
+                "may be longer than --max_new_tokens."
+            )
+        return text
 
 
 def audit(
     model: LocalModel, exhaustive: LocalModel, records: Sequence[Record], args: TestArguments
 ) -> Audit:
-    """Compare a model's best spans with those of a search that gives up next to nothing.
+    """Compare a model's best spans with the best of all spans, for a sample of the questions.
 
-    The exhaustive search counts where it is proven: each span that it did not finish had already
-    become less likely than its answer. Texts or, where several are equally likely,
-    log-probabilities must agree.
+    ``exhaustive`` gives nothing up: every span that it did not finish had already become less
+    likely than its answer, which is as good as scoring each. Texts or, where several are equally
+    likely, log-probabilities must agree.
     """
     sample = random.Random(args.seed).sample(list(records), min(args.audit, len(records)))
-    proven = [
-        (searched.reply, best.reply)
-        for batch in batch_paragraphs(sample, args.batch_size)
-        for searched, best in zip(model.answer(batch), exhaustive.answer(batch), strict=True)
-        if best.reply.certain
-    ]
-    best = sum(
-        a.spans[0].text == b.spans[0].text
-        or abs(a.spans[0].log_prob - b.spans[0].log_prob) < 1e-4
-        for a, b in proven if a.spans
-    )  # fmt: skip
-    return Audit(len(sample), len(proven), best)
+    best = unproven = 0
+    batches = list(batch_paragraphs(sample, args.batch_size))
+    for batch in tqdm(batches, desc="Audit", unit=" batches"):
+        for found, true in zip(model.answer(batch), exhaustive.answer(batch), strict=True):
+            ours, theirs = found.reply.best, true.reply.best
+            if ours is None or theirs is None:
+                best += ours is theirs
+            elif ours.text == theirs.text or abs(ours.log_prob - theirs.log_prob) < 1e-4:
+                best += 1
+            else:
+                unproven += not true.reply.certain
+    return Audit(len(sample), best, unproven)

@@ -20,9 +20,12 @@ partial replies of one length are taken, so the worst case is beam search's, too
 import heapq
 import itertools
 import math
+import operator
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -36,6 +39,13 @@ from llama_squad.spans import SpanGrammar, State, reply_ids, span_vocabulary
 SPECULATION = 0.7
 """Partial replies this close (in nats) to the likeliest one are run along with it: they will
 probably be wanted next, and a pass over two tokens costs little more than over one."""
+
+N_BEST_BEAMS = 20
+"""Once its answer is found, a search for more spans takes so many partial replies of a length for
+each of them."""
+
+SEARCHED_TOKENS = 16
+"""About so many tokens a beam and question are in the tree at once, to estimate its memory."""
 
 COMPACT_AFTER = 256
 """The tree drops its dead branches when it has grown by so many tokens."""
@@ -59,18 +69,21 @@ class Reply:
         score: its log-probability: in span decoding given the forced header (the tokens of
             ``ANSWER_HEADER`` up to the colon), through the end of the turn; in free decoding of
             all its tokens.
-        spans: the best spans, best first (span decoding; empty where the context holds none). A
-            span's log-probability is that of its likeliest tokens; other ways to spell it are not
-            added.
+        best: the span that the search found first (span decoding; None where the context holds
+            none). Its log-probability is that of its likeliest tokens; other ways to spell it are
+            not added.
+        spans: the ``n_best`` likeliest spans, best first. Of more than one, the first may beat
+            ``best``, where ``num_beams`` was too few to find it.
         no_answer_log_prob: log P of the reply that abstains, scored over the same stretch.
-        na_prob: sigmoid(no_answer_log_prob - spans[0].log_prob): the chance of "no answer" if it
-            is that or the best span. None in free decoding.
+        na_prob: sigmoid(no_answer_log_prob - best.log_prob): the chance of "no answer" if it is
+            that or the best span. None in free decoding.
         certain: no reply that ``num_beams`` cut off could have been better.
     """
 
     completion: str
     token_ids: list[int]
     score: float
+    best: Span | None = None
     spans: tuple[Span, ...] = ()
     no_answer_log_prob: float | None = None
     na_prob: float | None = None
@@ -109,6 +122,7 @@ class TokenTree:
         self._model = model
         self._cache = DynamicCache()
         self._length = self._compact_length = 0
+        self._depths = np.zeros((0, 0), dtype=np.int64)  # of the cache's columns, a row each
 
     @torch.inference_mode()
     def plant(self, stems: Sequence[list[int]]) -> list[_Branch]:
@@ -117,8 +131,10 @@ class TokenTree:
         ids = np.zeros((len(stems), self._length), dtype=np.int64)
         for row, stem in zip(ids, stems, strict=True):
             row[: len(stem)] = stem
+        self._depths = np.tile(np.arange(self._length), (len(stems), 1))
         # Causal order keeps the pads, which come last, from being seen: no mask is needed.
-        self._forward(ids, logits_to_keep=1)
+        if self._length:
+            self._forward(ids, logits_to_keep=1)
         return [_Branch(None, stem, columns=np.arange(len(stem))) for stem in stems]
 
     @torch.inference_mode()
@@ -153,6 +169,7 @@ class TokenTree:
                 branch.columns = np.concatenate([stem, past + new])
                 chosen += [r * wanted + column - silent for column in new[first_loud:]]
         self._length += width
+        self._depths = np.concatenate([self._depths, positions], axis=1)
         if not self._compact_length:  # the first branches are the questions
             self._compact_length = self._length
         logits = self._forward(ids, positions, visible, logits_to_keep=wanted)
@@ -170,6 +187,7 @@ class TokenTree:
             for branch in {id(b): b for b in row}.values():
                 branch.columns = np.searchsorted(columns, branch.columns)
         self._length = self._compact_length = length
+        self._depths = np.take_along_axis(self._depths, index, axis=1)
         for layer in cast(list[Any], self._cache.layers):
             where = torch.from_numpy(index).to(layer.keys.device)[:, None, :, None]
             layer.keys = layer.keys.take_along_dim(where, dim=2)
@@ -192,7 +210,7 @@ class TokenTree:
         if positions is not None and visible is not None:
             # Both or neither: position ids without the mask would let a branch see its sisters.
             more["position_ids"] = torch.from_numpy(positions).to(device)
-            more["attention_mask"] = self._mask(torch.from_numpy(visible).to(device))
+            more["attention_mask"] = self._masks(visible, positions)
         output = self._model(
             input_ids=torch.from_numpy(ids).to(device),
             past_key_values=self._cache,
@@ -202,8 +220,28 @@ class TokenTree:
         )
         return output.logits
 
-    def _mask(self, visible: torch.Tensor) -> torch.Tensor:
-        """Return the mask in the form of this model's attention."""
+    def _masks(
+        self, visible: np.ndarray, positions: np.ndarray
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Return the mask, or one for each kind of layer where some see a window only."""
+        config = self._model.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"] * bool(window))
+        if not getattr(config, "use_sliding_window", True) or "sliding_attention" not in kinds:
+            window = None
+        if not window or positions.max() < window:
+            return self._mask(visible)
+        near = positions[:, None, :, None] - self._depths[:, None, None, :] < window
+        if kinds == {"sliding_attention"}:
+            return self._mask(visible & near)
+        return {
+            "full_attention": self._mask(visible),
+            "sliding_attention": self._mask(visible & near),
+        }
+
+    def _mask(self, seen: np.ndarray) -> torch.Tensor:
+        """Return a mask in the form of this model's attention."""
+        visible = torch.from_numpy(seen).to(self._model.device)
         kind = self._model.config._attn_implementation
         if kind == "sdpa":
             return visible
@@ -214,6 +252,46 @@ class TokenTree:
         raise ValueError(
             f"{kind} attention cannot hold a tree of questions: take --attn_implementation sdpa"
         )
+
+
+_CHECKED: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
+
+
+@torch.inference_mode()
+def check_tree(model: PreTrainedModel, prompt: Sequence[int]) -> None:
+    """Compare a prompt's last logits in a tree, beside a sister branch, with those of it alone.
+
+    Done once a model: an architecture that overlooks the mask or the positions would answer
+    wrongly, and no one would know.
+
+    Raises:
+        ValueError: this architecture's questions cannot share their context.
+    """
+    if model in _CHECKED:
+        return
+    ids = list(prompt)
+    half = len(ids) // 2
+    name = type(model).__name__
+    try:
+        tree = TokenTree(model)
+        stem = tree.plant([ids[:half]])[0]
+        shared = tree.grow([[_Branch(stem, ids[:half:-1] or ids), _Branch(stem, ids[half:])]])[-1]
+    except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+        raise ValueError(
+            f"{name} cannot evaluate questions that share their context "
+            f"({type(error).__name__}: {error}): it needs a 4D attention mask, position ids and a "
+            "key/value cache, as Llama, Mistral, Qwen, Gemma and Phi have them"
+        ) from error
+    output = model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1)
+    alone = output.logits[0, -1].float()
+    exact = model.dtype == torch.float32 and not getattr(model, "is_loaded_in_4bit", False)
+    gap = ((shared - alone).norm() / (alone - alone.mean()).norm().clamp(min=1e-9)).item()
+    if not gap < (1e-2 if exact else 0.3):
+        raise ValueError(
+            f"{name} gives other logits where questions share their context (off by {gap:.0%}): "
+            "it overlooks the attention mask or the position ids, so its answers would be wrong"
+        )
+    _CHECKED.add(model)
 
 
 # The search ----------------------------------------------------------------------------------
@@ -248,6 +326,7 @@ class _Search:
         self._order = itertools.count()
         self._queue: list[tuple[float, int, _Node]] = []
         self._taken: Counter[tuple[int, str]] = Counter()
+        self._spare: list[_Node] = []  # given up for the answer; the other spans may need them
         self.cut_off = -math.inf  # log P of the best partial reply that was given up
         self.found: dict[str | int, _Node] = {}
         self._push(root)
@@ -255,11 +334,15 @@ class _Search:
     def advance(self) -> list[_Node]:
         """Go on as far as known; return the nodes to run next, or none where all is found."""
         while self._queue and len(self.found) < self._n_best:
+            if self._spare and self.found:  # the answer is found as if it alone were asked for
+                self._widen()
             node = self._queue[0][2]
             full = self._taken[node.level, node.kind] >= self._beams
             if full and node.kind != "complete":
                 self._pop()
                 self.cut(node.log_prob)
+                if self._n_best > 1:
+                    self._spare.append(node)
             elif node.kind == "complete":
                 self._pop()
                 rank = sum(self._taken[node.level, kind] for kind in ("open", "complete"))
@@ -280,7 +363,14 @@ class _Search:
     @property
     def branches(self) -> list[_Branch]:
         """The branches that may yet grow."""
-        return [node.branch or node.stem for _, _, node in self._queue]
+        nodes = [*self._spare, *(node for _, _, node in self._queue)]
+        return [node.branch or node.stem for node in nodes]
+
+    def _widen(self) -> None:
+        self._beams = max(self._beams, N_BEST_BEAMS * self._n_best)
+        for node in self._spare:
+            self._push(node)
+        self._spare.clear()
 
     def _push(self, node: _Node) -> None:
         heapq.heappush(self._queue, (-node.log_prob, next(self._order), node))
@@ -314,7 +404,7 @@ class Generator:
         num_beams: partial replies of one length that the search takes at most.
         max_new_tokens: length limit of a reply (in span decoding of the span).
         na_prob_thresh: the reply abstains where na_prob is above it (span decoding).
-        n_best: how many distinct spans to find (span decoding).
+        n_best: how many distinct spans to find (span decoding). The answer is the same for any.
     """
 
     def __init__(
@@ -330,7 +420,7 @@ class Generator:
     ) -> None:
         self.model = model
         self.tokenizer = encoder.tokenizer
-        self.num_beams = max(num_beams, n_best) if decoding == "span" else num_beams
+        self.num_beams = num_beams
         self.max_new_tokens = max_new_tokens
         self.na_prob_thresh = na_prob_thresh
         self.n_best = n_best
@@ -341,11 +431,17 @@ class Generator:
     def reply(self, paragraphs: Sequence[Paragraph]) -> list[list[Reply]]:
         """Answer all questions of several paragraphs at once: a list of replies a paragraph.
 
-        Where memory runs out, the batch is halved, and halved again; later ones are, beforehand.
+        A batch that is not likely to fit into free memory is halved, and so is one that did not
+        after all; later ones of its size are, beforehand.
+
+        Raises:
+            ValueError: this architecture cannot share contexts (see ``check_tree``).
         """
+        check_tree(self.model, paragraphs[0].prompts[0])
         halves = _halve(paragraphs)
         questions = sum(len(paragraph.prompts) for paragraph in paragraphs)
-        if not halves or questions < self._too_many:
+        fits = questions < self._too_many and self._memory_needed(paragraphs) < free_memory()
+        if fits or not halves:
             try:
                 return _Batch(self, paragraphs).replies()
             except (RuntimeError, MemoryError) as error:
@@ -362,6 +458,38 @@ class Generator:
         if len(paragraphs) == 1:  # the questions of one paragraph were parted
             return [[reply for row in replies for reply in row]]
         return replies
+
+
+    def _memory_needed(self, paragraphs: Sequence[Paragraph]) -> float:
+        """Estimate the bytes of a batch: keys and values, activations and logits of a pass."""
+        config = self.model.config.get_text_config()
+        size = self.model.dtype.itemsize
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        stems = [common_prefix(p.prompts) for p in paragraphs]
+        branches = [
+            sum(len(ids) - stem + self.num_beams * SEARCHED_TOKENS for ids in p.prompts)
+            for p, stem in zip(paragraphs, stems, strict=True)
+        ]
+        length = max(map(operator.add, stems, branches))
+        cache = 2 * config.num_hidden_layers * heads * width * length * size
+        wide = max(max(stems), max(branches))  # positions of one pass
+        activations = wide * (8 * config.hidden_size * size + length * 4)
+        questions = sum(len(p.prompts) for p in paragraphs)
+        logits = 8 * questions * config.vocab_size * (size + 8)
+        return len(paragraphs) * (cache + activations) + logits
+
+
+def free_memory() -> float:
+    """Return the bytes that a batch may take: on a GPU, else of the machine where it tells."""
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+        return 0.9 * (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 0.9 * next(1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return math.inf
 
 
 def stop_ids(model: PreTrainedModel, encoder: ConversationEncoder) -> frozenset[int]:
@@ -526,7 +654,8 @@ class _Batch:
         padded = padded.to(logits.device)
         allowed = logits.gather(1, padded.clamp(min=0)) - norms
         allowed.masked_fill_(padded < 0, -math.inf)
-        top = allowed.topk(min(4 * beams + self._generator.n_best, width))
+        most = 4 * beams if self._generator.n_best == 1 else width
+        top = allowed.topk(min(most, width))
         for (question, node), found, values, indices in zip(
             nodes, following, top.values.tolist(), top.indices.tolist(), strict=True
         ):
@@ -584,15 +713,17 @@ class _Batch:
             )
             return Reply(str(text), ids, best.log_prob)
         abstain = question.no_answer_log_prob
-        spans = tuple(Span(node.text, node.log_prob) for node in found)
-        na_prob = _sigmoid(abstain - spans[0].log_prob) if spans else 1.0
+        spans = [Span(node.text, node.log_prob) for node in found]
+        best = spans[0] if spans else None
+        na_prob = _sigmoid(abstain - best.log_prob) if best else 1.0
         text, ids, score = NO_ANSWER, list(self._vocabulary.no_answer), abstain
-        if na_prob <= self._generator.na_prob_thresh and spans:
-            text, ids, score = spans[0].text, list(found[0].ids), spans[0].log_prob
-        certain = bool(found) and question.search.cut_off <= found[0].log_prob
+        if best and na_prob <= self._generator.na_prob_thresh:
+            text, ids, score = best.text, list(found[0].ids), best.log_prob
+        certain = best is not None and question.search.cut_off <= best.log_prob
+        ranked = sorted(spans, key=lambda span: -span.log_prob)
         return Reply(
             format_answer(text), self._vocabulary.header + ids, score,
-            spans, abstain, na_prob, certain,
+            best, tuple(ranked), abstain, na_prob, certain,
         )  # fmt: skip
 
 

@@ -25,9 +25,9 @@ import yaml
 HERE = Path(__file__).parent
 SEED = 20
 TRAIN_TITLES, TEST_TITLES, PARAGRAPHS_PER_TITLE = 40, 9, 9
-WORDS = 320
-"""So many words of the world's own, which are combined into names."""
-FACTS = {1: (5, 6), 2: (3, 4), 3: (2, 3), 4: (2,)}
+WORDS = 120
+"""So many words of the world's own for each form of names, which are combined into names."""
+FACTS = {1: (3, 4, 5), 2: (2, 3, 4), 3: (2,), 4: (2,)}
 """How many facts a thing has in a paragraph about so many things."""
 NAME_FORMS = ("place", "river", "person")
 
@@ -74,11 +74,12 @@ def load_world() -> dict[str, Any]:
 
 
 @cache
-def made_up_words() -> list[str]:
-    """Return the words that names of places, rivers and families begin or end with."""
+def made_up_words(form: str) -> list[str]:
+    """Return the words that names of a form of ``NAME_FORMS`` begin (a person's: end) with."""
     pools = load_world()["pools"]
     words = [head + tail for head in pools["head"] for tail in pools["tail"]]
-    return random.Random(SEED).sample(words, WORDS)
+    chosen = random.Random(SEED).sample(words, len(NAME_FORMS) * WORDS)
+    return chosen[NAME_FORMS.index(form) :: len(NAME_FORMS)]
 
 
 @dataclass
@@ -92,9 +93,7 @@ class Names:
         """Make up a name of one of ``NAME_FORMS``."""
         pools = load_world()["pools"]
         while True:
-            half = WORDS // 2
-            words = made_up_words()
-            word = rng.choice(words[half:] if form == "person" else words[:half])
+            word = rng.choice(made_up_words(form))
             name = f"{word} {rng.choice(pools['second'])}"
             if form == "river":
                 name = f"{word} {rng.choice(pools['water'])}"
@@ -177,7 +176,7 @@ def _make_things(rng: random.Random, names: Names, count: int) -> list[_Thing]:
 
 def _refer(rng: random.Random, thing: _Thing, template: str, again: bool) -> str:
     """Choose how a sentence names its thing: by name, or (if it was the last) "it", "the ship"."""
-    if not again or rng.random() < 0.8:
+    if not again or rng.random() < 0.85:
         return thing.name
     if template.startswith("{e}") and thing.kind != "painter" and rng.random() < 0.6:
         return "it"

@@ -10,7 +10,7 @@ Writes: quickstart/tiny_llama/ (config, generation_config, tokenizer, weights) a
 Run:    python quickstart/pretrain_tiny_llama.py --log quickstart/pretrain.log
 
 The questions of a paragraph branch off a shared prefix that holds the context. Two attention layers
-start as induction heads, which would take most of the training to form.
+start as what would take most of the training to form (``start_as_reader``), and stay so.
 """
 
 import argparse
@@ -24,7 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from make_world import Paragraph, Question, build, load_world, made_up_words, make_paragraph
+from make_world import (
+    NAME_FORMS,
+    Paragraph,
+    Question,
+    build,
+    load_world,
+    made_up_words,
+    make_paragraph,
+)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -154,7 +162,7 @@ def make_row(rng: random.Random, taken: set[str], binding: float) -> Row:
         pairs = [(q.text, YES if q.answerable else NO) for q in balanced(rng, paragraph, 12)]
         return _row(f"{prefix}{rng.choice(WHETHER)}\n{passage}", pairs)
     pairs = [reply(rng, q) for q in paragraph.questions if q.answerable]
-    pairs += [whether(rng, q) for q in balanced(rng, paragraph, 8)]
+    pairs += [whether(rng, q) for q in balanced(rng, paragraph, 6)]
     if kind < 0.25:
         pairs.append(("What is the text about?", subject(paragraph)))
     if kind < 0.5:
@@ -211,9 +219,9 @@ def make_tokenizer(seed: int, taken: set[str]) -> PreTrainedTokenizerFast:
     texts += [format_answer(value) for value in ("?", "1655", "oak")] * 20
     for pool in load_world()["pools"].values():
         texts += [f"{word} {word}." for word in pool] * 3
-    half = len(made_up_words()) // 2
-    texts += [f"{word} ." for word in made_up_words()[:half]] * 3
-    texts += [f"{word}." for word in made_up_words()[half:]] * 3
+    for form in NAME_FORMS:
+        gap = "" if form == "person" else " "
+        texts += [f"{word}{gap}." for word in made_up_words(form)] * 3
     texts += [f"{number} ." for number in range(20, 200)] * 3
     texts += [f"{number}." for number in range(1500, 1800)] * 3
     for text in texts:
@@ -271,7 +279,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> 
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    start_as_copier(model)
+    start_as_reader(model, *sorts_of_words(tokenizer))
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -280,21 +288,61 @@ def make_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> 
     return model
 
 
-@torch.no_grad()
-def start_as_copier(model: LlamaForCausalLM) -> None:
-    """Write induction heads into the first two layers, which the training then makes good use of.
+def sorts_of_words(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[str]]:
+    """Say of each token which word it is (a number, the same for "The " and "the"), and its sort.
 
-    Without them the model sits on a plateau for most of the time that we have. The first layer's
-    heads look one token back (a constant part of the embedding meets itself, rotated by one
-    position) and write down 16 directions of that token each; the second layer's heads look for
-    positions where these directions are the current token's, and copy the token they find there.
-    Matching uses the slowly rotating half of a head. The attention of other layers starts near the
-    identity, after Trockman and Kolter, Mimetic Initialization of Self-Attention Layers (2023).
+    The sorts are the forms of names, the pools of world.yaml, the words of attributes, and numbers;
+    any other word is its own.
+    """
+    words: dict[str, int] = {}
+    texts = [tokenizer.decode([index]).strip().lower() for index in range(len(tokenizer))]
+    sorts = {word.lower(): form for form in NAME_FORMS for word in made_up_words(form)}
+    for name, pool in load_world()["pools"].items():
+        if name not in ("head", "tail"):
+            sorts |= {part.lower(): name for value in pool for part in value.split()}
+    sorts |= {
+        attribute["word"]: "attribute"
+        for kind in load_world()["kinds"].values()
+        for attribute in kind["attributes"].values()
+    }
+    sorts |= {text: f"number of {len(text) // 4}" for text in texts if text.isdigit()}
+    return (
+        [words.setdefault(text, len(words)) for text in texts],
+        [sorts.get(text, f"word {text}") for text in texts],
+    )
+
+
+@torch.no_grad()
+def start_as_reader(model: LlamaForCausalLM, words: list[int], sorts: list[str]) -> None:
+    """Write what reading needs into the first two layers, and what helps to learn into the rest.
+
+    Without it the model sits on plateaus for most of the time that we have.
+
+    - The embeddings of a word's forms are alike, so that a question's word is found in the context,
+      and those of a sort of words a little, so that what is learned of one year holds for all.
+    - Induction: two heads of the first layer look one token back (a constant part of the
+      embedding meets itself, rotated by one position) and write down 15 directions of that token
+      each; the second layer's heads look for positions where these directions are the current
+      token's, and copy the token they find there. Matching uses the slowly rotating half of a head.
+    - Topic: the other two look for the nearest name of a place, and the nearest word of an
+      attribute, at or before a token, and write down 15 directions of each: what a sentence (or a
+      question, and the reply to it) is about. Such tokens have a dimension to themselves.
+    - The attention of the other layers starts near the identity, after Trockman and Kolter, Mimetic
+      Initialization of Self-Attention Layers (2023).
     """
     size, head, constant, deviation, sharpness = model.config.hidden_size, 32, 3.0, 0.05, 14.0
     embedding = model.model.embed_tokens.weight
-    embedding.normal_(0, deviation)
+    numbers: dict[str, int] = {}
+    kinds = [numbers.setdefault(sort, len(numbers)) for sort in sorts]
+    embedding.normal_(0, math.sqrt(0.2) * deviation)
+    for group, share in ((words, 0.5), (kinds, 0.3)):
+        common = torch.randn(max(group) + 1, size) * math.sqrt(share) * deviation
+        embedding += common[torch.tensor(group)]
+    # All of one length: the first layer's norm must not favour some topics over nearer ones.
+    embedding *= deviation * math.sqrt(size) / embedding.norm(dim=1, keepdim=True)
     embedding[:, 0] = constant * deviation
+    for flag, topic in ((1, "place"), (2, "attribute")):
+        embedding[:, flag] = constant * deviation * torch.tensor([sort == topic for sort in sorts])
     model.model.norm.weight.fill_(4.5)
     for layer in model.model.layers:
         heads = layer.self_attn
@@ -309,18 +357,23 @@ def start_as_copier(model: LlamaForCausalLM) -> None:
         part.weight.zero_()
     match.o_proj.weight.mul_(3.0)
     both = torch.zeros(size, 120)
-    both[1:] = torch.linalg.qr(torch.randn(size - 1, 120))[0]
+    both[3:] = torch.linalg.qr(torch.randn(size - 3, 120))[0]
     read, write = both[:, :60], both[:, 60:]
     angles = ROPE_THETA ** (-torch.arange(4) / (head // 2))
     strength = math.sqrt(sharpness * math.sqrt(head)) * math.sqrt(1 + constant**2 / size) / constant
     slow = torch.cat([torch.arange(8, 16), torch.arange(24, 31)])
     for number in range(size // head):
         rows, part = number * head + torch.arange(head), slice(15 * number, 15 * number + 15)
-        back.k_proj.weight[rows[:4], 0] = strength
-        back.q_proj.weight[rows[:4], 0] = strength * angles.cos()
-        back.q_proj.weight[rows[16:20], 0] = -strength * angles.sin()
         back.v_proj.weight[rows[:15]] = read[:, part].T
         back.o_proj.weight[:, rows[:15]] = COPY_STRENGTH * write[:, part]
+        if number < 2:
+            back.k_proj.weight[rows[:4], 0] = strength
+            back.q_proj.weight[rows[:4], 0] = strength * angles.cos()
+            back.q_proj.weight[rows[16:20], 0] = -strength * angles.sin()
+        else:  # rotations of 35 to 471 tokens: the nearer, the better, within two sentences
+            back.k_proj.weight[rows[2:6], number - 1] = strength
+            back.q_proj.weight[rows[2:6], 0] = strength * torch.tensor([0.5, 1.0, 1.0, 2.0])
+            part = slice(15 * (number - 2), 15 * (number - 1))
         match.q_proj.weight[rows[slow]] = 4.5 * read[:, part].T
         match.k_proj.weight[rows[slow]] = 4.5 * write[:, part].T
 
@@ -435,13 +488,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the weights and the tokenizer")
     parser.add_argument("--data_seed", type=int, default=3, help="of the conversations")
     parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--frozen_steps", type=int, default=1000, help="induction heads held")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--simple_steps", type=int, default=250, help="all paragraphs simple")
     parser.add_argument("--binding", type=float, default=0.3, help="share of simple paragraphs")
     parser.add_argument("--rows", type=int, default=8, help="paragraphs a step")
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--learning_rate", type=float, default=1.2e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--start", type=Path, help="go on from this folder")
     parser.add_argument("--output", type=Path, default=HERE / "tiny_llama")
@@ -449,28 +501,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_optimizer(
-    model: LlamaForCausalLM,
-) -> tuple[torch.optim.Optimizer, list[torch.nn.Parameter]]:
-    """Return the optimizer, and the attention of the first two layers, which it moves slowly."""
-    frozen = [value for layer in model.model.layers[:2] for value in layer.self_attn.parameters()]
-    names = {id(value) for value in frozen}
-    rest = [value for value in model.parameters() if id(value) not in names]
-    groups = [{"params": rest}, {"params": frozen}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0), frozen
+def hold_reader(model: LlamaForCausalLM) -> list[torch.nn.Parameter]:
+    """Keep the attention of the first two layers as it starts; return the other parameters."""
+    for layer in model.model.layers[:2]:
+        layer.self_attn.requires_grad_(False)
+    return [value for value in model.parameters() if value.requires_grad]
 
 
-def train_step(
-    model: LlamaForCausalLM, batch: Batch, yes_no: set[int], held: list[torch.nn.Parameter]
-) -> float:
-    """Find the gradients of one batch, none for ``held``; yes and no weigh five times as much."""
+def train_step(model: LlamaForCausalLM, batch: Batch, yes_no: set[int]) -> float:
+    """Find the gradients of one batch; yes and no weigh five times as much."""
     logits, labels = reply_logits(model, batch)
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     weights = 1 + 4 * torch.isin(labels, torch.tensor(sorted(yes_no)))
     loss = (losses * weights).sum() / weights.sum()
     loss.backward()
-    for value in held:
-        value.grad = None
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     return loss.item()
 
@@ -498,15 +542,17 @@ def main(argv: list[str] | None = None) -> None:
     test = argparse.Namespace(rows=16, simple_steps=0, binding=0.0)
     held_out = list(chat_batches(tokenizer, args.seed + 1, taken, 4, test))
     yes_no = {tokenizer(text, add_special_tokens=False).input_ids[0] for text in (YES, NO)}
-    optimizer, frozen = make_optimizer(model)
+    optimizer = torch.optim.AdamW(hold_reader(model), betas=(0.9, 0.98), weight_decay=0.0)
     begun, total = time.time(), 0.0
     batches = chat_batches(tokenizer, args.data_seed, taken, args.steps, args)
     for step, batch in enumerate(batches, start=1):
         rate = args.learning_rate * learning_rate(step - 1, args.steps)
-        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, 0.1 * rate
-        total += train_step(model, batch, yes_no, frozen if step <= args.frozen_steps else [])
+        optimizer.param_groups[0]["lr"] = rate
+        total += train_step(model, batch, yes_no)
         optimizer.step()
         optimizer.zero_grad()
+        if step % 500 == 0:
+            model.save_pretrained(args.output)
         if step % 50 == 0 or step == args.steps:
             sentences, yes = score(model, held_out, yes_no)
             say(

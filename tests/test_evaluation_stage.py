@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,15 @@ from pathlib import Path
 
 import pytest
 from helpers import make_records, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 
 import test_llama_squad
 from llama_squad import evaluation
 from llama_squad.answers import NO_ANSWER
-from llama_squad.config import CreateArguments, load_yaml, save_run_config
+from llama_squad.config import CreateArguments, TestArguments, load_yaml, save_run_config
 from llama_squad.data import write_dataset
-from llama_squad.predictors import LocalModel
+from llama_squad.generation import Reply, Span
+from llama_squad.predictors import LocalModel, Prediction
 from llama_squad.results import read_results, summarize
 from llama_squad.spans import is_span
 
@@ -266,7 +269,79 @@ def load_yaml_json(path):
 
 def test_audit_compares_with_the_proven_best(run, capsys):
     run("--num_samples=3", "--num_beams=2", "--audit=2")
-    assert "Audit of 2 questions: the best of all spans is known for" in capsys.readouterr().out
+    assert "Audit of 2 questions: the search found the best of all spans for" in (
+        capsys.readouterr().out
+    )
+
+
+def test_audit_counts():
+    """Found by text, by an equal log-probability, both without a span; missed, and unproven."""
+    span = Span
+    pairs = [
+        (span("a", -1.0), span("a", -1.0), True), (span("b", -1.0), span("c", -1.00001), True),
+        (None, None, False), (span("d", -2.0), span("e", -1.0), True),
+        (span("f", -2.0), span("g", -1.0), False),
+    ]  # fmt: skip
+
+    class Fake:
+        def __init__(self, side):
+            self.side = side
+
+        def answer(self, batch):
+            return [
+                Prediction(r, "", Reply("", [], 0.0, pairs[r["id"]][self.side],
+                                        certain=pairs[r["id"]][2]))
+                for group in batch for r in group
+            ]  # fmt: skip
+
+    records = [{"id": number, "context": str(number % 2)} for number in range(5)]
+    args = TestArguments(audit=10, batch_size=3)
+    found = evaluation.audit(Fake(0), Fake(1), records, args)
+    assert (found.questions, found.best, found.unproven) == (5, 3, 1)
+    assert "3 (60.0 %)" in str(found)
+
+
+def test_other_weights_or_questions_under_the_same_name_are_no_resumption(folder, tmp_path):
+    """A retrained adapter, or a dataset built anew, must not be given the old one's rows."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(folder / "adapter", adapter)
+    flags = [f"--adapter_name={adapter}", f"--dataset_name={folder}/data",
+             f"--output={tmp_path}/results.csv", *SMALL]  # fmt: skip
+    test_llama_squad.main(flags)
+    test_llama_squad.main(flags)  # the same: nothing to do
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({k: v + 0.1 for k, v in weights.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(SystemExit, match="adapter_digest"):
+        test_llama_squad.main(flags)
+    test_llama_squad.main([*flags, "--overwrite"])
+    splits = {"train": make_records(2, [1], seed=1), "val": make_records(2, [1], seed=2),
+              "test": make_records(5, [2, 4], seed=3)}  # fmt: skip
+    splits["test"][0]["question"] += " And why?"
+    write_dataset(splits, CreateArguments(dataset_name=str(tmp_path / "data")))
+    with pytest.raises(SystemExit, match="questions_digest"):
+        test_llama_squad.main([f"--adapter_name={adapter}", f"--dataset_name={tmp_path}/data",
+                               *flags[2:]])  # fmt: skip
+
+
+def test_files_of_others_are_left_alone(run):
+    """Files that look a little like a process's shards are neither read nor removed."""
+    run("--num_samples=3", "--output=r/lora.rank64.csv")
+    before = Path("r/lora.rank64.csv").read_bytes()
+    Path("r/.lora.shards.csv").write_text("mine")
+    run("--num_samples=3", "--output=r/lora.csv", "--overwrite")
+    assert Path("r/lora.rank64.csv").read_bytes() == before
+    assert Path("r/.lora.shards.csv").read_text() == "mine"
+    assert len(run("--num_samples=3", "--output=r/run[1].csv")) == 3
+
+
+def test_a_torn_line_of_spans_is_dropped(run):
+    run("--num_samples=6", "--n_best=2")
+    path = Path("results/results.n_best.jsonl")
+    whole = path.read_bytes()
+    with path.open("ab") as file:
+        file.write('{"id": "1", "text": "é'.encode()[:-1])
+    run("--num_samples=6", "--n_best=2")
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize(

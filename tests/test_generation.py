@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama_squad import generation
 from llama_squad.answers import NO_ANSWER, extract_answer, format_answer
@@ -380,9 +380,75 @@ def test_threshold_decides_between_span_and_abstention(model, encoder, paragraph
     assert low.na_prob == high.na_prob == pytest.approx(torch.sigmoid(odds).item(), rel=1e-6)
 
 
-def test_n_best_spans_are_distinct_and_in_order(model, encoder, paragraphs):
-    reply = Generator(model, encoder, n_best=5).reply(paragraphs)[0][0]
-    texts = [span.text for span in reply.spans]
-    assert len(texts) == len(set(texts)) == 5
-    scores = [span.log_prob for span in reply.spans]
-    assert scores == sorted(scores, reverse=True)
+def test_n_best_spans_are_the_best_and_the_answer_stays(model, encoder):
+    """Against a search that gives nothing up; the answer is that of the search for it alone."""
+    questions = [f"Who, {number}?" for number in range(12)]
+    paragraph = make_paragraph(encoder, "Ab c, 12", questions)
+    (true,) = Generator(model, encoder, num_beams=10**6, n_best=5).reply([paragraph])
+    (alone,) = Generator(model, encoder).reply([paragraph])
+    (found,) = Generator(model, encoder, n_best=5).reply([paragraph])
+    assert any(reply.spans[0] != reply.best for reply in found), "one beam finds the best one here"
+    for reply, single, best in zip(found, alone, true, strict=True):
+        assert (reply.completion, reply.score) == (single.completion, single.score)
+        assert reply.na_prob == pytest.approx(single.na_prob, abs=1e-6)
+        assert [span.text for span in reply.spans] == [span.text for span in best.spans]
+        scores = [span.log_prob for span in reply.spans]
+        assert len({span.text for span in reply.spans}) == 5
+        assert scores == sorted(scores, reverse=True)
+
+
+WINDOWED = {
+    "mistral": {}, "gemma3_text": {"head_dim": 8}, "qwen2": {"use_sliding_window": True,
+    "max_window_layers": 1}, "gemma2": {"head_dim": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_outgrown_sliding_windows(kind, encoder):
+    """Prompts longer than the window: each layer's own mask, as in a plain pass."""
+    tiny = {"vocab_size": len(encoder.tokenizer), "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "sliding_window": 24, "initializer_range": 0.3, "pad_token_id": 0}  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **tiny | WINDOWED[kind])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    paragraph = make_paragraph(encoder, "Velmor was walled in 1654 by Edda. " * 3, ["When?", "Who?"])
+    assert min(map(len, paragraph.prompts)) > 48
+    vocabulary = span_vocabulary(encoder)
+    for reply, prompt in zip(Generator(model, encoder).reply([paragraph])[0], paragraph.prompts,
+                             strict=True):  # fmt: skip
+        expected = teacher_force(model, prompt + vocabulary.header, vocabulary.no_answer)
+        assert reply.no_answer_log_prob == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mpt"])
+def test_architectures_that_cannot_share_contexts_are_refused(kind, encoder):
+    config = AutoConfig.for_model(kind, vocab_size=len(encoder.tokenizer))
+    for name, value in {"hidden_size": 32, "d_model": 32, "n_layer": 2, "n_layers": 2,
+                        "n_head": 4, "n_heads": 4}.items():  # fmt: skip
+        if hasattr(config, name):
+            setattr(config, name, value)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    paragraph = make_paragraph(encoder, "Velmor was walled in 1654.", ["When?", "Who?"])
+    with pytest.raises(ValueError, match="share"):
+        Generator(model, encoder).reply([paragraph])
+
+
+def test_a_batch_that_memory_would_not_hold_is_parted(model, encoder, paragraphs, monkeypatch):
+    expected = Generator(model, encoder).reply(paragraphs)
+    generator = Generator(model, encoder)
+    sizes = []
+    batch = generation._Batch
+
+    def counting(generator, parts):
+        sizes.append(sum(len(part.prompts) for part in parts))
+        return batch(generator, parts)
+
+    monkeypatch.setattr(generation, "_Batch", counting)
+    most = generator._memory_needed(paragraphs[:1])
+    monkeypatch.setattr(generation, "free_memory", lambda: most * 0.7)
+    found = generator.reply(paragraphs)
+    assert max(sizes) < len(paragraphs[0].prompts)
+    for a, b in zip(found, expected, strict=True):
+        assert [reply.token_ids for reply in a] == [reply.token_ids for reply in b]
