@@ -57,6 +57,7 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> No
 
     # TRL and PEFT still use names that transformers 5 renames
     warnings.filterwarnings("ignore", message=".*will be removed in v6.*", category=FutureWarning)
+    publishing.check_output(model_args.model_name, sft_args.output_dir)
     modeling.say_device()
     asked = sft_args.to_dict()
     set_seed(sft_args.seed)

@@ -22,7 +22,7 @@ from helpers import (
 from peft import PeftModel
 
 import train_llama_squad
-from llama_squad import modeling, rows, training
+from llama_squad import modeling, publishing, rows, training
 from llama_squad.answers import format_answer
 from llama_squad.collator import IGNORE, ConversationEncoder
 from llama_squad.config import ModelArguments, TrainArguments, load_run_config, parse_stage
@@ -251,9 +251,52 @@ def test_merge_and_push(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert (merged / "tokenizer.json").is_file()
 
 
-def test_push_without_a_token(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from llama_squad import publishing
+def small_trainer() -> Any:
+    """Make a trainer on a tiny model that writes to results; it does not train."""
+    examples = encoded_dataset(make_records(2, [1])).select_columns(["input_ids", "labels"])
+    return make_trainer(tiny_model(), examples, Path("results"))
 
+
+def test_a_result_takes_the_place_of_the_whole_earlier_one(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final, merged = Path("results/final_checkpoints"), Path("results/final_merged_checkpoint")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "na_prob_thresh.json"):
+        final.mkdir(parents=True, exist_ok=True)
+        (final / name).write_text("{}")
+    merged.mkdir()
+    (merged / "config.json").write_text("{}")
+    (final.parent / ".final_checkpoints.new").mkdir()
+    (final.parent / ".final_checkpoints.new" / "left").touch()  # by a killed run
+    trainer = small_trainer()
+    arguments = (TrainArguments(full_parameters=True), ModelArguments(), trainer.args.to_dict())
+
+    def full_disk(*_: Any) -> str:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(publishing, "_card", full_disk)  # the last file of all
+        with pytest.raises(OSError, match="no space left"):
+            publishing.save_final(trainer, *arguments)
+    assert (final / "na_prob_thresh.json").exists()
+    assert not (final / "config.json").exists()
+
+    assert publishing.save_final(trainer, *arguments) == final
+    names = {path.name for path in final.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "llama_squad.json", "README.md"}
+    assert not names & {"adapter_config.json", "adapter_model.safetensors", "na_prob_thresh.json"}
+    assert "left" not in names
+    assert [path.name for path in final.parent.iterdir()] == ["final_checkpoints"]
+    assert f"Removed {merged}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["final_checkpoints", "final_merged_checkpoint"])
+def test_a_run_does_not_replace_its_own_base(name: str) -> None:
+    with pytest.raises(SystemExit, match="give another --output_dir"):
+        train_llama_squad.main(["--model_name", f"results/{name}/"])
+
+
+def test_push_without_a_token(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     args = training.SquadSFTConfig(hub_model_id="someone/model", report_to="none")
     folder = tmp_path / "final"
     folder.mkdir()
