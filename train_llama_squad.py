@@ -59,7 +59,7 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> No
     warnings.filterwarnings("ignore", message=".*will be removed in v6.*", category=FutureWarning)
     publishing.check_output(model_args.model_name, sft_args.output_dir)
     modeling.say_device()
-    asked = sft_args.to_dict()
+    settings = publishing.run_settings(args, model_args, sft_args.to_dict())
     set_seed(sft_args.seed)
     checkpoint = training.find_checkpoint(sft_args.resume_from_checkpoint, sft_args.output_dir)
     dataset = load_squad(args.dataset_name)
@@ -80,9 +80,10 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> No
         eval_dataset=features.get("val"),
         processing_class=encoder.tokenizer,
         validate=validate,
+        settings=settings,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    final = publishing.save_final(trainer, args, model_args, asked)
+    final = publishing.save_final(trainer, settings)
     first = trainer.is_world_process_zero()
     del trainer, model
     if args.merge_and_push and first:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from llama_squad.collator import ConversationEncoder
-from llama_squad.config import ModelArguments, load_run_config
+from llama_squad.config import RUN_CONFIG, ModelArguments, load_run_config
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -25,44 +25,70 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
 
-def saved_settings(adapter_name: str | None) -> dict[str, Any]:
-    """Return the settings that a trained adapter brings to evaluation and the demo.
+def find_file(source: str, name: str) -> Path | None:
+    """Find a file of a model or adapter, here or on the Hub; None where it has none."""
+    if Path(source).is_dir():
+        path = Path(source, name)
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
 
-    That is its base model, chat template, reasoning tokens and the prompt it was trained on. An
-    adapter made elsewhere brings its base model only.
+    try:
+        return Path(hf_hub_download(source, name))
+    except (OSError, ValueError):  # what is wrong with the name itself, the loaders say
+        return None
+
+
+def saved_settings(adapter_name: str | None, model_name: str | None = None) -> dict[str, Any]:
+    """Return the settings that trained weights bring to evaluation and the demo.
+
+    That is the prompt and the reasoning tokens that they were trained on, and an adapter's base
+    model. Weights made elsewhere bring no more than the base model.
+
+    Args:
+        adapter_name: a folder, that of a whole model too, or a name on the Hub.
+        model_name: the model that is used where there is no adapter, such as a merged one.
 
     Raises:
-        ValueError: a local path that holds neither an adapter nor a model.
+        ValueError: an adapter that is none, or a damaged configuration.
     """
     if not adapter_name:
-        return {}
+        return _training_settings(model_name) if model_name else {}
     folder = Path(adapter_name)
-    settings: dict[str, Any] = {}
     if folder.is_dir():
         if not is_adapter(folder) and not (folder / "config.json").is_file():
             raise ValueError(
                 f"{folder} holds neither an adapter nor a model: train one with "
                 "`python train_llama_squad.py`, or name another with --adapter_name"
             )
-        saved = load_run_config(folder)
-        settings |= {k: saved["train"][k] for k in ("reasoning_tokens",) if "train" in saved}
-        settings |= {k: saved[k] for k in ("prompt", "system_prompt") if k in saved}
     elif adapter_name.count("/") != 1 or adapter_name.startswith((".", "/")):
         raise ValueError(f"no folder {adapter_name}: train first, or give another --adapter_name")
+    settings: dict[str, Any] = {"model_name": str(folder)}
     if not folder.is_dir() or is_adapter(folder):
-        from peft import PeftConfig
+        settings = {"model_name": _base_of(adapter_name)}
+    return settings | _training_settings(adapter_name)
 
-        try:
-            base = PeftConfig.from_pretrained(adapter_name).base_model_name_or_path
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"cannot load the adapter {adapter_name}: {error}\nIt is neither a folder here "
-                "nor, as seen from here, an adapter on the Hub: train one with "
-                "`python train_llama_squad.py`, or name another with --adapter_name"
-            ) from error
-        settings["model_name"] = base
-    else:
-        settings["model_name"] = str(folder)
+
+def _base_of(adapter_name: str) -> str | None:
+    """Return the name or folder of an adapter's base model."""
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(adapter_name).base_model_name_or_path
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load the adapter {adapter_name}: {error}\nIt is neither a folder here "
+            "nor, as seen from here, an adapter on the Hub: train one with "
+            "`python train_llama_squad.py`, or name another with --adapter_name"
+        ) from error
+
+
+def _training_settings(source: str) -> dict[str, Any]:
+    """Return what a model or adapter was trained on; {} where it does not say."""
+    path = find_file(source, RUN_CONFIG)
+    saved = load_run_config(path.parent) if path else {}
+    settings = {key: saved[key] for key in ("prompt", "system_prompt") if key in saved}
+    if "train" in saved:
+        settings["reasoning_tokens"] = saved["train"]["reasoning_tokens"]
     return settings
 
 
@@ -75,7 +101,7 @@ def load_tokenizer(
         ValueError: it cannot be had.
     """
     source = args.model_name
-    if adapter_name and (Path(adapter_name) / "tokenizer_config.json").is_file():
+    if adapter_name and find_file(adapter_name, "tokenizer_config.json"):
         source = adapter_name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)

@@ -34,9 +34,22 @@ def check_output(model_name: str, output_dir: str) -> None:
             )
 
 
-def save_final(
-    trainer: Any, args: TrainArguments, model_args: ModelArguments, asked: dict[str, Any]
-) -> Path:
+def run_settings(
+    args: TrainArguments, model_args: ModelArguments, asked: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what is saved beside all weights of a run: evaluation and the demo go by it.
+
+    Args:
+        args: of the run.
+        model_args: of the run.
+        asked: the trainer's configuration as it was asked for.
+    """
+    created = load_run_config(args.dataset_name).get("create", {})
+    prompts = {key: created[key] for key in ("prompt", "system_prompt") if key in created}
+    return {"train": args, "model": model_args, "trainer": asked, **prompts}
+
+
+def save_final(trainer: Any, settings: dict[str, Any]) -> Path:
     """Save adapter (or model), tokenizer, run configuration and model card; return the folder.
 
     The folder is replaced as a whole, so that nothing of an earlier run stays in it, such as an
@@ -45,9 +58,7 @@ def save_final(
 
     Args:
         trainer: at the end of its training.
-        args: of the run.
-        model_args: of the run.
-        asked: the trainer's configuration as it was asked for.
+        settings: see ``run_settings``.
     """
     folder = Path(trainer.args.output_dir) / FINAL
     aside = _aside(folder)
@@ -59,18 +70,9 @@ def save_final(
     trainer.save_model(str(aside), _internal_call=True)
     trainer.accelerator.wait_for_everyone()
     if first:
-        created = load_run_config(args.dataset_name).get("create", {})
         figures = _figures(trainer.state.log_history)
-        save_run_config(
-            aside,
-            "train",
-            train=args,
-            model=model_args,
-            trainer=asked,
-            figures=figures,
-            **{key: created[key] for key in ("prompt", "system_prompt") if key in created},
-        )
-        (aside / "README.md").write_text(_card(args, model_args, asked, figures), encoding="utf-8")
+        save_run_config(aside, "train", **settings, figures=figures)
+        (aside / "README.md").write_text(_card(settings, figures), encoding="utf-8")
         _put_in_place(aside, folder)
         print(f"Saved {folder}. Next: python test_llama_squad.py --adapter_name={folder}")
         _remove_merged(folder.parent / MERGED)
@@ -120,9 +122,8 @@ def _figures(history: list[dict[str, Any]]) -> dict[str, Any]:
     return {k: v for k, v in figures.items() if k in kept or k.startswith("eval_")}
 
 
-def _card(
-    args: TrainArguments, model_args: ModelArguments, asked: dict[str, Any], figures: dict[str, Any]
-) -> str:
+def _card(settings: dict[str, Any], figures: dict[str, Any]) -> str:
+    args, model_args = settings["train"], settings["model"]
     rows = "\n".join(
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
         for name, value in figures.items()
@@ -142,7 +143,7 @@ tags: [squad, question-answering, trl, sft]
 
 Fine-tuned with {method} on `{args.dataset_name}`: given a context and a question it replies with
 JSON whose "answer" is a span of the context word for word, or "?" where the context holds none.
-The loss fell on the answers only; learning rate {asked["learning_rate"]}.
+The loss fell on the answers only; learning rate {settings["trainer"]["learning_rate"]}.
 
 ## Figures of the run
 
@@ -172,6 +173,7 @@ def merge_and_push(
         aside = _aside(merged)
         _start_aside(aside)
         modeling.merge_adapter(model_args, args.quantize, folder, aside)
+        shutil.copy(folder / RUN_CONFIG, aside)
         _put_in_place(aside, merged)
         pushed[f"{sft_args.hub_model_id}-merged"] = merged
         print(f"Saved the merged model in {merged}.")

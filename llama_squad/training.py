@@ -21,7 +21,12 @@ from trl import SFTConfig, SFTTrainer
 from llama_squad import modeling, rows
 from llama_squad.answers import extract_answer
 from llama_squad.collator import IGNORE, ConversationEncoder, SquadDataCollator
-from llama_squad.config import ModelArguments, TrainArguments, load_run_config
+from llama_squad.config import (
+    ModelArguments,
+    TrainArguments,
+    load_run_config,
+    save_run_config,
+)
 from llama_squad.metrics import is_exact_match
 from llama_squad.predictors import LocalModel, Prediction, batch_paragraphs
 
@@ -241,6 +246,7 @@ class SquadTrainer(SFTTrainer):
     Args:
         validate: called with the model at each evaluation; returns figures such as exact match,
             which join the evaluation's (``eval_exact_match``).
+        settings: what is saved beside each checkpoint, by which it is evaluated.
         kwargs: what ``SFTTrainer`` takes.
     """
 
@@ -248,10 +254,15 @@ class SquadTrainer(SFTTrainer):
     args: Any
 
     def __init__(
-        self, *, validate: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any
+        self,
+        *,
+        validate: Callable[[Any], dict[str, float]] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._validate = validate
+        self._settings = settings
         self._counts = torch.zeros(3, dtype=torch.long)
         self._since = time.perf_counter()
         # TRL casts the adapters of a 4-bit model to bfloat16, whose steps near 0.01 are 6e-5: at a
@@ -301,6 +312,13 @@ class SquadTrainer(SFTTrainer):
             self._counts.zero_()
             self._since = now
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save the run's settings first: the trainer's state comes last, and marks it complete."""
+        if self._settings is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            save_run_config(folder, "train", **self._settings)
+        super()._save_checkpoint(model, trial)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, the clock of the throughput starting now."""

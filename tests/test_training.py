@@ -1,5 +1,6 @@
 """The training stage: where the loss falls, what moves, what is saved, and what is refused."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -19,13 +20,20 @@ from helpers import (
     tiny_model,
     tiny_tokenizer,
 )
-from peft import PeftModel
+from huggingface_hub.errors import LocalEntryNotFoundError
+from peft import PeftConfig, PeftModel
 
 import train_llama_squad
 from llama_squad import modeling, publishing, rows, training
 from llama_squad.answers import format_answer
 from llama_squad.collator import IGNORE, ConversationEncoder
-from llama_squad.config import ModelArguments, TrainArguments, load_run_config, parse_stage
+from llama_squad.config import (
+    RUN_CONFIG,
+    ModelArguments,
+    TrainArguments,
+    load_run_config,
+    parse_stage,
+)
 from llama_squad.prompts import build_messages, gold_answer
 
 EXAMPLES = flatten(encode_paragraphs(make_records(2, [2])))
@@ -249,6 +257,7 @@ def test_merge_and_push(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "QLoRA (r=4, 4-bit nf4)" in card
     assert (final / "tokenizer.json").is_file()
     assert (merged / "tokenizer.json").is_file()
+    assert load_run_config(merged) == saved
 
 
 def small_trainer() -> Any:
@@ -269,7 +278,8 @@ def test_a_result_takes_the_place_of_the_whole_earlier_one(
     (final.parent / ".final_checkpoints.new").mkdir()
     (final.parent / ".final_checkpoints.new" / "left").touch()  # by a killed run
     trainer = small_trainer()
-    arguments = (TrainArguments(full_parameters=True), ModelArguments(), trainer.args.to_dict())
+    full = TrainArguments(full_parameters=True)
+    settings = publishing.run_settings(full, ModelArguments(), trainer.args.to_dict())
 
     def full_disk(*_: Any) -> str:
         raise OSError("no space left on device")
@@ -277,11 +287,11 @@ def test_a_result_takes_the_place_of_the_whole_earlier_one(
     with monkeypatch.context() as broken:
         broken.setattr(publishing, "_card", full_disk)  # the last file of all
         with pytest.raises(OSError, match="no space left"):
-            publishing.save_final(trainer, *arguments)
+            publishing.save_final(trainer, settings)
     assert (final / "na_prob_thresh.json").exists()
     assert not (final / "config.json").exists()
 
-    assert publishing.save_final(trainer, *arguments) == final
+    assert publishing.save_final(trainer, settings) == final
     names = {path.name for path in final.iterdir()}
     assert names >= {"config.json", "model.safetensors", "llama_squad.json", "README.md"}
     assert not names & {"adapter_config.json", "adapter_model.safetensors", "na_prob_thresh.json"}
@@ -420,3 +430,78 @@ def test_find_checkpoint() -> None:
     assert find("results/checkpoint-best", "results") == "results/checkpoint-best"
     with pytest.raises(ValueError, match="no complete checkpoint in results/checkpoint-11"):
         find("results/checkpoint-11", "results")
+
+
+# What trained weights bring ----------------------------------------------------------------------
+
+TRAINED = {
+    "prompt": "multi_turn",
+    "system_prompt": "Be exact.",
+    "train": {"reasoning_tokens": 4, "lora_r": 8},
+}
+BROUGHT = {"prompt": "multi_turn", "system_prompt": "Be exact.", "reasoning_tokens": 4}
+
+
+def adapter_folder(folder: Path, base: str) -> Path:
+    """Write the two small files of an adapter."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": base})
+    )
+    (folder / RUN_CONFIG).write_text(json.dumps(TRAINED))
+    return folder
+
+
+def test_a_checkpoint_brings_its_settings(tmp_path: Path) -> None:
+    examples = encoded_dataset(make_records(2, [1])).select_columns(["input_ids", "labels"])
+    args = TrainArguments(full_parameters=True, reasoning_tokens=3)
+    settings = publishing.run_settings(args, ModelArguments(), {}) | {"prompt": "multi_turn"}
+    trainer = make_trainer(
+        tiny_model(), examples, Path("results"), save_strategy="steps", save_steps=1,
+        save_only_model=True, trainer=functools.partial(training.SquadTrainer, settings=settings),
+    )  # fmt: skip
+    trainer.train()
+    brought = {"prompt": "multi_turn", "reasoning_tokens": 3}
+    name = "results/checkpoint-1"
+    assert modeling.saved_settings(name) == brought | {"model_name": name}
+    assert modeling.saved_settings(None, name) == brought
+
+
+def test_settings_of_a_model_and_of_none(tmp_path: Path) -> None:
+    assert modeling.saved_settings(None) == {}
+    assert modeling.saved_settings(None, "someone/base") == {}
+    assert modeling.saved_settings(None, str(tmp_path)) == {}
+    (tmp_path / RUN_CONFIG).write_text(json.dumps(TRAINED))
+    assert modeling.saved_settings(None, str(tmp_path)) == BROUGHT
+
+
+def test_an_adapter_on_the_hub_brings_its_settings_and_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = adapter_folder(tmp_path / "hub", "someone/base")
+    tiny_tokenizer().save_pretrained(hub)
+    loaded = []
+
+    def download(repository: str, name: str) -> str:
+        assert repository == "someone/adapter"
+        if not (hub / name).is_file():
+            raise LocalEntryNotFoundError(name)
+        return str(hub / name)
+
+    def load(source: str) -> Any:
+        loaded.append(source)
+        return tiny_tokenizer()
+
+    config = PeftConfig.from_pretrained(str(hub))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("peft.PeftConfig.from_pretrained", lambda name: config)
+    monkeypatch.setattr(modeling.AutoTokenizer, "from_pretrained", load)
+    arguments = ModelArguments(model_name="someone/base")
+    brought = {"model_name": "someone/base"}
+    assert modeling.saved_settings("someone/adapter") == brought | BROUGHT
+    modeling.load_tokenizer(arguments, "someone/adapter")
+    (hub / RUN_CONFIG).unlink()
+    (hub / "tokenizer_config.json").unlink()
+    assert modeling.saved_settings("someone/adapter") == brought
+    modeling.load_tokenizer(arguments, "someone/adapter")
+    assert loaded == ["someone/adapter", "someone/base"]
