@@ -1,5 +1,6 @@
 """Tokenizer, model, quantisation, adapter and reasoning token; merging an adapter."""
 
+import dataclasses
 import os
 import re
 import sys
@@ -23,6 +24,14 @@ from llama_squad.config import RUN_CONFIG, ModelArguments, load_run_config
 def is_adapter(folder: str | Path) -> bool:
     """Tell whether a folder holds a PEFT adapter (and not a whole model)."""
     return (Path(folder) / "adapter_config.json").is_file()
+
+
+def is_model(folder: str | Path) -> bool:
+    """Tell whether a folder holds a whole model: its configuration and weights."""
+    weights = ("*.safetensors", "pytorch_model*.bin")
+    return (Path(folder) / "config.json").is_file() and any(
+        any(Path(folder).glob(pattern)) for pattern in weights
+    )
 
 
 def find_file(source: str, name: str) -> Path | None:
@@ -53,19 +62,29 @@ def saved_settings(adapter_name: str | None, model_name: str | None = None) -> d
     """
     if not adapter_name:
         return _training_settings(model_name) if model_name else {}
+    base = whole_model(adapter_name) or _base_of(adapter_name)
+    return {"model_name": base} | _training_settings(adapter_name)
+
+
+def whole_model(adapter_name: str | None) -> str | None:
+    """Return the folder that ``--adapter_name`` gives if it is a whole model; None if an adapter.
+
+    Raises:
+        ValueError: a folder that holds neither, or a path that is no folder.
+    """
+    if not adapter_name or is_adapter(adapter_name):
+        return None
     folder = Path(adapter_name)
-    if folder.is_dir():
-        if not is_adapter(folder) and not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{folder} holds neither an adapter nor a model: train one with "
-                "`python train_llama_squad.py`, or name another with --adapter_name"
-            )
-    elif adapter_name.count("/") != 1 or adapter_name.startswith((".", "/")):
+    if not folder.is_dir():
+        if adapter_name.count("/") == 1 and not adapter_name.startswith((".", "/")):
+            return None  # a name on the Hub
         raise ValueError(f"no folder {adapter_name}: train first, or give another --adapter_name")
-    settings: dict[str, Any] = {"model_name": str(folder)}
-    if not folder.is_dir() or is_adapter(folder):
-        settings = {"model_name": _base_of(adapter_name)}
-    return settings | _training_settings(adapter_name)
+    if not is_model(folder):
+        raise ValueError(
+            f"{folder} holds neither an adapter nor a model: train one with "
+            "`python train_llama_squad.py`, or name another with --adapter_name"
+        )
+    return str(folder)
 
 
 def _base_of(adapter_name: str) -> str | None:
@@ -90,6 +109,12 @@ def _training_settings(source: str) -> dict[str, Any]:
     if "train" in saved:
         settings["reasoning_tokens"] = saved["train"]["reasoning_tokens"]
     return settings
+
+
+def _loaded(args: ModelArguments, adapter_name: str | None) -> ModelArguments:
+    """Return the arguments with the model that is really loaded, whatever --model_name says."""
+    whole = whole_model(adapter_name)
+    return dataclasses.replace(args, model_name=whole) if whole else args
 
 
 def load_tokenizer(
@@ -138,8 +163,9 @@ def load_encoder(
     Raises:
         ValueError: the tokenizer cannot be had, or is of no use here.
     """
+    loaded = _loaded(args, adapter_name)
     tokenizer = load_tokenizer(args, adapter_name)
-    pause = reasoning_token_id(tokenizer, vocab_size(args)) if reasoning_tokens else None
+    pause = reasoning_token_id(tokenizer, vocab_size(loaded)) if reasoning_tokens else None
     return ConversationEncoder(tokenizer, reasoning_tokens, pause)
 
 
@@ -198,6 +224,7 @@ def load_model(
     Raises:
         ValueError: the model or the adapter cannot be had.
     """
+    args = _loaded(args, adapter_name)
     dtype = resolve_dtype(args.dtype)
     options: dict[str, Any] = {"dtype": dtype}
     if args.attn_implementation:
@@ -219,7 +246,7 @@ def load_model(
         raise ValueError(_cannot_load("model", args.model_name, error)) from error
     if quantize:
         _keep_4bit_differentiable(model)
-    if adapter_name and (is_adapter(adapter_name) or not Path(adapter_name).is_dir()):
+    if adapter_name and not whole_model(adapter_name):
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter_name)

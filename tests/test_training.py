@@ -505,3 +505,18 @@ def test_an_adapter_on_the_hub_brings_its_settings_and_tokenizer(
     assert modeling.saved_settings("someone/adapter") == brought
     modeling.load_tokenizer(arguments, "someone/adapter")
     assert loaded == ["someone/adapter", "someone/base"]
+
+
+def test_a_whole_model_given_as_the_adapter_is_loaded(tmp_path: Path) -> None:
+    other = model_folder(tmp_path)
+    full = tmp_path / "full"
+    tiny_model(seed=1, vocab_size=700).save_pretrained(full)
+    arguments = ModelArguments(model_name=other)
+    assert modeling.load_model(arguments, adapter_name=str(full)).config.vocab_size == 700
+    assert modeling.saved_settings(str(full)) == {"model_name": str(full)}
+    (full / "model.safetensors").unlink()
+    for call in (modeling.load_model, modeling.load_encoder):
+        with pytest.raises(ValueError, match="full holds neither an adapter nor a model: train"):
+            call(arguments, adapter_name=str(full))
+    with pytest.raises(ValueError, match="holds neither"):
+        modeling.saved_settings(str(full))
