@@ -20,11 +20,12 @@ from llama_squad.config import ModelArguments, TrainArguments, parse_stage
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
-    from llama_squad.training import SquadSFTConfig
+    from llama_squad.training import SquadSFTConfig, check_flags
 
     types = (TrainArguments, ModelArguments, SquadSFTConfig)
     args, model_args, sft_args = parse_stage("train", types, argv, description=__doc__)
     try:
+        check_flags(args, sys.argv[1:] if argv is None else argv)
         if args.show_mask:
             show_mask(args, model_args)
         else:
@@ -57,6 +58,8 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> No
 
     # TRL and PEFT still use names that transformers 5 renames
     warnings.filterwarnings("ignore", message=".*will be removed in v6.*", category=FutureWarning)
+    # and warns of what label smoothing costs in its own loss, which is not ours
+    warnings.filterwarnings("ignore", message=".*label_smoothing_factor.*", category=FutureWarning)
     publishing.check_output(model_args.model_name, sft_args.output_dir)
     modeling.say_device()
     settings = publishing.run_settings(args, model_args, sft_args.to_dict())
@@ -69,7 +72,9 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> No
     with sft_args.main_process_first(desc="encoding"):
         encoded = rows.encode_dataset(dataset, encoder, sft_args.max_length)
     model = training.prepare_model(args, model_args, encoder)
-    collator = SquadDataCollator(pad_token_id=encoder.tokenizer.pad_token_id)
+    collator = SquadDataCollator(
+        pad_token_id=encoder.tokenizer.pad_token_id, pad_to_multiple_of=sft_args.pad_to_multiple_of
+    )
     validate = training.make_validation(sft_args, dataset, args.dataset_name, encoder)
     features = training.lay_out(args, sft_args, encoded, model, collator)
     trainer = training.SquadTrainer(

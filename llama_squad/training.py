@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -34,6 +34,7 @@ from llama_squad.predictors import LocalModel, Prediction, batch_paragraphs
 # would change nothing, so it is refused, with what does the job here.
 _REPLACED = {
     "packing": "questions of a paragraph share a row already (see --share_context)",
+    "packing_strategy": "rows share contexts instead (see --row_tokens)",
     "padding_free": "rows that share contexts hold next to no padding already",
     "eval_packing": "questions of a paragraph share a row already",
     "completion_only_loss": "the loss falls on the answer only, always",
@@ -41,6 +42,9 @@ _REPLACED = {
     "dataset_text_field": "create_squad_dataset.py writes messages",
     "dataset_kwargs": "create_squad_dataset.py prepares the data",
     "chat_template_path": "give --chat_template FILE",
+    "dataset_num_proc": "the tokenizer works on all cores already, and its result is cached",
+    "shuffle_dataset": "examples are shuffled already (see --train_sampling_strategy)",
+    "loss_type": "the loss is the negative log-likelihood of the answer's tokens",
     "truncation_mode": "an example that is too long is left out, never cut",
     "model_init_kwargs": "use --dtype, --attn_implementation and the 4-bit flags",
     "eos_token": "the chat template ends the turn",
@@ -77,7 +81,7 @@ class SquadSFTConfig(SFTConfig):
         },
     )
     bf16: bool = field(
-        default=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        default=None,  # type: ignore[assignment]  # resolved below, so that one given is told apart
         metadata={"help": "Compute in bfloat16 (default: on GPUs that can; a CPU may crawl)."},
     )
     max_length: int | None = field(
@@ -111,7 +115,11 @@ class SquadSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         """Resolve what depends on the machine, and refuse flags that would do nothing."""
-        self.bf16 = self.bf16 and not self.fp16
+        if self.bf16 and self.fp16:
+            raise ValueError("--bf16 and --fp16 name two types to compute in: give one of them")
+        if self.bf16 is None:
+            able = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = able and not self.fp16
         if self.activation_checkpointing is None:  # the new name of the same
             self.activation_checkpointing = self.gradient_checkpointing
         if torch.accelerator.current_accelerator() is None:
@@ -125,6 +133,37 @@ class SquadSFTConfig(SFTConfig):
         super().__post_init__()
         self.remove_unused_columns = False
         self.dataset_kwargs = {"skip_prepare_dataset": True}
+
+
+_OF_ADAPTERS = {
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora"),
+    *("quantize", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+}
+
+
+def check_flags(args: TrainArguments, given: Sequence[str]) -> None:
+    """Refuse flags that mean nothing together.
+
+    Args:
+        args: as parsed.
+        given: the words of the command line. A recipe's file may set what a flag takes no part in:
+            flags beat the file.
+
+    Raises:
+        ValueError: the flags clash.
+    """
+    if args.full_parameters:
+        names = [w.split("=")[0][2:].replace("-", "_") for w in given if w.startswith("--")]
+        clashing = [
+            f"--{name}"
+            for name in names
+            if name in _OF_ADAPTERS and getattr(args, name, None) is not False
+        ]
+        if clashing:
+            raise ValueError(
+                "--full_parameters trains every weight, without LoRA or 4 bits, so "
+                f"{', '.join(clashing)} would do nothing: leave out one or the other"
+            )
 
 
 # The model ------------------------------------------------------------------------------------
@@ -212,14 +251,15 @@ def answer_logits(
 
 
 def answer_loss(
-    model: Any, inputs: Mapping[str, torch.Tensor]
+    model: Any, inputs: Mapping[str, torch.Tensor], label_smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum the cross entropy over the supervised tokens, with logits for no others.
 
+    ``label_smoothing`` is the share of a token's probability that all tokens have in common.
     Returns the summed loss, how many tokens the model gets right, and how many there are.
     """
     logits, wanted = answer_logits(model, inputs)
-    loss = F.cross_entropy(logits, wanted, reduction="sum")
+    loss = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=label_smoothing)
     right = (logits.detach().argmax(-1) == wanted).sum()
     return loss, right, torch.tensor(len(wanted), device=loss.device)
 
@@ -281,9 +321,9 @@ class SquadTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the loss of the supervised tokens over their number in the whole step."""
-        if return_outputs or self.args.loss_type != "nll" or self.label_smoother is not None:
+        if return_outputs:  # for ``compute_metrics``, which wants the logits too
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, right, supervised = answer_loss(model, inputs)
+        loss, right, supervised = answer_loss(model, inputs, self.args.label_smoothing_factor)
         if num_items_in_batch is None:
             return loss / supervised.clamp(min=1)
         self._metrics["train"]["mean_token_accuracy"].append((right / supervised).item())

@@ -92,6 +92,26 @@ def test_loss_on_literal_logits() -> None:
     loss, right, count = training.answer_loss(Literal(), batch)
     assert loss.item() == pytest.approx(-torch.tensor([0.5, 0.25]).log().sum().item())
     assert (right.item(), count.item()) == (1, 2)
+    smooth, right, count = training.answer_loss(Literal(), batch, 0.3)
+    mean = -torch.tensor([0.25, 0.5, 0.25]).log().mean()  # over the vocabulary
+    assert smooth.item() == pytest.approx((0.7 * loss + 0.3 * 2 * mean).item())
+    assert (right.item(), count.item()) == (1, 2)
+
+
+def test_label_smoothing_leaves_the_counts_true(tmp_path: Path) -> None:
+    train = encoded_dataset(make_records(4, [1])).select_columns(["input_ids", "labels"])
+    logs = []
+    for smoothing in (0.0, 0.2):
+        trainer = make_trainer(
+            tiny_model(), train, tmp_path, label_smoothing_factor=smoothing, logging_steps=1,
+            per_device_train_batch_size=2,
+        )  # fmt: skip
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    assert logs[0]["num_tokens"] == logs[1]["num_tokens"] == sum(map(len, train[:2]["input_ids"]))
+    assert logs[0]["mean_token_accuracy"] == logs[1]["mean_token_accuracy"]
+    assert logs[0]["loss"] != logs[1]["loss"]
+    assert "tokens_saved" in logs[1]
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -370,6 +390,10 @@ def parse(*flags: str) -> tuple[Any, ...]:
         ("--assistant_only_loss", "True", "the answer only, always"),
         ("--completion_only_loss", "True", "the answer only, always"),
         ("--chat_template_path", "x.jinja", "--chat_template FILE"),
+        ("--packing_strategy", "wrapped", "--row_tokens"),
+        ("--shuffle_dataset", "True", "--train_sampling_strategy"),
+        ("--dataset_num_proc", "2", "on all cores already"),
+        ("--loss_type", "dft", "negative log-likelihood of the answer's tokens"),
         ("--truncation_mode", "keep_end", "left out, never cut"),
         ("--trust_remote_code", "True", "never run"),
         ("--pad_token", "x", "attention mask"),
@@ -396,6 +420,65 @@ def test_the_rate_is_a_number_in_the_file_and_on_the_command_line() -> None:
     assert parse()[2].learning_rate == 1e-6
     assert parse()[2].max_length == 512
     assert parse("--max_seq_length", "1024")[2].max_length == 1024
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--use_dora", "True"],
+        ["--lora-r=64"],  # the default, but asked for
+        ["--quantize"],
+        ["--bnb_4bit_quant_type", "nf4"],
+    ],
+)
+def test_full_parameters_takes_no_adapter_flags(flags: list[str]) -> None:
+    name = flags[0].split("=")[0].replace("-", "_").replace("__", "--")
+    with pytest.raises(SystemExit, match=f"{name} would do nothing: leave out one"):
+        train_llama_squad.main(["--full_parameters", *flags])
+
+
+def test_full_parameters_takes_a_recipe_and_flags_that_agree() -> None:
+    Path("config.yaml").write_text("train:\n  lora_r: 8\n  quantize: true\n")
+    for flags in ([], ["--no_quantize"], ["--quantize", "False"], ["--use_dora=False"]):
+        with pytest.raises(SystemExit, match="no dataset in 'nowhere'"):
+            train_llama_squad.main(["--full_parameters", "--dataset_name=nowhere", *flags])
+
+
+def test_one_type_to_compute_in(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit):
+        parse("--bf16", "--fp16")
+    assert "--bf16 and --fp16 name two types" in capsys.readouterr().err
+    assert parse("--bf16")[2].bf16
+    assert parse("--fp16", "--bf16", "False")[2].fp16
+    assert parse()[2].bf16 is False  # on a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(training.SFTConfig, "__post_init__", lambda self: None)
+    assert parse()[2].bf16 is True
+    assert parse("--fp16")[2].bf16 is False
+    assert parse("--no_gradient_checkpointing", "--bf16=False")[2].bf16 is False
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_are_padded_to_a_multiple(
+    shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    plain = training.answer_loss
+
+    def spy(model: Any, inputs: Any, *options: Any) -> Any:
+        lengths.append(inputs["input_ids"].shape[1])
+        return plain(model, inputs, *options)
+
+    monkeypatch.setattr(training, "answer_loss", spy)
+    train_llama_squad.main(
+        [*stage_flags(tmp_path), "--no_quantize", "--pad_to_multiple_of", "64", "--eval_strategy",
+         "no", *["--no_share_context"] * (not shared)]
+    )  # fmt: skip
+    assert lengths
+    assert all(length % 64 == 0 for length in lengths)
 
 
 def test_a_wrong_setup_ends_with_a_message() -> None:
