@@ -347,7 +347,9 @@ class SquadTrainer(SFTTrainer):
             logs["questions_per_second"] = round(questions / seconds, 2)
             logs["tokens_per_second"] = round(tokens / seconds, 1)
             logs["tokens_saved"] = round(1 - tokens / max(plain, 1), 4)
-            self._total_train_tokens += tokens
+            # from the log itself, which a checkpoint brings back
+            earlier = (e["num_tokens"] for e in self.state.log_history[::-1] if "num_tokens" in e)
+            self._total_train_tokens = next(earlier, 0) + tokens
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             self._counts.zero_()
             self._since = now

@@ -515,6 +515,23 @@ def test_find_checkpoint() -> None:
         find("results/checkpoint-11", "results")
 
 
+def test_num_tokens_go_on_after_a_resume() -> None:
+    train = encoded_dataset(make_records(4, [1])).select_columns(["input_ids", "labels"])
+
+    def num_tokens(steps: int, checkpoint: str | None) -> list[int]:
+        trainer = make_trainer(
+            tiny_model(), train, Path("results"), max_steps=steps, logging_steps=1,
+            save_strategy="steps", save_steps=2, per_device_train_batch_size=1,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return [e["num_tokens"] for e in trainer.state.log_history if "loss" in e]
+
+    assert len(num_tokens(2, None)) == 2
+    resumed = num_tokens(4, "results/checkpoint-2")
+    lengths = [len(ids) for ids in train["input_ids"]]
+    assert resumed == [sum(lengths[:n]) for n in (1, 2, 3, 4)]
+
+
 # What trained weights bring ----------------------------------------------------------------------
 
 TRAINED = {
