@@ -40,7 +40,13 @@ def show_mask(args: TrainArguments, model_args: ModelArguments) -> None:
     from llama_squad.collator import colour_labels
     from llama_squad.data import load_squad
 
-    split = load_squad(args.dataset_name)["train"]
+    dataset = load_squad(args.dataset_name)
+    if "train" not in dataset:
+        raise ValueError(
+            f"{args.dataset_name} has no train split, only {', '.join(dataset)}: build it with "
+            "create_squad_dataset.py --train_files"
+        )
+    split = dataset["train"]
     encoder = modeling.load_encoder(model_args, args.reasoning_tokens)
     for row in split.select(range(min(args.show_mask, len(split)))):
         (example,) = encoder.encode([row["messages"]])

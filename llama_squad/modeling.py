@@ -20,6 +20,8 @@ from transformers import (
 from llama_squad.collator import ConversationEncoder
 from llama_squad.config import RUN_CONFIG, ModelArguments, load_run_config
 
+_ROOT = Path(__file__).resolve().parents[1]
+
 
 def is_adapter(folder: str | Path) -> bool:
     """Tell whether a folder holds a PEFT adapter (and not a whole model)."""
@@ -92,20 +94,24 @@ def _base_of(adapter_name: str) -> str | None:
     from peft import PeftConfig
 
     try:
-        return PeftConfig.from_pretrained(adapter_name).base_model_name_or_path
+        base = PeftConfig.from_pretrained(adapter_name).base_model_name_or_path
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot load the adapter {adapter_name}: {error}\nIt is neither a folder here "
             "nor, as seen from here, an adapter on the Hub: train one with "
             "`python train_llama_squad.py`, or name another with --adapter_name"
         ) from error
+    # A folder was relative to where the adapter was trained, most likely this repository.
+    if base and not Path(base).is_dir() and (_ROOT / base).is_dir():
+        return str(_ROOT / base)
+    return base
 
 
 def _training_settings(source: str) -> dict[str, Any]:
     """Return what a model or adapter was trained on; {} where it does not say."""
     path = find_file(source, RUN_CONFIG)
     saved = load_run_config(path.parent) if path else {}
-    settings = {key: saved[key] for key in ("prompt", "system_prompt") if key in saved}
+    settings: dict[str, Any] = {k: saved[k] for k in ("prompt", "system_prompt") if k in saved}
     if "train" in saved:
         settings["reasoning_tokens"] = saved["train"]["reasoning_tokens"]
     return settings
@@ -244,6 +250,11 @@ def load_model(
         model: Any = AutoModelForCausalLM.from_pretrained(args.model_name, **options)
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load("model", args.model_name, error)) from error
+    except ImportError as error:  # of flash attention, or of 4 bits
+        raise ValueError(
+            f"cannot load the model {args.model_name}: {error}\nInstall the missing package, "
+            "or ask for less: --attn_implementation sdpa, --no_quantize"
+        ) from error
     if quantize:
         _keep_4bit_differentiable(model)
     if adapter_name and not whole_model(adapter_name):

@@ -152,6 +152,8 @@ def check_flags(args: TrainArguments, given: Sequence[str]) -> None:
     Raises:
         ValueError: the flags clash.
     """
+    if args.show_mask < 0:
+        raise ValueError(f"--show_mask is a number of examples, at least 0, not {args.show_mask}")
     if args.full_parameters:
         names = [w.split("=")[0][2:].replace("-", "_") for w in given if w.startswith("--")]
         clashing = [

@@ -29,11 +29,13 @@ from llama_squad.answers import format_answer
 from llama_squad.collator import IGNORE, ConversationEncoder
 from llama_squad.config import (
     RUN_CONFIG,
+    CreateArguments,
     ModelArguments,
     TrainArguments,
     load_run_config,
     parse_stage,
 )
+from llama_squad.data import write_dataset
 from llama_squad.prompts import build_messages, gold_answer
 
 EXAMPLES = flatten(encode_paragraphs(make_records(2, [2])))
@@ -354,6 +356,15 @@ def test_show_mask_prints_the_trained_tokens_in_green(
     assert not Path("results").exists()
 
 
+def test_show_mask_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--show_mask .*at least 0, not -1"):
+        train_llama_squad.main(["--show_mask", "-1"])
+    test = str(tmp_path / "test")
+    write_dataset({"test": make_records(1, [2])}, CreateArguments(dataset_name=test))
+    with pytest.raises(SystemExit, match="has no train split, only test: build it"):
+        train_llama_squad.main(["--show_mask", "1", "--dataset_name", test])
+
+
 def test_examples_that_are_too_long_are_dropped_and_counted(capsys: pytest.CaptureFixture) -> None:
     from datasets import Dataset, DatasetDict
 
@@ -620,3 +631,22 @@ def test_a_whole_model_given_as_the_adapter_is_loaded(tmp_path: Path) -> None:
             call(arguments, adapter_name=str(full))
     with pytest.raises(ValueError, match="holds neither"):
         modeling.saved_settings(str(full))
+
+
+def test_a_relative_base_is_found_from_another_folder(tmp_path: Path) -> None:
+    adapter = adapter_folder(tmp_path / "adapter", "quickstart/tiny_llama")
+    repository = Path(modeling.__file__).parents[1]
+    found = modeling.saved_settings(str(adapter))["model_name"]
+    assert found == str(repository / "quickstart/tiny_llama")
+    Path("quickstart/tiny_llama").mkdir(parents=True)  # the one here comes first
+    assert modeling.saved_settings(str(adapter))["model_name"] == "quickstart/tiny_llama"
+    elsewhere = adapter_folder(tmp_path / "elsewhere", "someone/base")
+    assert modeling.saved_settings(str(elsewhere))["model_name"] == "someone/base"
+
+
+def test_a_missing_attention_package_is_named(tmp_path: Path) -> None:
+    arguments = ModelArguments(
+        model_name=model_folder(tmp_path), attn_implementation="flash_attention_2"
+    )
+    with pytest.raises(ValueError, match="(?s)cannot load the model.*--attn_implementation sdpa"):
+        modeling.load_model(arguments)
