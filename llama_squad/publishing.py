@@ -132,11 +132,12 @@ def _card(settings: dict[str, Any], figures: dict[str, Any]) -> str:
     if args.quantize and not args.full_parameters:
         method = f"QLoRA (r={args.lora_r}, 4-bit {model_args.bnb_4bit_quant_type})"
     library = "transformers" if args.full_parameters else "peft"
+    # The Hub refuses a card whose metadata name a folder; the dataset always is one.
+    known = not Path(model_args.model_name).is_dir()
+    base = f"base_model: {model_args.model_name}\n" if known else ""
     return f"""---
-base_model: {model_args.model_name}
-library_name: {library}
+{base}library_name: {library}
 pipeline_tag: question-answering
-datasets: [{args.dataset_name}]
 tags: [squad, question-answering, trl, sft]
 ---
 # {model_args.model_name} that answers with the exact words of the context, or abstains

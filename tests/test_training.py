@@ -2,12 +2,16 @@
 
 import functools
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers import (
     collator,
     dataset_folder,
@@ -274,7 +278,7 @@ def test_merge_and_push(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert set(saved["versions"]) >= {"torch", "trl", "peft"}
     assert {"eval_loss", "eval_exact_match", "eval_valid_json"} <= set(saved["figures"])
     card = (final / "README.md").read_text()
-    assert f"base_model: {flags[1]}" in card
+    assert "base_model:" not in card  # a folder is nothing to the Hub
     assert "| eval_exact_match |" in card
     assert "QLoRA (r=4, 4-bit nf4)" in card
     assert (final / "tokenizer.json").is_file()
@@ -322,10 +326,51 @@ def test_a_result_takes_the_place_of_the_whole_earlier_one(
     assert f"Removed {merged}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_two_processes_save_one_result(tmp_path: Path) -> None:
+    final = Path("results/final_checkpoints")
+    final.mkdir(parents=True)
+    (final / "model.safetensors").write_text("stale")
+    root = Path(modeling.__file__).parents[1]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+            *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
+            str(root / "train_llama_squad.py"), *stage_flags(tmp_path), "--no_quantize",
+            *("--merge_and_push", "--eval_strategy", "no"),
+        ],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count(f"Saved {final}.") == 1
+    names = {path.name for path in final.iterdir()}
+    assert names >= {"adapter_model.safetensors", "tokenizer.json", RUN_CONFIG, "README.md"}
+    assert "model.safetensors" not in names
+    kept = {path.name for path in final.parent.iterdir()}
+    assert kept == {"final_checkpoints", "final_merged_checkpoint"}
+
+
 @pytest.mark.parametrize("name", ["final_checkpoints", "final_merged_checkpoint"])
 def test_a_run_does_not_replace_its_own_base(name: str) -> None:
     with pytest.raises(SystemExit, match="give another --output_dir"):
         train_llama_squad.main(["--model_name", f"results/{name}/"])
+
+
+def test_card_names_what_the_hub_knows(tmp_path: Path) -> None:
+    asked = {"learning_rate": 1.0}
+
+    def header(model: str) -> dict[str, Any]:
+        model_args = ModelArguments(model_name=model)
+        settings = {"train": TrainArguments(), "model": model_args, "trainer": asked}
+        return yaml.safe_load(publishing._card(settings, {}).split("---\n")[1])
+
+    common = {
+        "library_name": "peft",
+        "pipeline_tag": "question-answering",
+        "tags": ["squad", "question-answering", "trl", "sft"],
+    }
+    assert header("someone/base") == common | {"base_model": "someone/base"}
+    assert header(str(tmp_path)) == common
 
 
 def test_push_without_a_token(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
