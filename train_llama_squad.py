@@ -20,11 +20,12 @@ from llama_squad.config import ModelArguments, TrainArguments, parse_stage
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
-    from llama_squad.training import SquadSFTConfig
+    from llama_squad.training import SquadSFTConfig, check_flags
 
     types = (TrainArguments, ModelArguments, SquadSFTConfig)
     args, model_args, sft_args = parse_stage("train", types, argv, description=__doc__)
     try:
+        check_flags(args, sys.argv[1:] if argv is None else argv)
         if args.show_mask:
             show_mask(args, model_args)
         else:
@@ -39,7 +40,13 @@ def show_mask(args: TrainArguments, model_args: ModelArguments) -> None:
     from llama_squad.collator import colour_labels
     from llama_squad.data import load_squad
 
-    split = load_squad(args.dataset_name)["train"]
+    dataset = load_squad(args.dataset_name)
+    if "train" not in dataset:
+        raise ValueError(
+            f"{args.dataset_name} has no train split, only {', '.join(dataset)}: build it with "
+            "create_squad_dataset.py --train_files"
+        )
+    split = dataset["train"]
     encoder = modeling.load_encoder(model_args, args.reasoning_tokens)
     for row in split.select(range(min(args.show_mask, len(split)))):
         (example,) = encoder.encode([row["messages"]])
@@ -57,8 +64,11 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> No
 
     # TRL and PEFT still use names that transformers 5 renames
     warnings.filterwarnings("ignore", message=".*will be removed in v6.*", category=FutureWarning)
+    # and warns of what label smoothing costs in its own loss, which is not ours
+    warnings.filterwarnings("ignore", message=".*label_smoothing_factor.*", category=FutureWarning)
+    publishing.check_output(model_args.model_name, sft_args.output_dir)
     modeling.say_device()
-    asked = sft_args.to_dict()
+    settings = publishing.run_settings(args, model_args, sft_args.to_dict())
     set_seed(sft_args.seed)
     checkpoint = training.find_checkpoint(sft_args.resume_from_checkpoint, sft_args.output_dir)
     dataset = load_squad(args.dataset_name)
@@ -68,7 +78,9 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> No
     with sft_args.main_process_first(desc="encoding"):
         encoded = rows.encode_dataset(dataset, encoder, sft_args.max_length)
     model = training.prepare_model(args, model_args, encoder)
-    collator = SquadDataCollator(pad_token_id=encoder.tokenizer.pad_token_id)
+    collator = SquadDataCollator(
+        pad_token_id=encoder.tokenizer.pad_token_id, pad_to_multiple_of=sft_args.pad_to_multiple_of
+    )
     validate = training.make_validation(sft_args, dataset, args.dataset_name, encoder)
     features = training.lay_out(args, sft_args, encoded, model, collator)
     trainer = training.SquadTrainer(
@@ -79,9 +91,10 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> No
         eval_dataset=features.get("val"),
         processing_class=encoder.tokenizer,
         validate=validate,
+        settings=settings,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    final = publishing.save_final(trainer, args, model_args, asked)
+    final = publishing.save_final(trainer, settings)
     first = trainer.is_world_process_zero()
     del trainer, model
     if args.merge_and_push and first:

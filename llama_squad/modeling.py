@@ -1,5 +1,6 @@
 """Tokenizer, model, quantisation, adapter and reasoning token; merging an adapter."""
 
+import dataclasses
 import os
 import re
 import sys
@@ -17,7 +18,9 @@ from transformers import (
 )
 
 from llama_squad.collator import ConversationEncoder
-from llama_squad.config import ModelArguments, load_run_config
+from llama_squad.config import RUN_CONFIG, ModelArguments, load_run_config
+
+_ROOT = Path(__file__).resolve().parents[1]
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -25,45 +28,99 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
 
-def saved_settings(adapter_name: str | None) -> dict[str, Any]:
-    """Return the settings that a trained adapter brings to evaluation and the demo.
+def is_model(folder: str | Path) -> bool:
+    """Tell whether a folder holds a whole model: its configuration and weights."""
+    weights = ("*.safetensors", "pytorch_model*.bin")
+    return (Path(folder) / "config.json").is_file() and any(
+        any(Path(folder).glob(pattern)) for pattern in weights
+    )
 
-    That is its base model, chat template, reasoning tokens and the prompt it was trained on. An
-    adapter made elsewhere brings its base model only.
+
+def find_file(source: str, name: str) -> Path | None:
+    """Find a file of a model or adapter, here or on the Hub; None where it has none."""
+    if Path(source).is_dir():
+        path = Path(source, name)
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(source, name))
+    except (OSError, ValueError):  # what is wrong with the name itself, the loaders say
+        return None
+
+
+def saved_settings(adapter_name: str | None, model_name: str | None = None) -> dict[str, Any]:
+    """Return the settings that trained weights bring to evaluation and the demo.
+
+    That is the prompt and the reasoning tokens that they were trained on, and an adapter's base
+    model. Weights made elsewhere bring no more than the base model.
+
+    Args:
+        adapter_name: a folder, that of a whole model too, or a name on the Hub.
+        model_name: the model that is used where there is no adapter, such as a merged one.
 
     Raises:
-        ValueError: a local path that holds neither an adapter nor a model.
+        ValueError: an adapter that is none, or a damaged configuration.
     """
     if not adapter_name:
-        return {}
-    folder = Path(adapter_name)
-    settings: dict[str, Any] = {}
-    if folder.is_dir():
-        if not is_adapter(folder) and not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{folder} holds neither an adapter nor a model: train one with "
-                "`python train_llama_squad.py`, or name another with --adapter_name"
-            )
-        saved = load_run_config(folder)
-        settings |= {k: saved["train"][k] for k in ("reasoning_tokens",) if "train" in saved}
-        settings |= {k: saved[k] for k in ("prompt", "system_prompt") if k in saved}
-    elif adapter_name.count("/") != 1 or adapter_name.startswith((".", "/")):
-        raise ValueError(f"no folder {adapter_name}: train first, or give another --adapter_name")
-    if not folder.is_dir() or is_adapter(folder):
-        from peft import PeftConfig
+        return _training_settings(model_name) if model_name else {}
+    base = whole_model(adapter_name) or _base_of(adapter_name)
+    return {"model_name": base} | _training_settings(adapter_name)
 
-        try:
-            base = PeftConfig.from_pretrained(adapter_name).base_model_name_or_path
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"cannot load the adapter {adapter_name}: {error}\nIt is neither a folder here "
-                "nor, as seen from here, an adapter on the Hub: train one with "
-                "`python train_llama_squad.py`, or name another with --adapter_name"
-            ) from error
-        settings["model_name"] = base
-    else:
-        settings["model_name"] = str(folder)
+
+def whole_model(adapter_name: str | None) -> str | None:
+    """Return the folder that ``--adapter_name`` gives if it is a whole model; None if an adapter.
+
+    Raises:
+        ValueError: a folder that holds neither, or a path that is no folder.
+    """
+    if not adapter_name or is_adapter(adapter_name):
+        return None
+    folder = Path(adapter_name)
+    if not folder.is_dir():
+        if adapter_name.count("/") == 1 and not adapter_name.startswith((".", "/")):
+            return None  # a name on the Hub
+        raise ValueError(f"no folder {adapter_name}: train first, or give another --adapter_name")
+    if not is_model(folder):
+        raise ValueError(
+            f"{folder} holds neither an adapter nor a model: train one with "
+            "`python train_llama_squad.py`, or name another with --adapter_name"
+        )
+    return str(folder)
+
+
+def _base_of(adapter_name: str) -> str | None:
+    """Return the name or folder of an adapter's base model."""
+    from peft import PeftConfig
+
+    try:
+        base = PeftConfig.from_pretrained(adapter_name).base_model_name_or_path
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load the adapter {adapter_name}: {error}\nIt is neither a folder here "
+            "nor, as seen from here, an adapter on the Hub: train one with "
+            "`python train_llama_squad.py`, or name another with --adapter_name"
+        ) from error
+    # A folder was relative to where the adapter was trained, most likely this repository.
+    if base and not Path(base).is_dir() and (_ROOT / base).is_dir():
+        return str(_ROOT / base)
+    return base
+
+
+def _training_settings(source: str) -> dict[str, Any]:
+    """Return what a model or adapter was trained on; {} where it does not say."""
+    path = find_file(source, RUN_CONFIG)
+    saved = load_run_config(path.parent) if path else {}
+    settings: dict[str, Any] = {k: saved[k] for k in ("prompt", "system_prompt") if k in saved}
+    if "train" in saved:
+        settings["reasoning_tokens"] = saved["train"]["reasoning_tokens"]
     return settings
+
+
+def _loaded(args: ModelArguments, adapter_name: str | None) -> ModelArguments:
+    """Return the arguments with the model that is really loaded, whatever --model_name says."""
+    whole = whole_model(adapter_name)
+    return dataclasses.replace(args, model_name=whole) if whole else args
 
 
 def load_tokenizer(
@@ -75,7 +132,7 @@ def load_tokenizer(
         ValueError: it cannot be had.
     """
     source = args.model_name
-    if adapter_name and (Path(adapter_name) / "tokenizer_config.json").is_file():
+    if adapter_name and find_file(adapter_name, "tokenizer_config.json"):
         source = adapter_name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -112,8 +169,9 @@ def load_encoder(
     Raises:
         ValueError: the tokenizer cannot be had, or is of no use here.
     """
+    loaded = _loaded(args, adapter_name)
     tokenizer = load_tokenizer(args, adapter_name)
-    pause = reasoning_token_id(tokenizer, vocab_size(args)) if reasoning_tokens else None
+    pause = reasoning_token_id(tokenizer, vocab_size(loaded)) if reasoning_tokens else None
     return ConversationEncoder(tokenizer, reasoning_tokens, pause)
 
 
@@ -172,6 +230,7 @@ def load_model(
     Raises:
         ValueError: the model or the adapter cannot be had.
     """
+    args = _loaded(args, adapter_name)
     dtype = resolve_dtype(args.dtype)
     options: dict[str, Any] = {"dtype": dtype}
     if args.attn_implementation:
@@ -191,9 +250,14 @@ def load_model(
         model: Any = AutoModelForCausalLM.from_pretrained(args.model_name, **options)
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load("model", args.model_name, error)) from error
+    except ImportError as error:  # of flash attention, or of 4 bits
+        raise ValueError(
+            f"cannot load the model {args.model_name}: {error}\nInstall the missing package, "
+            "or ask for less: --attn_implementation sdpa, --no_quantize"
+        ) from error
     if quantize:
         _keep_4bit_differentiable(model)
-    if adapter_name and (is_adapter(adapter_name) or not Path(adapter_name).is_dir()):
+    if adapter_name and not whole_model(adapter_name):
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter_name)

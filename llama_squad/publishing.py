@@ -1,6 +1,7 @@
 """The end of a training run: the final adapter with its card, the merged model, and the Hub."""
 
 import gc
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,35 +19,98 @@ FINAL = "final_checkpoints"
 MERGED = "final_merged_checkpoint"
 
 
-def save_final(
-    trainer: Any, args: TrainArguments, model_args: ModelArguments, asked: dict[str, Any]
-) -> Path:
-    """Save adapter (or model), tokenizer, run configuration and model card; return the folder.
+def check_output(model_name: str, output_dir: str) -> None:
+    """Refuse to train on a model that the run's own result would take the place of.
+
+    Raises:
+        ValueError: the base model lies there.
+    """
+    for name in (FINAL, MERGED):
+        folder = Path(output_dir) / name
+        if Path(model_name).resolve() == folder.resolve():
+            raise ValueError(
+                f"--model_name {model_name} is what this run would replace by its own result: "
+                "give another --output_dir"
+            )
+
+
+def run_settings(
+    args: TrainArguments, model_args: ModelArguments, asked: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what is saved beside all weights of a run: evaluation and the demo go by it.
 
     Args:
-        trainer: at the end of its training.
         args: of the run.
         model_args: of the run.
         asked: the trainer's configuration as it was asked for.
     """
-    folder = Path(trainer.args.output_dir) / FINAL
-    trainer.save_model(str(folder))
-    if not trainer.is_world_process_zero():
-        return folder
     created = load_run_config(args.dataset_name).get("create", {})
-    figures = _figures(trainer.state.log_history)
-    save_run_config(
-        folder,
-        "train",
-        train=args,
-        model=model_args,
-        trainer=asked,
-        figures=figures,
-        **{key: created[key] for key in ("prompt", "system_prompt") if key in created},
-    )
-    (folder / "README.md").write_text(_card(args, model_args, asked, figures), encoding="utf-8")
-    print(f"Saved {folder}. Next: python test_llama_squad.py --adapter_name={folder}")
+    prompts = {key: created[key] for key in ("prompt", "system_prompt") if key in created}
+    return {"train": args, "model": model_args, "trainer": asked, **prompts}
+
+
+def save_final(trainer: Any, settings: dict[str, Any]) -> Path:
+    """Save adapter (or model), tokenizer, run configuration and model card; return the folder.
+
+    The folder is replaced as a whole, so that nothing of an earlier run stays in it, such as an
+    adapter beside a full model, or a threshold tuned for other weights. The earlier one stays until
+    the new one is complete. All processes must call this.
+
+    Args:
+        trainer: at the end of its training.
+        settings: see ``run_settings``.
+    """
+    folder = Path(trainer.args.output_dir) / FINAL
+    aside = _aside(folder)
+    first = trainer.args.should_save
+    if first:
+        _start_aside(aside)
+    trainer.accelerator.wait_for_everyone()
+    # the internal call pushes nothing: the folder is not in its place yet
+    trainer.save_model(str(aside), _internal_call=True)
+    trainer.accelerator.wait_for_everyone()
+    if first:
+        figures = _figures(trainer.state.log_history)
+        save_run_config(aside, "train", **settings, figures=figures)
+        (aside / "README.md").write_text(_card(settings, figures), encoding="utf-8")
+        _put_in_place(aside, folder)
+        print(f"Saved {folder}. Next: python test_llama_squad.py --adapter_name={folder}")
+        _remove_merged(folder.parent / MERGED)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
     return folder
+
+
+def _aside(folder: Path) -> Path:
+    """Return where a folder is written before it takes its place: the same for all processes."""
+    return folder.with_name(f".{folder.name}.new")
+
+
+def _start_aside(aside: Path) -> None:
+    """Make the empty folder to write to; a killed run may have left its own."""
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+
+
+def _put_in_place(aside: Path, folder: Path) -> None:
+    """Let a complete folder take the place of the earlier one: two renames, then the removal."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _remove_merged(merged: Path) -> None:
+    """Remove a merged model of an earlier run, which would pass for the one just trained."""
+    if merged.exists():
+        shutil.rmtree(merged)
+        print(f"Removed {merged}: an earlier run's weights were merged in it.")
 
 
 def _figures(history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -58,9 +122,8 @@ def _figures(history: list[dict[str, Any]]) -> dict[str, Any]:
     return {k: v for k, v in figures.items() if k in kept or k.startswith("eval_")}
 
 
-def _card(
-    args: TrainArguments, model_args: ModelArguments, asked: dict[str, Any], figures: dict[str, Any]
-) -> str:
+def _card(settings: dict[str, Any], figures: dict[str, Any]) -> str:
+    args, model_args = settings["train"], settings["model"]
     rows = "\n".join(
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
         for name, value in figures.items()
@@ -69,18 +132,19 @@ def _card(
     if args.quantize and not args.full_parameters:
         method = f"QLoRA (r={args.lora_r}, 4-bit {model_args.bnb_4bit_quant_type})"
     library = "transformers" if args.full_parameters else "peft"
+    # The Hub refuses a card whose metadata name a folder; the dataset always is one.
+    known = not Path(model_args.model_name).is_dir()
+    base = f"base_model: {model_args.model_name}\n" if known else ""
     return f"""---
-base_model: {model_args.model_name}
-library_name: {library}
+{base}library_name: {library}
 pipeline_tag: question-answering
-datasets: [{args.dataset_name}]
 tags: [squad, question-answering, trl, sft]
 ---
 # {model_args.model_name} that answers with the exact words of the context, or abstains
 
 Fine-tuned with {method} on `{args.dataset_name}`: given a context and a question it replies with
 JSON whose "answer" is a span of the context word for word, or "?" where the context holds none.
-The loss fell on the answers only; learning rate {asked["learning_rate"]}.
+The loss fell on the answers only; learning rate {settings["trainer"]["learning_rate"]}.
 
 ## Figures of the run
 
@@ -107,7 +171,11 @@ def merge_and_push(
         print("All parameters were trained, so there is no adapter to merge.")
     else:
         merged = folder.parent / MERGED
-        modeling.merge_adapter(model_args, args.quantize, folder, merged)
+        aside = _aside(merged)
+        _start_aside(aside)
+        modeling.merge_adapter(model_args, args.quantize, folder, aside)
+        shutil.copy(folder / RUN_CONFIG, aside)
+        _put_in_place(aside, merged)
         pushed[f"{sft_args.hub_model_id}-merged"] = merged
         print(f"Saved the merged model in {merged}.")
     if not sft_args.hub_model_id:

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -21,7 +21,12 @@ from trl import SFTConfig, SFTTrainer
 from llama_squad import modeling, rows
 from llama_squad.answers import extract_answer
 from llama_squad.collator import IGNORE, ConversationEncoder, SquadDataCollator
-from llama_squad.config import ModelArguments, TrainArguments, load_run_config
+from llama_squad.config import (
+    ModelArguments,
+    TrainArguments,
+    load_run_config,
+    save_run_config,
+)
 from llama_squad.metrics import is_exact_match
 from llama_squad.predictors import LocalModel, Prediction, batch_paragraphs
 
@@ -29,6 +34,7 @@ from llama_squad.predictors import LocalModel, Prediction, batch_paragraphs
 # would change nothing, so it is refused, with what does the job here.
 _REPLACED = {
     "packing": "questions of a paragraph share a row already (see --share_context)",
+    "packing_strategy": "rows share contexts instead (see --row_tokens)",
     "padding_free": "rows that share contexts hold next to no padding already",
     "eval_packing": "questions of a paragraph share a row already",
     "completion_only_loss": "the loss falls on the answer only, always",
@@ -36,6 +42,9 @@ _REPLACED = {
     "dataset_text_field": "create_squad_dataset.py writes messages",
     "dataset_kwargs": "create_squad_dataset.py prepares the data",
     "chat_template_path": "give --chat_template FILE",
+    "dataset_num_proc": "the tokenizer works on all cores already, and its result is cached",
+    "shuffle_dataset": "examples are shuffled already (see --train_sampling_strategy)",
+    "loss_type": "the loss is the negative log-likelihood of the answer's tokens",
     "truncation_mode": "an example that is too long is left out, never cut",
     "model_init_kwargs": "use --dtype, --attn_implementation and the 4-bit flags",
     "eos_token": "the chat template ends the turn",
@@ -72,7 +81,7 @@ class SquadSFTConfig(SFTConfig):
         },
     )
     bf16: bool = field(
-        default=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        default=None,  # type: ignore[assignment]  # resolved below, so that one given is told apart
         metadata={"help": "Compute in bfloat16 (default: on GPUs that can; a CPU may crawl)."},
     )
     max_length: int | None = field(
@@ -106,7 +115,11 @@ class SquadSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         """Resolve what depends on the machine, and refuse flags that would do nothing."""
-        self.bf16 = self.bf16 and not self.fp16
+        if self.bf16 and self.fp16:
+            raise ValueError("--bf16 and --fp16 name two types to compute in: give one of them")
+        if self.bf16 is None:
+            able = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = able and not self.fp16
         if self.activation_checkpointing is None:  # the new name of the same
             self.activation_checkpointing = self.gradient_checkpointing
         if torch.accelerator.current_accelerator() is None:
@@ -120,6 +133,39 @@ class SquadSFTConfig(SFTConfig):
         super().__post_init__()
         self.remove_unused_columns = False
         self.dataset_kwargs = {"skip_prepare_dataset": True}
+
+
+_OF_ADAPTERS = {
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora"),
+    *("quantize", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+}
+
+
+def check_flags(args: TrainArguments, given: Sequence[str]) -> None:
+    """Refuse flags that mean nothing together.
+
+    Args:
+        args: as parsed.
+        given: the words of the command line. A recipe's file may set what a flag takes no part in:
+            flags beat the file.
+
+    Raises:
+        ValueError: the flags clash.
+    """
+    if args.show_mask < 0:
+        raise ValueError(f"--show_mask is a number of examples, at least 0, not {args.show_mask}")
+    if args.full_parameters:
+        names = [w.split("=")[0][2:].replace("-", "_") for w in given if w.startswith("--")]
+        clashing = [
+            f"--{name}"
+            for name in names
+            if name in _OF_ADAPTERS and getattr(args, name, None) is not False
+        ]
+        if clashing:
+            raise ValueError(
+                "--full_parameters trains every weight, without LoRA or 4 bits, so "
+                f"{', '.join(clashing)} would do nothing: leave out one or the other"
+            )
 
 
 # The model ------------------------------------------------------------------------------------
@@ -207,14 +253,15 @@ def answer_logits(
 
 
 def answer_loss(
-    model: Any, inputs: Mapping[str, torch.Tensor]
+    model: Any, inputs: Mapping[str, torch.Tensor], label_smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum the cross entropy over the supervised tokens, with logits for no others.
 
+    ``label_smoothing`` is the share of a token's probability that all tokens have in common.
     Returns the summed loss, how many tokens the model gets right, and how many there are.
     """
     logits, wanted = answer_logits(model, inputs)
-    loss = F.cross_entropy(logits, wanted, reduction="sum")
+    loss = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=label_smoothing)
     right = (logits.detach().argmax(-1) == wanted).sum()
     return loss, right, torch.tensor(len(wanted), device=loss.device)
 
@@ -241,6 +288,7 @@ class SquadTrainer(SFTTrainer):
     Args:
         validate: called with the model at each evaluation; returns figures such as exact match,
             which join the evaluation's (``eval_exact_match``).
+        settings: what is saved beside each checkpoint, by which it is evaluated.
         kwargs: what ``SFTTrainer`` takes.
     """
 
@@ -248,10 +296,15 @@ class SquadTrainer(SFTTrainer):
     args: Any
 
     def __init__(
-        self, *, validate: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any
+        self,
+        *,
+        validate: Callable[[Any], dict[str, float]] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._validate = validate
+        self._settings = settings
         self._counts = torch.zeros(3, dtype=torch.long)
         self._since = time.perf_counter()
         # TRL casts the adapters of a 4-bit model to bfloat16, whose steps near 0.01 are 6e-5: at a
@@ -270,9 +323,9 @@ class SquadTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the loss of the supervised tokens over their number in the whole step."""
-        if return_outputs or self.args.loss_type != "nll" or self.label_smoother is not None:
+        if return_outputs:  # for ``compute_metrics``, which wants the logits too
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, right, supervised = answer_loss(model, inputs)
+        loss, right, supervised = answer_loss(model, inputs, self.args.label_smoothing_factor)
         if num_items_in_batch is None:
             return loss / supervised.clamp(min=1)
         self._metrics["train"]["mean_token_accuracy"].append((right / supervised).item())
@@ -296,11 +349,20 @@ class SquadTrainer(SFTTrainer):
             logs["questions_per_second"] = round(questions / seconds, 2)
             logs["tokens_per_second"] = round(tokens / seconds, 1)
             logs["tokens_saved"] = round(1 - tokens / max(plain, 1), 4)
-            self._total_train_tokens += tokens
+            # from the log itself, which a checkpoint brings back
+            earlier = (e["num_tokens"] for e in self.state.log_history[::-1] if "num_tokens" in e)
+            self._total_train_tokens = next(earlier, 0) + tokens
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             self._counts.zero_()
             self._since = now
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save the run's settings first: the trainer's state comes last, and marks it complete."""
+        if self._settings is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            save_run_config(folder, "train", **self._settings)
+        super()._save_checkpoint(model, trial)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, the clock of the throughput starting now."""

@@ -1,12 +1,17 @@
 """The training stage: where the loss falls, what moves, what is saved, and what is refused."""
 
+import functools
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers import (
     collator,
     dataset_folder,
@@ -19,13 +24,22 @@ from helpers import (
     tiny_model,
     tiny_tokenizer,
 )
-from peft import PeftModel
+from huggingface_hub.errors import LocalEntryNotFoundError
+from peft import PeftConfig, PeftModel
 
 import train_llama_squad
-from llama_squad import modeling, rows, training
+from llama_squad import modeling, publishing, rows, training
 from llama_squad.answers import format_answer
 from llama_squad.collator import IGNORE, ConversationEncoder
-from llama_squad.config import ModelArguments, TrainArguments, load_run_config, parse_stage
+from llama_squad.config import (
+    RUN_CONFIG,
+    CreateArguments,
+    ModelArguments,
+    TrainArguments,
+    load_run_config,
+    parse_stage,
+)
+from llama_squad.data import write_dataset
 from llama_squad.prompts import build_messages, gold_answer
 
 EXAMPLES = flatten(encode_paragraphs(make_records(2, [2])))
@@ -84,6 +98,26 @@ def test_loss_on_literal_logits() -> None:
     loss, right, count = training.answer_loss(Literal(), batch)
     assert loss.item() == pytest.approx(-torch.tensor([0.5, 0.25]).log().sum().item())
     assert (right.item(), count.item()) == (1, 2)
+    smooth, right, count = training.answer_loss(Literal(), batch, 0.3)
+    mean = -torch.tensor([0.25, 0.5, 0.25]).log().mean()  # over the vocabulary
+    assert smooth.item() == pytest.approx((0.7 * loss + 0.3 * 2 * mean).item())
+    assert (right.item(), count.item()) == (1, 2)
+
+
+def test_label_smoothing_leaves_the_counts_true(tmp_path: Path) -> None:
+    train = encoded_dataset(make_records(4, [1])).select_columns(["input_ids", "labels"])
+    logs = []
+    for smoothing in (0.0, 0.2):
+        trainer = make_trainer(
+            tiny_model(), train, tmp_path, label_smoothing_factor=smoothing, logging_steps=1,
+            per_device_train_batch_size=2,
+        )  # fmt: skip
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    assert logs[0]["num_tokens"] == logs[1]["num_tokens"] == sum(map(len, train[:2]["input_ids"]))
+    assert logs[0]["mean_token_accuracy"] == logs[1]["mean_token_accuracy"]
+    assert logs[0]["loss"] != logs[1]["loss"]
+    assert "tokens_saved" in logs[1]
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -244,16 +278,102 @@ def test_merge_and_push(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert set(saved["versions"]) >= {"torch", "trl", "peft"}
     assert {"eval_loss", "eval_exact_match", "eval_valid_json"} <= set(saved["figures"])
     card = (final / "README.md").read_text()
-    assert f"base_model: {flags[1]}" in card
+    assert "base_model:" not in card  # a folder is nothing to the Hub
     assert "| eval_exact_match |" in card
     assert "QLoRA (r=4, 4-bit nf4)" in card
     assert (final / "tokenizer.json").is_file()
     assert (merged / "tokenizer.json").is_file()
+    assert load_run_config(merged) == saved
+
+
+def small_trainer() -> Any:
+    """Make a trainer on a tiny model that writes to results; it does not train."""
+    examples = encoded_dataset(make_records(2, [1])).select_columns(["input_ids", "labels"])
+    return make_trainer(tiny_model(), examples, Path("results"))
+
+
+def test_a_result_takes_the_place_of_the_whole_earlier_one(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final, merged = Path("results/final_checkpoints"), Path("results/final_merged_checkpoint")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "na_prob_thresh.json"):
+        final.mkdir(parents=True, exist_ok=True)
+        (final / name).write_text("{}")
+    merged.mkdir()
+    (merged / "config.json").write_text("{}")
+    (final.parent / ".final_checkpoints.new").mkdir()
+    (final.parent / ".final_checkpoints.new" / "left").touch()  # by a killed run
+    trainer = small_trainer()
+    full = TrainArguments(full_parameters=True)
+    settings = publishing.run_settings(full, ModelArguments(), trainer.args.to_dict())
+
+    def full_disk(*_: Any) -> str:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(publishing, "_card", full_disk)  # the last file of all
+        with pytest.raises(OSError, match="no space left"):
+            publishing.save_final(trainer, settings)
+    assert (final / "na_prob_thresh.json").exists()
+    assert not (final / "config.json").exists()
+
+    assert publishing.save_final(trainer, settings) == final
+    names = {path.name for path in final.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "llama_squad.json", "README.md"}
+    assert not names & {"adapter_config.json", "adapter_model.safetensors", "na_prob_thresh.json"}
+    assert "left" not in names
+    assert [path.name for path in final.parent.iterdir()] == ["final_checkpoints"]
+    assert f"Removed {merged}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_save_one_result(tmp_path: Path) -> None:
+    final = Path("results/final_checkpoints")
+    final.mkdir(parents=True)
+    (final / "model.safetensors").write_text("stale")
+    root = Path(modeling.__file__).parents[1]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+            *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
+            str(root / "train_llama_squad.py"), *stage_flags(tmp_path), "--no_quantize",
+            *("--merge_and_push", "--eval_strategy", "no"),
+        ],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count(f"Saved {final}.") == 1
+    names = {path.name for path in final.iterdir()}
+    assert names >= {"adapter_model.safetensors", "tokenizer.json", RUN_CONFIG, "README.md"}
+    assert "model.safetensors" not in names
+    kept = {path.name for path in final.parent.iterdir()}
+    assert kept == {"final_checkpoints", "final_merged_checkpoint"}
+
+
+@pytest.mark.parametrize("name", ["final_checkpoints", "final_merged_checkpoint"])
+def test_a_run_does_not_replace_its_own_base(name: str) -> None:
+    with pytest.raises(SystemExit, match="give another --output_dir"):
+        train_llama_squad.main(["--model_name", f"results/{name}/"])
+
+
+def test_card_names_what_the_hub_knows(tmp_path: Path) -> None:
+    asked = {"learning_rate": 1.0}
+
+    def header(model: str) -> dict[str, Any]:
+        model_args = ModelArguments(model_name=model)
+        settings = {"train": TrainArguments(), "model": model_args, "trainer": asked}
+        return yaml.safe_load(publishing._card(settings, {}).split("---\n")[1])
+
+    common = {
+        "library_name": "peft",
+        "pipeline_tag": "question-answering",
+        "tags": ["squad", "question-answering", "trl", "sft"],
+    }
+    assert header("someone/base") == common | {"base_model": "someone/base"}
+    assert header(str(tmp_path)) == common
 
 
 def test_push_without_a_token(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from llama_squad import publishing
-
     args = training.SquadSFTConfig(hub_model_id="someone/model", report_to="none")
     folder = tmp_path / "final"
     folder.mkdir()
@@ -279,6 +399,15 @@ def test_show_mask_prints_the_trained_tokens_in_green(
     for record in records[:3]:
         assert build_messages(record)[1]["content"] in plain
     assert not Path("results").exists()
+
+
+def test_show_mask_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--show_mask .*at least 0, not -1"):
+        train_llama_squad.main(["--show_mask", "-1"])
+    test = str(tmp_path / "test")
+    write_dataset({"test": make_records(1, [2])}, CreateArguments(dataset_name=test))
+    with pytest.raises(SystemExit, match="has no train split, only test: build it"):
+        train_llama_squad.main(["--show_mask", "1", "--dataset_name", test])
 
 
 def test_examples_that_are_too_long_are_dropped_and_counted(capsys: pytest.CaptureFixture) -> None:
@@ -317,6 +446,10 @@ def parse(*flags: str) -> tuple[Any, ...]:
         ("--assistant_only_loss", "True", "the answer only, always"),
         ("--completion_only_loss", "True", "the answer only, always"),
         ("--chat_template_path", "x.jinja", "--chat_template FILE"),
+        ("--packing_strategy", "wrapped", "--row_tokens"),
+        ("--shuffle_dataset", "True", "--train_sampling_strategy"),
+        ("--dataset_num_proc", "2", "on all cores already"),
+        ("--loss_type", "dft", "negative log-likelihood of the answer's tokens"),
         ("--truncation_mode", "keep_end", "left out, never cut"),
         ("--trust_remote_code", "True", "never run"),
         ("--pad_token", "x", "attention mask"),
@@ -343,6 +476,65 @@ def test_the_rate_is_a_number_in_the_file_and_on_the_command_line() -> None:
     assert parse()[2].learning_rate == 1e-6
     assert parse()[2].max_length == 512
     assert parse("--max_seq_length", "1024")[2].max_length == 1024
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--use_dora", "True"],
+        ["--lora-r=64"],  # the default, but asked for
+        ["--quantize"],
+        ["--bnb_4bit_quant_type", "nf4"],
+    ],
+)
+def test_full_parameters_takes_no_adapter_flags(flags: list[str]) -> None:
+    name = flags[0].split("=")[0].replace("-", "_").replace("__", "--")
+    with pytest.raises(SystemExit, match=f"{name} would do nothing: leave out one"):
+        train_llama_squad.main(["--full_parameters", *flags])
+
+
+def test_full_parameters_takes_a_recipe_and_flags_that_agree() -> None:
+    Path("config.yaml").write_text("train:\n  lora_r: 8\n  quantize: true\n")
+    for flags in ([], ["--no_quantize"], ["--quantize", "False"], ["--use_dora=False"]):
+        with pytest.raises(SystemExit, match="no dataset in 'nowhere'"):
+            train_llama_squad.main(["--full_parameters", "--dataset_name=nowhere", *flags])
+
+
+def test_one_type_to_compute_in(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit):
+        parse("--bf16", "--fp16")
+    assert "--bf16 and --fp16 name two types" in capsys.readouterr().err
+    assert parse("--bf16")[2].bf16
+    assert parse("--fp16", "--bf16", "False")[2].fp16
+    assert parse()[2].bf16 is False  # on a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(training.SFTConfig, "__post_init__", lambda self: None)
+    assert parse()[2].bf16 is True
+    assert parse("--fp16")[2].bf16 is False
+    assert parse("--no_gradient_checkpointing", "--bf16=False")[2].bf16 is False
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_are_padded_to_a_multiple(
+    shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    plain = training.answer_loss
+
+    def spy(model: Any, inputs: Any, *options: Any) -> Any:
+        lengths.append(inputs["input_ids"].shape[1])
+        return plain(model, inputs, *options)
+
+    monkeypatch.setattr(training, "answer_loss", spy)
+    train_llama_squad.main(
+        [*stage_flags(tmp_path), "--no_quantize", "--pad_to_multiple_of", "64", "--eval_strategy",
+         "no", *["--no_share_context"] * (not shared)]
+    )  # fmt: skip
+    assert lengths
+    assert all(length % 64 == 0 for length in lengths)
 
 
 def test_a_wrong_setup_ends_with_a_message() -> None:
@@ -377,3 +569,129 @@ def test_find_checkpoint() -> None:
     assert find("results/checkpoint-best", "results") == "results/checkpoint-best"
     with pytest.raises(ValueError, match="no complete checkpoint in results/checkpoint-11"):
         find("results/checkpoint-11", "results")
+
+
+def test_num_tokens_go_on_after_a_resume() -> None:
+    train = encoded_dataset(make_records(4, [1])).select_columns(["input_ids", "labels"])
+
+    def num_tokens(steps: int, checkpoint: str | None) -> list[int]:
+        trainer = make_trainer(
+            tiny_model(), train, Path("results"), max_steps=steps, logging_steps=1,
+            save_strategy="steps", save_steps=2, per_device_train_batch_size=1,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return [e["num_tokens"] for e in trainer.state.log_history if "loss" in e]
+
+    assert len(num_tokens(2, None)) == 2
+    resumed = num_tokens(4, "results/checkpoint-2")
+    lengths = [len(ids) for ids in train["input_ids"]]
+    assert resumed == [sum(lengths[:n]) for n in (1, 2, 3, 4)]
+
+
+# What trained weights bring ----------------------------------------------------------------------
+
+TRAINED = {
+    "prompt": "multi_turn",
+    "system_prompt": "Be exact.",
+    "train": {"reasoning_tokens": 4, "lora_r": 8},
+}
+BROUGHT = {"prompt": "multi_turn", "system_prompt": "Be exact.", "reasoning_tokens": 4}
+
+
+def adapter_folder(folder: Path, base: str) -> Path:
+    """Write the two small files of an adapter."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": base})
+    )
+    (folder / RUN_CONFIG).write_text(json.dumps(TRAINED))
+    return folder
+
+
+def test_a_checkpoint_brings_its_settings(tmp_path: Path) -> None:
+    examples = encoded_dataset(make_records(2, [1])).select_columns(["input_ids", "labels"])
+    args = TrainArguments(full_parameters=True, reasoning_tokens=3)
+    settings = publishing.run_settings(args, ModelArguments(), {}) | {"prompt": "multi_turn"}
+    trainer = make_trainer(
+        tiny_model(), examples, Path("results"), save_strategy="steps", save_steps=1,
+        save_only_model=True, trainer=functools.partial(training.SquadTrainer, settings=settings),
+    )  # fmt: skip
+    trainer.train()
+    brought = {"prompt": "multi_turn", "reasoning_tokens": 3}
+    name = "results/checkpoint-1"
+    assert modeling.saved_settings(name) == brought | {"model_name": name}
+    assert modeling.saved_settings(None, name) == brought
+
+
+def test_settings_of_a_model_and_of_none(tmp_path: Path) -> None:
+    assert modeling.saved_settings(None) == {}
+    assert modeling.saved_settings(None, "someone/base") == {}
+    assert modeling.saved_settings(None, str(tmp_path)) == {}
+    (tmp_path / RUN_CONFIG).write_text(json.dumps(TRAINED))
+    assert modeling.saved_settings(None, str(tmp_path)) == BROUGHT
+
+
+def test_an_adapter_on_the_hub_brings_its_settings_and_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = adapter_folder(tmp_path / "hub", "someone/base")
+    tiny_tokenizer().save_pretrained(hub)
+    loaded = []
+
+    def download(repository: str, name: str) -> str:
+        assert repository == "someone/adapter"
+        if not (hub / name).is_file():
+            raise LocalEntryNotFoundError(name)
+        return str(hub / name)
+
+    def load(source: str) -> Any:
+        loaded.append(source)
+        return tiny_tokenizer()
+
+    config = PeftConfig.from_pretrained(str(hub))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("peft.PeftConfig.from_pretrained", lambda name: config)
+    monkeypatch.setattr(modeling.AutoTokenizer, "from_pretrained", load)
+    arguments = ModelArguments(model_name="someone/base")
+    brought = {"model_name": "someone/base"}
+    assert modeling.saved_settings("someone/adapter") == brought | BROUGHT
+    modeling.load_tokenizer(arguments, "someone/adapter")
+    (hub / RUN_CONFIG).unlink()
+    (hub / "tokenizer_config.json").unlink()
+    assert modeling.saved_settings("someone/adapter") == brought
+    modeling.load_tokenizer(arguments, "someone/adapter")
+    assert loaded == ["someone/adapter", "someone/base"]
+
+
+def test_a_whole_model_given_as_the_adapter_is_loaded(tmp_path: Path) -> None:
+    other = model_folder(tmp_path)
+    full = tmp_path / "full"
+    tiny_model(seed=1, vocab_size=700).save_pretrained(full)
+    arguments = ModelArguments(model_name=other)
+    assert modeling.load_model(arguments, adapter_name=str(full)).config.vocab_size == 700
+    assert modeling.saved_settings(str(full)) == {"model_name": str(full)}
+    (full / "model.safetensors").unlink()
+    for call in (modeling.load_model, modeling.load_encoder):
+        with pytest.raises(ValueError, match="full holds neither an adapter nor a model: train"):
+            call(arguments, adapter_name=str(full))
+    with pytest.raises(ValueError, match="holds neither"):
+        modeling.saved_settings(str(full))
+
+
+def test_a_relative_base_is_found_from_another_folder(tmp_path: Path) -> None:
+    adapter = adapter_folder(tmp_path / "adapter", "quickstart/tiny_llama")
+    repository = Path(modeling.__file__).parents[1]
+    found = modeling.saved_settings(str(adapter))["model_name"]
+    assert found == str(repository / "quickstart/tiny_llama")
+    Path("quickstart/tiny_llama").mkdir(parents=True)  # the one here comes first
+    assert modeling.saved_settings(str(adapter))["model_name"] == "quickstart/tiny_llama"
+    elsewhere = adapter_folder(tmp_path / "elsewhere", "someone/base")
+    assert modeling.saved_settings(str(elsewhere))["model_name"] == "someone/base"
+
+
+def test_a_missing_attention_package_is_named(tmp_path: Path) -> None:
+    arguments = ModelArguments(
+        model_name=model_folder(tmp_path), attn_implementation="flash_attention_2"
+    )
+    with pytest.raises(ValueError, match="(?s)cannot load the model.*--attn_implementation sdpa"):
+        modeling.load_model(arguments)
