@@ -343,14 +343,16 @@ def provenance() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "commit": git.stdout.strip() or None,
-    }
+    return {"versions": {"python": platform.python_version(), **versions}, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
+    return git.stdout.strip() or None
 
 
 def write_json(path: Path, content: Any) -> None:

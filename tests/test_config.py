@@ -20,6 +20,7 @@ from llama_squad.config import (
     load_yaml,
     nearest,
     parse_stage,
+    provenance,
     save_run_config,
 )
 from llama_squad.prompts import SYSTEM_PROMPT
@@ -125,6 +126,11 @@ def test_run_config_round_trip(tmp_path):
     (tmp_path / "llama_squad.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         load_run_config(tmp_path)
+
+
+def test_provenance_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance()["commit"] is None
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
