@@ -175,8 +175,17 @@ def read_hub(source: str, seen: set[str]) -> dict[str, list[Record]]:
 
 
 def read_source(args: CreateArguments) -> dict[str, list[Record]]:
-    """Read the training and test records that the arguments name."""
+    """Read the training and test records that the arguments name.
+
+    Raises:
+        ValueError: the arguments name files and the sample, or what they name is at fault.
+    """
     seen: set[str] = set()
+    if args.sample and (args.train_files or args.test_files):
+        raise ValueError(
+            "--sample is another dataset than --train_files and --test_files: "
+            "give it, or files (as flags, or in the configuration)"
+        )
     if args.sample:
         return {
             name: read_files([str(SAMPLE / f"{name}.json")], seen) for name in ("train", "test")

@@ -226,6 +226,17 @@ def test_stage(write, tmp_path, monkeypatch, capsys):
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["squad_v2"]
 
 
+def test_named_files_beat_the_sample_of_the_configuration(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = write("create: {sample: true, validation_ratio: 0}", "some.yaml")
+    files = ["--train_files", write(squad("A"))]
+    create_squad_dataset.main(["--config", config, *files])
+    assert load_squad("data/squad_v2")["train"]["id"] == ["q0a", "q0b"]
+    assert load_run_config("data/squad_v2")["create"]["sample"] is False
+    with pytest.raises(SystemExit, match="--sample is another dataset than --train_files"):
+        create_squad_dataset.main([*files, "--sample"])
+
+
 def test_other_folders_are_left_alone(write, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
