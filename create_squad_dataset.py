@@ -8,14 +8,17 @@ Writes the folder ``--dataset_name`` (default data/squad_v2), and the counts to 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from llama_squad.config import CreateArguments, parse_stage
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
-    (args,) = parse_stage("create", (CreateArguments,), argv, description=__doc__)
+    (args,) = parse_stage(
+        "create", (CreateArguments,), argv, saved=files_for_sample, description=__doc__
+    )
     from tqdm import tqdm
 
     from llama_squad import data
@@ -43,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         read = len(splits["train"]) + len(splits["val"])
         print(f"train and val hold the {read:,} questions of the training source.")
     print(f"\nWrote {args.dataset_name} ({args.prompt}). Next: python train_llama_squad.py")
+
+
+def files_for_sample(parsed: Sequence[CreateArguments]) -> Mapping[str, Any]:
+    """Return what beats the file: named files beat its ``sample``. The flag ``--sample`` stands."""
+    args = parsed[0]
+    return {"sample": False} if args.sample and (args.train_files or args.test_files) else {}
 
 
 def _warn_of_shared_contexts(splits: dict) -> None:

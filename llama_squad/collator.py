@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,20 @@ IGNORE = -100
 # Llama 3.1's template prints the date: training and evaluation must not differ by the day.
 _DATE = "26 Jul 2024"
 
-# What stands for a message's content while the template is rendered. The wide spaces tell whether
-# the template strips its content; private-use characters occur in no template.
-_SLOT_OPEN, _SLOT_CLOSE, _SLOT_SPACE = "\ue000", "\ue001", "\u2003"
+# What stands for a message's content while the template is rendered; private-use characters occur
+# in no template. A wide space each side tells whether the template strips that side: Llama 2's
+# strips a first user turn on the right only, since its system prompt stands on the left. The two
+# differ, so that one message's right space is not taken for the next one's left.
+_SLOT_OPEN, _SLOT_CLOSE = "\ue000", "\ue001"
+_LEFT_SPACE, _RIGHT_SPACE = "\u2003", "\u2002"
+
+_STRIP: dict[tuple[bool, bool], Callable[[str], str]] = {
+    (False, False): str,
+    (True, False): str.lstrip,
+    (False, True): str.rstrip,
+    (True, True): str.strip,
+}
+"""What a template does to a content, by the sides (left, right) that it strips."""
 
 Encoded = dict[str, list[int]]
 Offsets = list[tuple[int, int]]
@@ -43,7 +54,7 @@ class _Skeleton:
     """A rendered template, cut at its messages' contents."""
 
     texts: tuple[str, ...]  # what stands before each content, and after the last
-    stripped: tuple[bool, ...]  # whether the template strips that content
+    strips: tuple[Callable[[str], str], ...]  # what the template does to each content
     fold_system: bool  # the template has no system role: it joins the first user turn
 
 
@@ -146,10 +157,10 @@ class ConversationEncoder:
         if skeleton.fold_system:
             contents = [contents[0] + "\n\n" + contents[1], *contents[2:]]
         text, spans = skeleton.texts[0], []
-        for content, stripped, after in zip(
-            contents, skeleton.stripped, skeleton.texts[1:], strict=True
+        for content, strip, after in zip(
+            contents, skeleton.strips, skeleton.texts[1:], strict=True
         ):
-            content = content.strip() if stripped else content
+            content = strip(content)
             spans.append((len(text), len(text) + len(content)))
             text += content + after
         return _Rendered(text, tuple(spans))
@@ -169,7 +180,7 @@ class ConversationEncoder:
     def _cut_template(self, roles: tuple[str, ...], fold_system: bool) -> _Skeleton | None:
         slots = [f"{_SLOT_OPEN}{index}{_SLOT_CLOSE}" for index in range(len(roles))]
         probe = [
-            {"role": role, "content": _SLOT_SPACE + slot + _SLOT_SPACE}
+            {"role": role, "content": _LEFT_SPACE + slot + _RIGHT_SPACE}
             for role, slot in zip(roles, slots, strict=True)
         ]
         try:
@@ -177,15 +188,16 @@ class ConversationEncoder:
         except TemplateError:
             return None
         text = str(rendered)
-        texts, stripped = [], []
+        texts, strips = [], []
         for slot in slots:
-            padded = _SLOT_SPACE + slot + _SLOT_SPACE
-            stripped.append(padded not in text)
-            before, found, text = text.partition(slot if stripped[-1] else padded)
+            before, found, text = text.partition(slot)
             if not found or slot in text:
                 return None
-            texts.append(before)
-        return _Skeleton((*texts, text), tuple(stripped), fold_system)
+            sides = not before.endswith(_LEFT_SPACE), not text.startswith(_RIGHT_SPACE)
+            strips.append(_STRIP[sides])
+            texts.append(before.removesuffix(_LEFT_SPACE))
+            text = text.removeprefix(_RIGHT_SPACE)
+        return _Skeleton((*texts, text), tuple(strips), fold_system)
 
     # Tokenising ------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -230,7 +231,50 @@ def _shared_keys() -> set[str]:
     return several | {f.name for f in dataclasses.fields(ModelArguments)}
 
 
-def _file_values(path: Path, stage: str, known: set[str]) -> dict[str, Any]:
+def _kinds(hint: Any) -> set[Any]:
+    """Return the types of the values that a type hint admits."""
+    if get_origin(hint) is Literal:
+        return set(map(type, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return {kind for part in get_args(hint) for kind in _kinds(part)}
+    return {hint}
+
+
+def _known_keys(types: Sequence[type]) -> dict[str, tuple[str, set[Any]]]:
+    """Map each key of a stage, a flag's other names included, to its field's name and types."""
+    known = {}
+    for cls in types:
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if not field.init:
+                continue
+            kinds = _kinds(hints[field.name]) | ({NoneType} if field.default is None else set())
+            for name in (field.name, *field.metadata.get("aliases", ())):
+                known[name.lstrip("-")] = (field.name, kinds)
+    return known
+
+
+def _settle(
+    values: Mapping[str, Any], known: Mapping[str, tuple[str, set[Any]]], where: str
+) -> dict[str, Any]:
+    """Return the values under their fields' names, as the fields take them."""
+    settled: dict[str, Any] = {}
+    for key, value in values.items():
+        name, kinds = known[key]
+        if name in settled:
+            raise ValueError(f"{where}: {key!r} is another name of a key that is there already")
+        if value is None and NoneType not in kinds:
+            raise ValueError(
+                f"{where}: {key!r} is null: give it a value, or delete the line for the default"
+            )
+        # YAML takes `eval_strategy: no` for a boolean
+        settled[name] = "no" if value is False and str in kinds and bool not in kinds else value
+    return settled
+
+
+def _file_values(
+    path: Path, stage: str, known: Mapping[str, tuple[str, set[Any]]]
+) -> dict[str, Any]:
     """Return what the file says to one stage: shared keys first, then its section's."""
     content = load_yaml(path)
     shared = {key: value for key, value in content.items() if key not in STAGES}
@@ -243,7 +287,8 @@ def _file_values(path: Path, stage: str, known: set[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: unknown key {key!r} at the top{hint}")
     for key in section.keys() - known:
         raise ValueError(f"{path}: unknown key {key!r} in `{stage}:`{nearest(str(key), known)}")
-    return {key: value for key, value in shared.items() if key in known} | section
+    shared = {key: value for key, value in shared.items() if key in known}
+    return _settle(shared, known, str(path)) | _settle(section, known, f"{path}, `{stage}:`")
 
 
 def _to_flags(values: Mapping[str, Any]) -> list[str]:
@@ -287,7 +332,7 @@ def parse_stage(
     parser = Parser(types, allow_abbrev=False, description=description)  # type: ignore[arg-type]
     parser.add_argument("--config", help="Configuration file (default: config.yaml, if there).")
     arguments = list(sys.argv[1:] if argv is None else argv)
-    known = {f.name for cls in types for f in dataclasses.fields(cls) if f.init}
+    known = _known_keys(types)
 
     def parse(values: Mapping[str, Any], where: str) -> tuple[Any, ...]:
         parser.set_defaults(**{key: None for key, value in values.items() if value is None})
@@ -343,14 +388,16 @@ def provenance() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "commit": git.stdout.strip() or None,
-    }
+    return {"versions": {"python": platform.python_version(), **versions}, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
+    return git.stdout.strip() or None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -3,6 +3,7 @@
 import glob
 import json
 import random
+import re
 import shutil
 import tempfile
 from collections import Counter, defaultdict
@@ -19,6 +20,7 @@ on the Hub; no texts where the question has no answer."""
 
 SAMPLE = Path(__file__).parent.parent / "quickstart" / "data"
 _BATCH = 500
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 # Reading -------------------------------------------------------------------------------------
@@ -27,12 +29,15 @@ _BATCH = 500
 def expand_files(patterns: Sequence[str]) -> list[Path]:
     """Return the files that the patterns name, in order and once each.
 
+    A pattern that is a file's own name, brackets and all, means that file.
+
     Raises:
         ValueError: a pattern matches no file.
     """
     paths: dict[Path, None] = {}
     for pattern in patterns:
-        found = sorted(glob.glob(pattern, recursive=True))
+        literal = Path(pattern).is_file()
+        found = [pattern] if literal else sorted(glob.glob(pattern, recursive=True))
         if not found:
             raise ValueError(f"no file matches {pattern!r} (in {Path.cwd()})")
         paths.update(dict.fromkeys(Path(name) for name in found))
@@ -43,7 +48,8 @@ def read_squad_file(path: Path) -> Iterator[Record]:
     """Yield the records of a file in the official SQuAD 1.1 or 2.0 JSON format.
 
     Raises:
-        ValueError: the file cannot be read, or is not of that format; it says where.
+        ValueError: the file cannot be read, or is not of that format; it says where first, and
+            in how many places, after the last of the records that are.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -53,15 +59,30 @@ def read_squad_file(path: Path) -> Iterator[Record]:
         raise ValueError(f"{path} is not UTF-8 text ({error})") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    where = str(path)
-    for a, article in enumerate(_get(content, "data", list, where)):
-        at = f"{where}: data[{a}]"
-        title = _get(article, "title", str, at)
-        for p, paragraph in enumerate(_get(article, "paragraphs", list, at)):
-            at = f"{where}: data[{a}].paragraphs[{p}]"
-            context = _get(paragraph, "context", str, at)
-            for q, qa in enumerate(_get(paragraph, "qas", list, at)):
-                yield _record(qa, title, context, f"{at}.qas[{q}]")
+    faults: dict[str, None] = {}
+
+    def items(value: Any, key: str, where: str) -> list[tuple[Any, str]]:
+        try:
+            return [(x, f"{key}[{n}]") for n, x in enumerate(_get(value, key, list, where))]
+        except ValueError as error:
+            faults[str(error)] = None
+            return []
+
+    for article, in_data in items(content, "data", str(path)):
+        at_article = f"{path}: {in_data}"
+        for paragraph, in_article in items(article, "paragraphs", at_article):
+            at = f"{at_article}.{in_article}"
+            for qa, in_paragraph in items(paragraph, "qas", at):
+                try:
+                    title = _get(article, "title", str, at_article)
+                    context = _get(paragraph, "context", str, at)
+                    record = _record(qa, title, context, f"{at}.{in_paragraph}")
+                except ValueError as error:
+                    faults[str(error)] = None
+                else:
+                    yield record
+    if faults:
+        raise ValueError(f"{next(iter(faults))} (first of {len(faults)} such faults of the file)")
 
 
 def _record(qa: Any, title: str, context: str, at: str) -> Record:
@@ -104,7 +125,8 @@ def check_records(records: Iterable[Record], where: str, seen: set[str]) -> list
     """Return the records, checked; ``seen`` collects ids, to find those that occur twice.
 
     Raises:
-        ValueError: what is wrong, how often, and the first case, all kinds in one message.
+        ValueError: what is wrong, how often, and the first case, all kinds in one message; or
+            there is no record.
     """
     kept: list[Record] = []
     faults: Counter[str] = Counter()
@@ -118,6 +140,8 @@ def check_records(records: Iterable[Record], where: str, seen: set[str]) -> list
     if faults:
         lines = [f"{n} {fault} (first: id {first[fault]!r})" for fault, n in faults.items()]
         raise ValueError(f"{where}: " + "; ".join(lines) + ". Mend the file; nothing was written.")
+    if not kept:
+        raise ValueError(f"{where} holds no questions: mend it, or leave it out")
     return kept
 
 
@@ -131,6 +155,9 @@ def _faults(record: Record, seen: set[str]) -> Iterator[str]:
         yield "questions with an empty context"
     if not record["question"].strip():
         yield "empty questions"
+    texts = (record["id"], record.get("title") or "", context, record["question"], *answers["text"])
+    if any(map(_SURROGATE.search, texts)):
+        yield r"questions with half a character (a lone surrogate, \ud800 to \udfff) in their text"
     for text, start in zip(answers["text"], answers["answer_start"], strict=True):
         if not text.strip():
             yield "empty answers"
@@ -175,8 +202,17 @@ def read_hub(source: str, seen: set[str]) -> dict[str, list[Record]]:
 
 
 def read_source(args: CreateArguments) -> dict[str, list[Record]]:
-    """Read the training and test records that the arguments name."""
+    """Read the training and test records that the arguments name.
+
+    Raises:
+        ValueError: the arguments name files and the sample, or what they name is at fault.
+    """
     seen: set[str] = set()
+    if args.sample and (args.train_files or args.test_files):
+        raise ValueError(
+            "--sample is another dataset than --train_files and --test_files: "
+            "give it, or files (as flags, or in the configuration)"
+        )
     if args.sample:
         return {
             name: read_files([str(SAMPLE / f"{name}.json")], seen) for name in ("train", "test")
@@ -266,16 +302,29 @@ def write_dataset(
     The dataset is written aside and renamed, and an older dataset there is replaced only then.
 
     Raises:
-        ValueError: the folder holds something else than a dataset.
+        ValueError: the folder holds something else than a dataset, or cannot be written.
     """
-    from datasets import Dataset, DatasetDict, disable_progress_bars
-
     target = Path(args.dataset_name)
     if target.exists() and not (target / "dataset_dict.json").is_file():
         raise ValueError(f"{target} is there and holds no dataset: give another --dataset_name")
+    try:
+        _replace_dataset(target, splits, args, progress)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write the dataset to {target} ({error.strerror or error}): "
+            "make room there, or give another --dataset_name"
+        ) from error
+
+
+def _replace_dataset(
+    target: Path, splits: Mapping[str, Sequence[Record]], args: CreateArguments, progress: Any
+) -> None:
+    from datasets import Dataset, DatasetDict, disable_progress_bars
+
     target.parent.mkdir(parents=True, exist_ok=True)
     disable_progress_bars()
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = aside / "old"
     try:
         dataset = DatasetDict()
         for name, records in splits.items():
@@ -286,9 +335,11 @@ def write_dataset(
         counts = {name: count_split(records) for name, records in splits.items()}
         save_run_config(aside / "new", "create", create=args, splits=counts)
         if target.exists():
-            target.rename(aside / "old")
+            target.rename(old)
         (aside / "new").rename(target)
     finally:
+        if old.exists() and not target.exists():  # stopped between the two renames
+            old.rename(target)
         shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from helpers import tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -106,6 +107,33 @@ def test_a_system_prompt_that_the_template_refuses_or_drops_joins_the_first_user
         encoded = encode_messages(word_tokenizer(template), messages)
         #                             <s> <h> user </h> \n\n be _ brief \n\n Who eot
         assert encoded["input_ids"][:11] == [1, 2, 8, 3, 5, 14, 7, 15, 5, 11, 4]
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["alone", "behind its system prompt"])
+@pytest.mark.parametrize(
+    ("strip", "left", "right"),
+    [("", 1, 1), (".lstrip()", 0, 1), (".rstrip()", 1, 0), (".strip()", 0, 0), ("|trim", 0, 0)],
+)
+def test_the_sides_that_a_template_strips(strip, left, right, joint):
+    """Nothing of the slots' wide spaces stays, and the text is what the template itself makes."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+        "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
+        "{% set content = (system or '') + m['content'] if loop.first else m['content'] %}"
+        f"{{{{ content{strip} + ('<|eot_id|>' if m['role'] == 'assistant' else '') }}}}"
+        "{% endfor %}"
+    )
+    messages = chat(" \u2003Who \n", "\t Ada \u2002\n")
+    if joint:  # as Llama 2's own template does: the user's turn has no left side then
+        messages = [{"role": "system", "content": " be\n"}, *messages]
+    encoder = ConversationEncoder(tokenizer)
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert encoder._render(messages).text == rendered
+    (encoded,) = encoder.encode([messages])
+    assert tokenizer.decode(encoded["input_ids"]) == rendered
+    supervised = tokenizer.decode([label for label in encoded["labels"] if label != IGNORE])
+    assert supervised == "\t " * left + "Ada" + " \u2002\n" * right + "<|eot_id|>"
 
 
 def test_bos_stands_once(shared_data):

@@ -20,6 +20,7 @@ from llama_squad.config import (
     load_yaml,
     nearest,
     parse_stage,
+    provenance,
     save_run_config,
 )
 from llama_squad.prompts import SYSTEM_PROMPT
@@ -103,6 +104,43 @@ def test_refused(config, capsys, text, argv, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {lora_r: null}", "some.yaml, `train:`: 'lora_r' is null: give it a value"),
+        ("model_name: null", "some.yaml: 'model_name' is null: give it a value"),
+        ("train: {max_length: 5, max_seq_length: 6}", "'max_seq_length' is another name of a key"),
+        ("train: {lora_r: no}", "invalid int value: 'False'"),
+    ],
+)
+def test_refused_in_training(config, capsys, text, message):
+    from llama_squad.training import SquadSFTConfig
+
+    with pytest.raises(SystemExit) as exit_info:
+        parse_stage(
+            "train", (TrainArguments, ModelArguments, SquadSFTConfig), ["--config", config(text)]
+        )
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_aliases_nulls_and_no_in_the_file(config):
+    from llama_squad.training import SquadSFTConfig
+
+    file = config(
+        "attn_implementation: null\n"
+        "train: {max_seq_length: 512, eval_strategy: no, save_strategy: no, eval_steps: null}\n"
+    )
+    types = (ModelArguments, SquadSFTConfig)
+    model, sft = parse_stage("train", types, ["--config", file])
+    assert (sft.max_length, sft.eval_strategy, sft.save_strategy) == (512, "no", "no")
+    assert model.attn_implementation is None
+    _, sft = parse_stage("train", types, ["--config", file, "--max_seq_length=256"])
+    assert sft.max_length == 256
+    _, sft = parse_stage("train", types, ["--config", config("train: {max_length: null}")])
+    assert sft.max_length is None
+
+
 def test_missing_file(capsys):
     with pytest.raises(SystemExit):
         parse("--config", "nowhere.yaml")
@@ -125,6 +163,11 @@ def test_run_config_round_trip(tmp_path):
     (tmp_path / "llama_squad.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         load_run_config(tmp_path)
+
+
+def test_provenance_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance()["commit"] is None
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

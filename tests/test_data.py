@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -130,6 +131,23 @@ def broken(change) -> dict:
             r"2 questions with an empty context \(first: id 'q1a'\)",
         ),
         (broken(lambda p: p["qas"][0].update(question="")), "1 empty questions"),
+        (
+            broken(lambda p: p["qas"][1].update(question="Who \ud83d?")),
+            r"1 questions with half a character \(a lone surrogate.*first: id 'q1b'",
+        ),
+        (
+            broken(lambda p: p.update(context=p["context"] + "\udfff")),
+            r"2 questions with half a character \(a lone surrogate.*first: id 'q1a'",
+        ),
+        (
+            broken(lambda p: [qa.pop("question") for qa in p["qas"]]),
+            r"qas\[0\] has no 'question'.*\(first of 2 such faults of the file\)",
+        ),
+        (
+            broken(lambda p: p.update(context=None)),
+            r"paragraphs\[0\]: 'context' should be a str.*\(first of 1 such faults",
+        ),
+        ({"data": []}, "train.json holds no questions"),
     ],
 )  # fmt: skip
 def test_bad_files_are_refused_and_nothing_is_written(
@@ -170,6 +188,9 @@ def test_expand_files(write, tmp_path):
     b, a = write("{}", "b.json"), write("{}", "a.json")
     pattern = str(tmp_path / "*.json")
     assert [str(p) for p in expand_files([b, pattern])] == [b, a]  # in order, and once each
+    literal = write("{}", "a[1].json")
+    write("{}", "a1.json")
+    assert [str(p) for p in expand_files([literal])] == [literal]
     with pytest.raises(ValueError, match="no file matches 'nowhere"):
         expand_files(["nowhere/*.json"])
 
@@ -226,6 +247,17 @@ def test_stage(write, tmp_path, monkeypatch, capsys):
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["squad_v2"]
 
 
+def test_named_files_beat_the_sample_of_the_configuration(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = write("create: {sample: true, validation_ratio: 0}", "some.yaml")
+    files = ["--train_files", write(squad("A"))]
+    create_squad_dataset.main(["--config", config, *files])
+    assert load_squad("data/squad_v2")["train"]["id"] == ["q0a", "q0b"]
+    assert load_run_config("data/squad_v2")["create"]["sample"] is False
+    with pytest.raises(SystemExit, match="--sample is another dataset than --train_files"):
+        create_squad_dataset.main([*files, "--sample"])
+
+
 def test_other_folders_are_left_alone(write, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
@@ -233,6 +265,41 @@ def test_other_folders_are_left_alone(write, tmp_path):
     with pytest.raises(ValueError, match="holds no dataset"):
         write_dataset({"train": records}, CreateArguments(dataset_name=str(tmp_path / "mine")))
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+
+
+def test_an_empty_test_file_is_refused_by_name(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    test = write(squad(), "test.json")
+    with pytest.raises(SystemExit, match=re.escape(f"{test} holds no questions")):
+        create_squad_dataset.main(["--train_files", write(squad("A")), "--test_files", test])
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("folder", ["/proc/nope", "train.json/nope"])
+def test_a_folder_that_cannot_be_written(write, tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--train_files", write(squad("A")), "--validation_ratio=0", "--dataset_name", folder]
+    with pytest.raises(SystemExit, match=f"cannot write the dataset to {folder} .*--dataset_name"):
+        create_squad_dataset.main(argv)
+
+
+def test_the_old_dataset_survives_a_failure_to_put_the_new_one_in_its_place(
+    write, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    create_squad_dataset.main(["--test_files", write(squad("A"))])
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.name == "new":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        create_squad_dataset.main(["--test_files", write(squad("B", ids="t"), "t.json")])
+    assert load_squad("data/squad_v2")["test"]["id"] == ["q0a", "q0b"]
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["squad_v2"]
 
 
 def test_shared_contexts_with_the_test_split_are_told(write, tmp_path, monkeypatch, capsys):

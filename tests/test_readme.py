@@ -85,6 +85,32 @@ def test_parses(source, command, monkeypatch):
     assert {name.removeprefix("no_") for name in given} <= known
 
 
+def test_recipes_do_not_clash(monkeypatch):
+    """No two write to one place with other settings, and every adapter comes from one of them."""
+    from llama_squad.training import SquadSFTConfig
+
+    monkeypatch.chdir(ROOT)
+    tested: dict[str, object] = {}
+    trained: dict[str, object] = {}
+    for source, command in FOUND:
+        script, *argv = shlex.split(command)
+        if not any(name.startswith("configs/") for name in argv) or "quickstart" in command:
+            continue
+        if script == "test_llama_squad.py":
+            types = (TestArguments, ModelArguments)
+            args, model = parse_stage("test", types, argv)
+            assert tested.setdefault(args.output, (args, model)) == (args, model), args.output
+            assert args.decoding == "free" or source == "reasoning_tokens.yaml", command
+        elif script == "train_llama_squad.py":
+            types = (TrainArguments, ModelArguments, SquadSFTConfig)
+            *settings, sft = parse_stage("train", types, argv)
+            settings += [sft.max_steps, sft.learning_rate]
+            assert trained.setdefault(sft.output_dir, settings) == settings, sft.output_dir
+    adapters = {args.adapter_name for args, _ in tested.values()} - {None}
+    assert adapters == {f"{folder}/final_checkpoints" for folder in trained}
+    assert len(tested) >= 10
+
+
 def test_files_that_the_readme_names_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = text[text.index("## What is where") : text.index("## How it works")]
