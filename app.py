@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
     from llama_squad.modeling import saved_settings
 
-    return saved_settings(parsed[0].adapter_name)
+    return saved_settings(parsed[0].adapter_name, parsed[1].model_name)
 
 
 # The conversation ----------------------------------------------------------------------------

@@ -30,12 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
-    """Return what the adapter brings: its base model, prompt and reasoning tokens."""
-    if not parsed[0].adapter_name:
-        return {}
+    """Return what trained weights bring: base model, prompt and reasoning tokens."""
     from llama_squad.modeling import saved_settings
 
-    return saved_settings(parsed[0].adapter_name)
+    return saved_settings(parsed[0].adapter_name, parsed[1].model_name)
 
 
 def check_flags(args: TestArguments) -> None:

@@ -11,6 +11,7 @@ reply must be valid JSON, its answer "?" or verbatim in the context. Exits with 
 
 import argparse
 import collections
+import functools
 import json
 import sys
 import time
@@ -24,16 +25,16 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(ROOT))
-from llama_squad.answers import escape_answer, format_answer  # noqa: E402
-from llama_squad.collator import IGNORE, ConversationEncoder  # noqa: E402
-from llama_squad.data import read_squad_file  # noqa: E402
-from llama_squad.predictors import (  # noqa: E402
+from llama_squad.answers import escape_answer, format_answer
+from llama_squad.collator import IGNORE, ConversationEncoder
+from llama_squad.data import read_squad_file
+from llama_squad.predictors import (
     LocalModel,
     Record,
     batch_paragraphs,
     group_paragraphs,
 )
-from llama_squad.spans import SpanGrammar, SpanVocabulary, span_vocabulary  # noqa: E402
+from llama_squad.spans import SpanGrammar, SpanVocabulary, span_vocabulary
 
 CASES = [("llama2", "llama2"), ("llama3", "llama3"), ("qwen2_5_rebuilt", "qwen2_5")]
 
@@ -164,7 +165,7 @@ def main() -> None:
     bad = 0
     for name, template in CASES:
         encoder = ConversationEncoder(load_tokenizer(name, template))
-        for check in (check_golds, lambda *given: check_replies(*given, args)):
+        for check in (check_golds, functools.partial(check_replies, args=args)):
             started = time.perf_counter()
             said, found = check(encoder, records)
             print(f"{name}: {said} ({time.perf_counter() - started:.0f} s)", flush=True)

@@ -459,13 +459,13 @@ class Generator:
             return [[reply for row in replies for reply in row]]
         return replies
 
-
     def _memory_needed(self, paragraphs: Sequence[Paragraph]) -> float:
         """Estimate the bytes of a batch: keys and values, activations and logits of a pass."""
         config = self.model.config.get_text_config()
         size = self.model.dtype.itemsize
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        attention_heads = config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // attention_heads
         stems = [common_prefix(p.prompts) for p in paragraphs]
         branches = [
             sum(len(ids) - stem + self.num_beams * SEARCHED_TOKENS for ids in p.prompts)
@@ -473,7 +473,7 @@ class Generator:
         ]
         length = max(map(operator.add, stems, branches))
         cache = 2 * config.num_hidden_layers * heads * width * length * size
-        wide = max(max(stems), max(branches))  # positions of one pass
+        wide = max(*stems, *branches)  # positions of one pass
         activations = wide * (8 * config.hidden_size * size + length * 4)
         questions = sum(len(p.prompts) for p in paragraphs)
         logits = 8 * questions * config.vocab_size * (size + 8)
@@ -706,12 +706,11 @@ class _Batch:
     def _finish(self, question: _Question) -> Reply:
         found = list(question.search.found.values())
         if self._vocabulary is None:
-            best = found[0]
-            ids = list(best.ids)
+            ids = list(found[0].ids)
             text = self._generator.tokenizer.decode(
                 ids[:-1] if ids[-1] in self._generator.stop_ids else ids, skip_special_tokens=True
             )
-            return Reply(str(text), ids, best.log_prob)
+            return Reply(str(text), ids, found[0].log_prob)
         abstain = question.no_answer_log_prob
         spans = [Span(node.text, node.log_prob) for node in found]
         best = spans[0] if spans else None

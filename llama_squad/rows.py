@@ -190,6 +190,9 @@ def plan_rows(
     shuffled (so that a row's come from different articles), then put together long with short, so
     that all rows are about as long; a row is one micro-batch. The number of rows is a multiple of
     ``processes``, so that no question is seen twice in an epoch on any number of them.
+
+    Raises:
+        ValueError: there are too few questions for the processes.
     """
     paragraphs = group_paragraphs(encoded, max_length)
     questions = sum(len(p.examples) for p in paragraphs)
@@ -199,7 +202,7 @@ def plan_rows(
     rows_per_step = -(-wanted // fitting)
     per_row = wanted / rows_per_step  # on average: five paragraphs in two rows are 2.5
     rows = _balanced_rows(paragraphs, per_row, max_length or 1 << 62, random.Random(seed))
-    rows = _divisible(rows, processes)
+    rows = _divisible(rows, processes, max_length or 1 << 62, encoded["length"])
     shared = shareable_prefix([encoded[p.examples[0]] for p in paragraphs[:50]])
     held = len(paragraphs) / len(rows)
     return Plan(
@@ -239,17 +242,20 @@ def _balanced_rows(
     return rows
 
 
-def _divisible(rows: list[list[tuple[int, ...]]], processes: int) -> list[list[tuple[int, ...]]]:
-    """Split rows until their number is a multiple of ``processes``.
+def _divisible(
+    rows: list[list[tuple[int, ...]]], processes: int, max_length: int, lengths: Sequence[int]
+) -> list[list[tuple[int, ...]]]:
+    """Split rows until their number is a multiple of ``processes``, or else put some together.
 
     Raises:
-        ValueError: there are fewer questions than processes.
+        ValueError: there are fewer questions than processes, or rows of one question each cannot be
+            put together within ``max_length``.
     """
     rows = list(rows)
+    if sum(len(paragraph) for row in rows for paragraph in row) < processes:
+        raise ValueError("fewer training questions than processes: start fewer processes")
     index = 0
-    while len(rows) % processes:
-        if index == len(rows):
-            raise ValueError("fewer training questions than processes: start fewer processes")
+    while len(rows) % processes and index < len(rows):
         paragraphs = rows[index]
         flat = [(number, example) for number, p in enumerate(paragraphs) for example in p]
         if len(flat) > 1:
@@ -257,7 +263,21 @@ def _divisible(rows: list[list[tuple[int, ...]]], processes: int) -> list[list[t
             rows[index], extra = (_regroup(half) for half in halves)
             rows.append(extra)
         index += 1
+    if len(rows) % processes:  # a question a row: none can be split
+        rows.sort(key=lambda row: _length(row, lengths))
+        for _ in range(len(rows) % processes):
+            short, longer = rows.pop(0), rows.pop(0)
+            if _length(short, lengths) + _length(longer, lengths) > max_length:
+                raise ValueError(
+                    f"{len(rows) + 2} rows of a question each cannot be dealt out to {processes} "
+                    "processes: raise --max_seq_length, or start another number of processes"
+                )
+            rows.append([*short, *longer])
     return rows
+
+
+def _length(row: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    return sum(lengths[example] for paragraph in row for example in paragraph)
 
 
 def _regroup(flat: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:

@@ -27,8 +27,10 @@ from llama_squad.config import (
     load_run_config,
     save_run_config,
 )
+from llama_squad.generation import check_tree
 from llama_squad.metrics import is_exact_match
 from llama_squad.predictors import LocalModel, Prediction, batch_paragraphs
+from llama_squad.prompts import build_messages
 
 # Flags of TRL's own data preparation, whose part is taken by our encoder and collator. Setting one
 # would change nothing, so it is refused, with what does the job here.
@@ -473,7 +475,8 @@ def lay_out(
             name: rows.plan_rows(
                 split,
                 questions_per_step=questions,
-                processes=sft_args.world_size,
+                # an evaluation's last batch may hold a row twice, and counts it once
+                processes=sft_args.world_size if name == "train" else 1,
                 row_tokens=args.row_tokens,
                 max_length=sft_args.max_length,
                 seed=sft_args.seed,
@@ -515,7 +518,14 @@ def make_validation(
         sft_args.process_index :: sft_args.world_size
     ]
 
+    first = build_messages(dataset["val"][0], answer=False, **prompts)
+
     def validate(model: Any) -> dict[str, float]:
+        try:  # on all processes alike, whatever their share of the questions
+            check_tree(model, encoder.encode_prompts([first])[0])
+        except ValueError as error:
+            print(f"No answers to the validation questions, only their loss: {error}.")
+            return {}
         local = LocalModel(model, encoder, decoding="free", max_new_tokens=128, **prompts)
         counts = Counter[str]()
         for batch in tqdm(batches, desc="Validating", leave=False, unit=" batches"):

@@ -230,9 +230,9 @@ def _ask(
     return Question(text, "absent", None, "")
 
 
-def make_paragraph(rng: random.Random, taken: set[str], things: int | None = None) -> Paragraph:
+def make_paragraph(rng: random.Random, taken: set[str], entities: int | None = None) -> Paragraph:
     """Make up a paragraph whose names are not in ``taken`` (they are added there)."""
-    count = things or rng.choices((1, 2), (0.4, 0.6))[0]
+    count = entities or rng.choices((1, 2), (0.4, 0.6))[0]
     while True:
         things = _make_things(rng, Names(taken, set()), count)
         context, facts = _write(rng, things)

@@ -47,6 +47,8 @@ SPECIAL = [BEGIN, END, START_HEADER, END_HEADER, END_TURN, PAD]
 SPECIAL += [f"<|reserved_special_token_{index}|>" for index in range(8)]
 ROPE_THETA = 1e6
 COPY_STRENGTH = 0.1
+TOPICS = ("place", "attribute")
+"""The sorts of words that say what a sentence or a question is about."""
 WORDS = Regex(r'\p{L}+ ?|\p{N}{1,4} ?|"|[^\s\p{L}\p{N}"]+ ?|\s+')
 """Words, numbers and marks with the space behind them, and quotes on their own: what stands at the
 end of a sentence is the same token there and between the quotes of the JSON answer."""
@@ -295,7 +297,7 @@ def sorts_of_words(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[
     any other word is its own.
     """
     words: dict[str, int] = {}
-    texts = [tokenizer.decode([index]).strip().lower() for index in range(len(tokenizer))]
+    texts = [str(tokenizer.decode([index])).strip().lower() for index in range(len(tokenizer))]
     sorts = {word.lower(): form for form in NAME_FORMS for word in made_up_words(form)}
     for name, pool in load_world()["pools"].items():
         if name not in ("head", "tail"):
@@ -325,7 +327,7 @@ def start_as_reader(model: LlamaForCausalLM, words: list[int], sorts: list[str])
       each; the second layer's heads look for positions where these directions are the current
       token's, and copy the token they find there. Matching uses the slowly rotating half of a head.
     - Topic: the other two look for the nearest name of a place, and the nearest word of an
-      attribute, at or before a token, and write down 15 directions of each: what a sentence (or a
+      attribute, at or before a token, and write down 30 directions of each: what a sentence (or a
       question, and the reply to it) is about. Such tokens have a dimension to themselves.
     - The attention of the other layers starts near the identity, after Trockman and Kolter, Mimetic
       Initialization of Self-Attention Layers (2023).
@@ -333,7 +335,10 @@ def start_as_reader(model: LlamaForCausalLM, words: list[int], sorts: list[str])
     size, head, constant, deviation, sharpness = model.config.hidden_size, 32, 3.0, 0.05, 14.0
     embedding = model.model.embed_tokens.weight
     numbers: dict[str, int] = {}
-    kinds = [numbers.setdefault(sort, len(numbers)) for sort in sorts]
+    kinds = [  # topics must be told apart: they have nothing in common but their dimension
+        numbers.setdefault(sort if sort not in TOPICS else f"{sort} {word}", len(numbers))
+        for word, sort in zip(words, sorts, strict=True)
+    ]
     embedding.normal_(0, math.sqrt(0.2) * deviation)
     for group, share in ((words, 0.5), (kinds, 0.3)):
         common = torch.randn(max(group) + 1, size) * math.sqrt(share) * deviation
@@ -341,7 +346,7 @@ def start_as_reader(model: LlamaForCausalLM, words: list[int], sorts: list[str])
     # All of one length: the first layer's norm must not favour some topics over nearer ones.
     embedding *= deviation * math.sqrt(size) / embedding.norm(dim=1, keepdim=True)
     embedding[:, 0] = constant * deviation
-    for flag, topic in ((1, "place"), (2, "attribute")):
+    for flag, topic in enumerate(TOPICS, start=1):
         embedding[:, flag] = constant * deviation * torch.tensor([sort == topic for sort in sorts])
     model.model.norm.weight.fill_(4.5)
     for layer in model.model.layers:
@@ -358,24 +363,26 @@ def start_as_reader(model: LlamaForCausalLM, words: list[int], sorts: list[str])
     match.o_proj.weight.mul_(3.0)
     both = torch.zeros(size, 120)
     both[3:] = torch.linalg.qr(torch.randn(size - 3, 120))[0]
-    read, write = both[:, :60], both[:, 60:]
+    read, *write = both.split(30, dim=1)
     angles = ROPE_THETA ** (-torch.arange(4) / (head // 2))
     strength = math.sqrt(sharpness * math.sqrt(head)) * math.sqrt(1 + constant**2 / size) / constant
     slow = torch.cat([torch.arange(8, 16), torch.arange(24, 31)])
     for number in range(size // head):
-        rows, part = number * head + torch.arange(head), slice(15 * number, 15 * number + 15)
-        back.v_proj.weight[rows[:15]] = read[:, part].T
-        back.o_proj.weight[:, rows[:15]] = COPY_STRENGTH * write[:, part]
+        rows = number * head + torch.arange(head)
+        half = slice(15 * (number % 2), 15 * (number % 2) + 15)
+        match.q_proj.weight[rows[slow]] = 4.5 * read[:, half].T
+        match.k_proj.weight[rows[slow]] = 4.5 * write[0][:, half].T
         if number < 2:
             back.k_proj.weight[rows[:4], 0] = strength
             back.q_proj.weight[rows[:4], 0] = strength * angles.cos()
             back.q_proj.weight[rows[16:20], 0] = -strength * angles.sin()
+            back.v_proj.weight[rows[:15]] = read[:, half].T
+            back.o_proj.weight[:, rows[:15]] = COPY_STRENGTH * write[0][:, half]
         else:  # rotations of 35 to 471 tokens: the nearer, the better, within two sentences
             back.k_proj.weight[rows[2:6], number - 1] = strength
             back.q_proj.weight[rows[2:6], 0] = strength * torch.tensor([0.5, 1.0, 1.0, 2.0])
-            part = slice(15 * (number - 2), 15 * (number - 1))
-        match.q_proj.weight[rows[slow]] = 4.5 * read[:, part].T
-        match.k_proj.weight[rows[slow]] = 4.5 * write[:, part].T
+            back.v_proj.weight[rows[:30]] = read.T
+            back.o_proj.weight[:, rows[:30]] = COPY_STRENGTH * write[number - 1]
 
 
 Batch = dict[str, torch.Tensor]

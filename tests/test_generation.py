@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from llama_squad import generation
 from llama_squad.answers import NO_ANSWER, extract_answer, format_answer
@@ -380,16 +386,22 @@ def test_threshold_decides_between_span_and_abstention(model, encoder, paragraph
     assert low.na_prob == high.na_prob == pytest.approx(torch.sigmoid(odds).item(), rel=1e-6)
 
 
-def test_n_best_spans_are_the_best_and_the_answer_stays(model, encoder):
-    """Against a search that gives nothing up; the answer is that of the search for it alone."""
-    questions = [f"Who, {number}?" for number in range(12)]
-    paragraph = make_paragraph(encoder, "Ab c, 12", questions)
-    (true,) = Generator(model, encoder, num_beams=10**6, n_best=5).reply([paragraph])
+def test_n_best_spans_are_the_best_and_the_answer_stays(monkeypatch):
+    """Where one beam misses the best span, the list has it; the answer is what it is without."""
+    folder = ROOT / "quickstart/tiny_llama"
+    encoder = ConversationEncoder(AutoTokenizer.from_pretrained(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    context = (
+        "Kovmor Cross was founded in 1655. Its mayor is Edda Quenthal, and it is known for wool."
+    )
+    questions = ["Founded when?", "Who is the mayor?", "Known for what?", "Why?", "Who are you?"]
+    paragraph = make_paragraph(encoder, context, questions)
+    (true,) = Generator(model, encoder, num_beams=300, n_best=5).reply([paragraph])
     (alone,) = Generator(model, encoder).reply([paragraph])
     (found,) = Generator(model, encoder, n_best=5).reply([paragraph])
-    assert any(reply.spans[0] != reply.best for reply in found), "one beam finds the best one here"
+    assert any(reply.spans[0].log_prob > reply.best.log_prob + 0.1 for reply in found)
     for reply, single, best in zip(found, alone, true, strict=True):
-        assert (reply.completion, reply.score) == (single.completion, single.score)
+        assert (reply.completion, reply.best.text) == (single.completion, single.best.text)
         assert reply.na_prob == pytest.approx(single.na_prob, abs=1e-6)
         assert [span.text for span in reply.spans] == [span.text for span in best.spans]
         scores = [span.log_prob for span in reply.spans]
@@ -412,7 +424,9 @@ def test_outgrown_sliding_windows(kind, encoder):
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **tiny | WINDOWED[kind])
     model = AutoModelForCausalLM.from_config(config).eval()
-    paragraph = make_paragraph(encoder, "Velmor was walled in 1654 by Edda. " * 3, ["When?", "Who?"])
+    paragraph = make_paragraph(
+        encoder, "Velmor was walled in 1654 by Edda. " * 3, ["When?", "Who?"]
+    )
     assert min(map(len, paragraph.prompts)) > 48
     vocabulary = span_vocabulary(encoder)
     for reply, prompt in zip(Generator(model, encoder).reply([paragraph])[0], paragraph.prompts,

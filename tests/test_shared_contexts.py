@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from datasets import Dataset
 from helpers import (
     ARCHITECTURES,
     collator,
@@ -28,8 +29,8 @@ from helpers import (
 )
 from peft import LoraConfig, get_peft_model
 
-from llama_squad import rows
-from llama_squad.collator import IGNORE, SquadDataCollator, Tree
+from llama_squad import rows, training
+from llama_squad.collator import IGNORE, ConversationEncoder, SquadDataCollator, Tree
 from llama_squad.config import TrainArguments
 from llama_squad.data import read_files
 from llama_squad.training import (
@@ -217,7 +218,8 @@ def refuse_4d_masks(model: Any) -> None:
     forward = model.forward
 
     def strict(**kwargs: Any) -> Any:
-        if kwargs["attention_mask"].dim() != 2:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
             raise AttributeError("a 2D mask was expected")
         return forward(**kwargs)
 
@@ -407,6 +409,38 @@ def test_a_paragraph_that_does_not_fit_is_split_never_cut() -> None:
         seen += [i for group in row for i in group]
     assert sorted(seen) == list(range(len(encoded)))
     assert len(plan.rows) > 10
+
+
+@pytest.mark.parametrize(("paragraphs", "processes"), [(101, 2), (4, 3), (7, 4)])
+def test_paragraphs_of_one_question_on_several_processes(paragraphs: int, processes: int) -> None:
+    """Nothing can be split, so rows are put together: each question once, and as many a process."""
+    encoded = encoded_dataset(make_records(paragraphs, [1]))
+    asked = {"questions_per_step": 1, "row_tokens": 300, "seed": 0, "processes": processes}
+    plan = rows.plan_rows(encoded, max_length=4000, **asked)
+    assert len(plan.rows) % processes == 0
+    found = [index for row in plan.rows for group in row for index in group]
+    assert sorted(found) == list(range(paragraphs))
+    with pytest.raises(ValueError, match="raise --max_seq_length"):
+        rows.plan_rows(encoded, max_length=max(encoded["length"]), **asked)
+    with pytest.raises(ValueError, match="fewer training questions than processes"):
+        rows.plan_rows(encoded, max_length=4000, **asked | {"processes": paragraphs + 1})
+
+
+def test_validation_goes_on_where_the_architecture_cannot_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = tiny_model()
+    refuse_4d_masks(model)
+    records = make_records(2, [2])
+    config = training.SquadSFTConfig(output_dir=str(tmp_path), report_to="none")
+    dataset = {"val": Dataset.from_list(records)}
+    validate = training.make_validation(
+        config, dataset, str(tmp_path), ConversationEncoder(tiny_tokenizer())
+    )
+    assert validate is not None
+    assert validate(model) == {}
+    assert "only their loss" in capsys.readouterr().out
+    assert set(validate(tiny_model())) >= {"exact_match", "valid_json"}
 
 
 def test_advice_below_eight_paragraphs() -> None:
