@@ -5,7 +5,7 @@ it answers them (random weights are never sure, and a search's length is decided
 model is). The trained model is kept in the temporary folder and found again.
 
     python benchmarks/eval_speed.py --data ../shared/data/squad_v2/dev.json \
-        --tokenizer ../shared/data/tokenizers/llama3 --chat_template llama3.jinja
+        --tokenizer ../shared/data/tokenizers/llama3
 
 For a GPU, an architecture with random weights and no training (untrained, so free decoding runs to
 ``--max_new_tokens``): ``--layers 32 --hidden 4096 --heads 32 --kv_heads 8 --intermediate 14336
@@ -16,9 +16,11 @@ import argparse
 import hashlib
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from llama_squad import generation
-from llama_squad.answers import extract_answer
-from llama_squad.collator import IGNORE, ConversationEncoder, SquadDataCollator
-from llama_squad.data import read_squad_file
-from llama_squad.generation import Generator, Paragraph
-from llama_squad.predictors import Record, group_paragraphs
-from llama_squad.prompts import build_messages, gold_answer
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from llama_squad import generation  # noqa: E402
+from llama_squad.answers import extract_answer  # noqa: E402
+from llama_squad.collator import IGNORE, ConversationEncoder, SquadDataCollator  # noqa: E402
+from llama_squad.data import read_squad_file  # noqa: E402
+from llama_squad.generation import Generator, Paragraph  # noqa: E402
+from llama_squad.predictors import Record, group_paragraphs  # noqa: E402
+from llama_squad.prompts import build_messages, gold_answer  # noqa: E402
 
 Run = Callable[[], list[str]]
 """Answers all questions; returns the completions, by paragraph."""
@@ -43,7 +46,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, help="official SQuAD JSON file")
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--chat_template", help="jinja file, where the tokenizer has none")
+    parser.add_argument("--chat_template", help="jinja file (default: the tokenizer's, else TRL's)")
     parser.add_argument("--paragraphs", type=int, default=4)
     parser.add_argument("--questions", type=int, default=7, help="of a paragraph, at most")
     parser.add_argument("--layers", type=int, default=4)
@@ -241,8 +244,9 @@ def main() -> None:
     """Run the benchmark."""
     args = parse()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    if args.chat_template:
-        tokenizer.chat_template = Path(args.chat_template).read_text()
+    if args.chat_template or not tokenizer.chat_template:
+        trls = Path(str(find_spec("trl").origin)).parent / "chat_templates" / "llama3.jinja"  # type: ignore[union-attr]
+        tokenizer.chat_template = Path(args.chat_template or trls).read_text(encoding="utf-8")
     encoder = ConversationEncoder(tokenizer)
     groups = read_questions(args)
     golds = [gold_answer(record) for group in groups for record in group]

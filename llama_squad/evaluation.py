@@ -28,8 +28,8 @@ from llama_squad.results import ResultsFile, config_path, merge_results, read_re
 THRESHOLD_FILE = "na_prob_thresh.json"
 """The threshold tuned on the validation split, beside the adapter."""
 
-AUDIT_BEAMS = 1_000_000
-"""More than there are partial replies of a length: nothing is given up but what is too long."""
+AUDIT_BEAMS = 1000
+"""So many partial replies of a length are rarely wanted: then the audit's answer is proven best."""
 
 # What may change between two runs of one result file.
 _VOLATILE = ("output", "overwrite", "batch_size", "predictions_dir", "audit", "tune_threshold",
@@ -332,8 +332,8 @@ class Audit:
         )
         if self.unproven:
             text += (
-                f" For {self.unproven:,} of the others the best one is not known: a likelier span "
-                "may be longer than --max_new_tokens."
+                f" For {self.unproven:,} of the others the best one is not known: the model is so "
+                f"unsure that more than {AUDIT_BEAMS:,} partial replies of a length were open."
             )
         return text
 
@@ -343,9 +343,9 @@ def audit(
 ) -> Audit:
     """Compare a model's best spans with the best of all spans, for a sample of the questions.
 
-    ``exhaustive`` gives nothing up: every span that it did not finish had already become less
-    likely than its answer, which is as good as scoring each. Texts or, where several are equally
-    likely, log-probabilities must agree.
+    ``exhaustive`` gives up next to nothing. Its answer counts where it is proven: every span that it
+    did not finish had already become less likely, which is as good as scoring each. Texts or, where
+    several are equally likely, log-probabilities must agree.
     """
     sample = random.Random(args.seed).sample(list(records), min(args.audit, len(records)))
     best = unproven = 0
@@ -355,8 +355,8 @@ def audit(
             ours, theirs = found.reply.best, true.reply.best
             if ours is None or theirs is None:
                 best += ours is theirs
-            elif ours.text == theirs.text or abs(ours.log_prob - theirs.log_prob) < 1e-4:
-                best += 1
+            elif not true.reply.certain:
+                unproven += 1
             else:
-                unproven += not true.reply.certain
+                best += ours.text == theirs.text or abs(ours.log_prob - theirs.log_prob) < 1e-4
     return Audit(len(sample), best, unproven)

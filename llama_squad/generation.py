@@ -333,9 +333,11 @@ class _Search:
 
     def advance(self) -> list[_Node]:
         """Go on as far as known; return the nodes to run next, or none where all is found."""
-        while self._queue and len(self.found) < self._n_best:
+        while len(self.found) < self._n_best:
             if self._spare and self.found:  # the answer is found as if it alone were asked for
                 self._widen()
+            if not self._queue:
+                break
             node = self._queue[0][2]
             full = self._taken[node.level, node.kind] >= self._beams
             if full and node.kind != "complete":
