@@ -142,9 +142,10 @@ def check_replies(
 
 
 def judge(completion: str, context: str) -> str:
-    """Say what a reply is, by the strictest reading: the JSON object, and nothing else."""
+    """Say what a reply is, by the strictest reading: the fenced JSON object, and nothing else."""
+    fenced = completion.removeprefix("```json\n").removesuffix("\n```")
     try:
-        (key, answer), *_ = json.loads(completion).items()
+        (key, answer), *_ = json.loads(fenced).items()
     except (ValueError, AttributeError):
         return "not JSON"
     if key != "answer" or completion != format_answer(answer):

@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from llama_squad import generation  # noqa: E402
-from llama_squad.answers import extract_answer  # noqa: E402
-from llama_squad.collator import IGNORE, ConversationEncoder, SquadDataCollator  # noqa: E402
-from llama_squad.data import read_squad_file  # noqa: E402
-from llama_squad.generation import Generator, Paragraph  # noqa: E402
-from llama_squad.predictors import Record, group_paragraphs  # noqa: E402
-from llama_squad.prompts import build_messages, gold_answer  # noqa: E402
+from llama_squad import generation
+from llama_squad.answers import extract_answer
+from llama_squad.collator import IGNORE, ConversationEncoder, SquadDataCollator
+from llama_squad.data import read_squad_file
+from llama_squad.generation import Generator, Paragraph
+from llama_squad.predictors import Record, group_paragraphs
+from llama_squad.prompts import build_messages, gold_answer
 
 Run = Callable[[], list[str]]
 """Answers all questions; returns the completions, by paragraph."""

@@ -343,9 +343,9 @@ def audit(
 ) -> Audit:
     """Compare a model's best spans with the best of all spans, for a sample of the questions.
 
-    ``exhaustive`` gives up next to nothing. Its answer counts where it is proven: every span that it
-    did not finish had already become less likely, which is as good as scoring each. Texts or, where
-    several are equally likely, log-probabilities must agree.
+    ``exhaustive`` gives up next to nothing. Its answer counts where it is proven: every span that
+    it did not finish had already become less likely, which is as good as scoring each. Texts or,
+    where several are equally likely, log-probabilities must agree.
     """
     sample = random.Random(args.seed).sample(list(records), min(args.audit, len(records)))
     best = unproven = 0

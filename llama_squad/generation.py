@@ -343,7 +343,7 @@ class _Search:
             if full and node.kind != "complete":
                 self._pop()
                 self.cut(node.log_prob)
-                if self._n_best > 1:
+                if self._n_best > 1 and not self.found:
                     self._spare.append(node)
             elif node.kind == "complete":
                 self._pop()

@@ -323,15 +323,23 @@ def test_other_weights_or_questions_under_the_same_name_are_no_resumption(folder
                                *flags[2:]])  # fmt: skip
 
 
-def test_files_of_others_are_left_alone(run):
+def test_files_of_others_are_left_alone(folder, tmp_path, monkeypatch):
     """Files that look a little like a process's shards are neither read nor removed."""
-    run("--num_samples=3", "--output=r/lora.rank64.csv")
-    before = Path("r/lora.rank64.csv").read_bytes()
-    Path("r/.lora.shards.csv").write_text("mine")
-    run("--num_samples=3", "--output=r/lora.csv", "--overwrite")
-    assert Path("r/lora.rank64.csv").read_bytes() == before
-    assert Path("r/.lora.shards.csv").read_text() == "mine"
-    assert len(run("--num_samples=3", "--output=r/run[1].csv")) == 3
+    monkeypatch.chdir(tmp_path)
+
+    def run(output, *flags):
+        test_llama_squad.main([f"--model_name={folder}/model", f"--dataset_name={folder}/data",
+                               "--num_samples=3", f"--output={output}", *SMALL, *flags])  # fmt: skip
+        return read_results(output)
+
+    run("lora.rank64.csv")
+    before = Path("lora.rank64.csv").read_bytes()
+    Path(".lora.shards.csv").write_text("mine")
+    run("lora.csv")
+    run("lora.csv", "--overwrite")
+    assert Path("lora.rank64.csv").read_bytes() == before
+    assert Path(".lora.shards.csv").read_text() == "mine"
+    assert len(run("run[1].csv")) == 3
 
 
 def test_a_torn_line_of_spans_is_dropped(run):
