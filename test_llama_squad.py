@@ -106,7 +106,7 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
         return
     report(args)
     if args.audit:
-        exhaustive = model(num_beams=evaluation.AUDIT_BEAMS)  # n_best changes no answer
+        exhaustive = model(num_beams=evaluation.AUDIT_BEAMS)
         print(evaluation.audit(model(), exhaustive, records, args))
 
 

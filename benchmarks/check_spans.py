@@ -159,7 +159,7 @@ def main() -> None:
     """Check all cases."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--limit", type=int, help="questions to check (default: all)")
-    parser.add_argument("--num_beams", type=int, default=2)
+    parser.add_argument("--num_beams", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=32)
     args = parser.parse_args()
     records: list[Any] = list(read_squad_file(Path(SHARED / "squad_v2" / "dev.json")))[: args.limit]

@@ -204,7 +204,7 @@ def test_killed_and_on_two_processes_the_file_is_the_same(folder, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_the_files_are_the_same(folder, tmp_path):
-    """Kill -9 ten times, each time some moments after new rows came; then go on to the end."""
+    """Kill -9 at any moment of a start, then ten times soon after new rows; go on to the end."""
     many = make_records(24, [2, 3], seed=4)
     splits = {"train": make_records(2, [1], seed=1), "val": make_records(2, [1], seed=2)}
     write_dataset(
@@ -212,6 +212,14 @@ def test_killed_at_ten_random_moments_the_files_are_the_same(folder, tmp_path):
     )  # fmt: skip
     more = [f"--dataset_name={tmp_path}/data", "--batch_size=3", "--n_best=3", "--num_beams=3"]
     output, moments = tmp_path / "killed.csv", random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(
+            [*command(folder, output), *more], env=ENVIRONMENT, cwd=tmp_path,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(moments.uniform(0, 4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     seen = []
     for _ in range(10):
         seen.append(rows_of(output))

@@ -142,9 +142,11 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
 def test_settings_that_json_writes_otherwise_still_match(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     settings = {"modules": ("a", "b"), "folder": Path("x")}
-    for _ in range(2):
-        with ResultsFile(path, settings):
-            pass
+    for done in (set(), {"a"}):
+        with ResultsFile(path, settings) as file:
+            assert file.done == done
+            if not done:
+                file.append([row("a")])
 
 
 def test_a_file_without_settings_or_of_another_kind_is_refused(tmp_path: Path) -> None:
