@@ -1,4 +1,4 @@
-"""Evaluate a model or an adapter: answer a split's questions, and print the row of the table.
+"""Evaluate a model, an adapter, an API or an encoder on a split, and print the row of the table.
 
 Reads the dataset folder and the model; writes ``--output`` (results/results.csv), a row a question
 as it is known, so that a killed run goes on where it stopped. Several processes share the work.
@@ -6,15 +6,22 @@ as it is known, so that a killed run goes on where it stopped. Several processes
     python test_llama_squad.py --adapter_name=results/final_checkpoints --num_beams 10
     python test_llama_squad.py --model_name meta-llama/Llama-2-7b-chat-hf --decoding free
     python test_llama_squad.py --adapter_name=results/final_checkpoints --tune_threshold
+    python test_llama_squad.py --predictor server --model_name gpt-4 --num_samples 1000 --shuffle
+    python test_llama_squad.py --predictor encoder --model_name deepset/deberta-v3-large-squad2
     torchrun --nproc_per_node 8 test_llama_squad.py --adapter_name=results/final_checkpoints
 """
 
+import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama_squad.config import ModelArguments, TestArguments, parse_stage
+
+if TYPE_CHECKING:
+    from llama_squad.predictors import Predictor
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, model_args = parse_stage(
         "test", (TestArguments, ModelArguments), argv, saved=adapter_settings, description=__doc__
     )
+    if args.predictor == "server":
+        args = dataclasses.replace(args, decoding="free")  # it knows nothing of spans
     try:
         check_flags(args)
         run(args, model_args)
@@ -38,6 +47,22 @@ def adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
 
 def check_flags(args: TestArguments) -> None:
     """Refuse flags that mean nothing together. Raises ValueError."""
+    needs_local = {
+        "--adapter_name": args.adapter_name,
+        "--quantize": args.quantize,
+        "--num_beams": args.num_beams != 1,
+        "--reasoning_tokens": args.reasoning_tokens,
+        "--tune_threshold": args.tune_threshold,
+        "--n_best": args.n_best,
+        "--audit": args.audit,
+    }
+    for flag, given in needs_local.items():
+        if given and args.predictor != "local":
+            raise ValueError(f"{flag} needs --predictor local: here a {args.predictor} answers")
+    if args.base_url and args.predictor != "server":
+        raise ValueError(
+            "--base_url needs --predictor server: nothing else is asked over a network"
+        )
     needs_spans = {
         "--tune_threshold": args.tune_threshold,
         "--na_prob_thresh": args.na_prob_thresh is not None,
@@ -70,25 +95,10 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
             raise ValueError(
                 f"{args.dataset_name} has no split {name!r}, only {', '.join(dataset)}"
             )
-    from llama_squad import evaluation, modeling
-    from llama_squad.predictors import LocalModel
+    from llama_squad import evaluation
 
-    modeling.say_device()
     threshold = 1.0 if args.tune_threshold else evaluation.load_threshold(args)
-    encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)
-    weights = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
-
-    def model(**options: Any) -> LocalModel:
-        common = {
-            "decoding": args.decoding,
-            "num_beams": args.num_beams,
-            "max_new_tokens": args.max_new_tokens,
-        }
-        return LocalModel(
-            weights, encoder, prompt=args.prompt, system_prompt=args.system_prompt,
-            **common | options,
-        )  # fmt: skip
-
+    model = load_predictor(args, model_args)
     if args.tune_threshold:
         judge = model(na_prob_thresh=threshold)
         threshold = evaluation.tune_threshold(judge, dataset["val"], args, model_args)
@@ -108,6 +118,34 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
     if args.audit:
         exhaustive = model(num_beams=evaluation.AUDIT_BEAMS)
         print(evaluation.audit(model(), exhaustive, records, args))
+
+
+def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable[..., Predictor]":
+    """Load who answers; return what makes it for some options of ``Generator``.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    from llama_squad import modeling
+    from llama_squad.predictors import Encoder, LocalModel, ServerModel
+
+    chat: dict[str, Any] = {
+        "prompt": args.prompt,
+        "system_prompt": args.system_prompt,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    if args.predictor == "server":
+        server = ServerModel(model_args.model_name, args.base_url, **chat)
+        return lambda **_: server
+    modeling.say_device()
+    if args.predictor == "encoder":
+        reader, tokenizer = modeling.load_reader(model_args)
+        return lambda na_prob_thresh, **_: Encoder(reader, tokenizer, na_prob_thresh)
+    encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)
+    weights = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
+    return partial(
+        LocalModel, weights, encoder, decoding=args.decoding, num_beams=args.num_beams, **chat
+    )
 
 
 def report(args: TestArguments) -> None:

@@ -128,6 +128,13 @@ class TestArguments:
     """What ``test_llama_squad.py`` takes beside ``ModelArguments``."""
 
     adapter_name: str | None = _option(None, "Adapter: a folder, or a name on the Hub.")
+    predictor: Literal["local", "server", "encoder"] = _option(
+        "local",
+        "Who answers: a chat model loaded here, one behind a server, or a BERT-like encoder.",
+    )
+    base_url: str | None = _option(
+        None, "OpenAI-compatible server, for --predictor server (default: OpenAI's own)."
+    )
     dataset_name: str = _option("data/squad_v2", _DATASET_HELP)
     split: Literal["train", "val", "test"] = _option("test", "Split to answer.")
     prompt: Literal["single_turn", "multi_turn"] = _option("single_turn", _PROMPT_HELP)

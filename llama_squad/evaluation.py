@@ -22,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from llama_squad.config import ModelArguments, TestArguments, provenance, write_json
-from llama_squad.predictors import Batch, LocalModel, Prediction, Record, batch_paragraphs
+from llama_squad.predictors import Batch, Prediction, Predictor, Record, batch_paragraphs
 from llama_squad.results import ResultsFile, config_path, merge_results, read_results, summarize
 
 THRESHOLD_FILE = "na_prob_thresh.json"
@@ -116,7 +116,7 @@ def weights_digest(folder: str | None) -> str | None:
 
 
 def evaluate(
-    model: LocalModel,
+    model: Predictor,
     records: Sequence[Record],
     output: Path,
     settings: Mapping[str, Any],
@@ -237,7 +237,7 @@ def _ids(batch: Batch) -> set[str]:
 
 
 def _progress(
-    model: LocalModel, batches: Sequence[Batch], done: set[str], processes: Processes
+    model: Predictor, batches: Sequence[Batch], done: set[str], processes: Processes
 ) -> Iterator[list[Prediction]]:
     """Answer batches, with a bar: questions a second, time left, running exact match."""
     total = sum(len(_ids(batch)) for batch in batches)
@@ -275,7 +275,7 @@ def load_threshold(args: TestArguments) -> float:
 
 
 def tune_threshold(
-    model: LocalModel, split: Any, args: TestArguments, model_args: ModelArguments
+    model: Predictor, split: Any, args: TestArguments, model_args: ModelArguments
 ) -> float:
     """Choose the threshold with the best exact match on the validation split, and save it.
 
@@ -339,7 +339,7 @@ class Audit:
 
 
 def audit(
-    model: LocalModel, exhaustive: LocalModel, records: Sequence[Record], args: TestArguments
+    model: Predictor, exhaustive: Predictor, records: Sequence[Record], args: TestArguments
 ) -> Audit:
     """Compare a model's best spans with the best of all spans, for a sample of the questions.
 

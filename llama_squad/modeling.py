@@ -11,6 +11,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -198,6 +199,29 @@ def reasoning_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> i
         "this vocabulary has no reserved token and its embedding no spare row, so there is "
         "nothing to pause on: leave --reasoning_tokens out"
     )
+
+
+def load_reader(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load an encoder with a question-answering head, and its tokenizer.
+
+    Raises:
+        ValueError: it cannot be had, or is no such model.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name)
+        model, info = AutoModelForQuestionAnswering.from_pretrained(
+            args.model_name, dtype=resolve_dtype(args.dtype), output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(_cannot_load("encoder", args.model_name, error)) from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"{args.model_name} has no fast tokenizer, which spans need")
+    if any(name.startswith("qa_outputs") for name in info["missing_keys"]):
+        raise ValueError(
+            f"{args.model_name} was not trained to answer questions: its head (qa_outputs) is "
+            "missing. Give a model that was, such as deepset/deberta-v3-large-squad2"
+        )
+    return model.to(device()).eval(), tokenizer
 
 
 def device() -> torch.device:

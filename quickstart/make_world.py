@@ -5,7 +5,7 @@ Reads:  quickstart/world.yaml (kinds of things, their attributes, sentences, que
 Writes: quickstart/data/train.json and quickstart/data/test.json; the same seed, the same bytes.
 Run:    python quickstart/make_world.py
 
-A paragraph is about one to three made-up things. An unanswerable question is of one of three kinds,
+A paragraph is about one or two made-up things. An unanswerable question is of one of three kinds,
 which ends its id: `absent` asks for something of which the text has nothing alike, `other` for
 what the text gives for another thing only, `near` for a near-miss: of the attributes of that sort
 (two years, two persons, …) the text gives another one. No name of the test world occurs in the
@@ -25,8 +25,10 @@ import yaml
 HERE = Path(__file__).parent
 SEED = 20
 TRAIN_TITLES, TEST_TITLES, PARAGRAPHS_PER_TITLE = 40, 9, 9
-WORDS = 320
-"""So many words of the world's own, which are combined into names."""
+WORDS = 120
+"""So many words of the world's own for each form of names, which are combined into names."""
+FACTS = {1: (3, 4, 5), 2: (2, 3, 4), 3: (2,), 4: (2,)}
+"""How many facts a thing has in a paragraph about so many things."""
 NAME_FORMS = ("place", "river", "person")
 
 
@@ -72,11 +74,12 @@ def load_world() -> dict[str, Any]:
 
 
 @cache
-def made_up_words() -> list[str]:
-    """Return the words that names of places, rivers and families begin or end with."""
+def made_up_words(form: str) -> list[str]:
+    """Return the words that names of a form of ``NAME_FORMS`` begin (a person's: end) with."""
     pools = load_world()["pools"]
     words = [head + tail for head in pools["head"] for tail in pools["tail"]]
-    return random.Random(SEED).sample(words, WORDS)
+    chosen = random.Random(SEED).sample(words, len(NAME_FORMS) * WORDS)
+    return chosen[NAME_FORMS.index(form) :: len(NAME_FORMS)]
 
 
 @dataclass
@@ -90,9 +93,7 @@ class Names:
         """Make up a name of one of ``NAME_FORMS``."""
         pools = load_world()["pools"]
         while True:
-            half = WORDS // 2
-            words = made_up_words()
-            word = rng.choice(words[half:] if form == "person" else words[:half])
+            word = rng.choice(made_up_words(form))
             name = f"{word} {rng.choice(pools['second'])}"
             if form == "river":
                 name = f"{word} {rng.choice(pools['water'])}"
@@ -151,18 +152,18 @@ class _Thing:
     values: dict[str, str]
 
 
-def _make_things(rng: random.Random, names: Names) -> list[_Thing]:
+def _make_things(rng: random.Random, names: Names, count: int) -> list[_Thing]:
     kinds = load_world()["kinds"]
-    count = rng.choices((1, 2, 3), (0.4, 0.55, 0.05))[0]
     kind = rng.choice(list(kinds))
     chosen = [kind] * count
     if count == 2 and rng.random() < 0.15:
         chosen[1] = rng.choice(list(kinds))
+    alike = rng.sample(list(kinds[kind]["attributes"]), 3)
     things: list[_Thing] = []
     used = set[str]()
     for kind in chosen:
         attributes = kinds[kind]["attributes"]
-        some = rng.sample(list(attributes), rng.choice({1: (5, 6), 2: (3, 4), 3: (2, 3)}[count]))
+        some = rng.sample(list(attributes) if count < 3 else alike, rng.choice(FACTS[count]))
         values = {}
         for attribute in some:
             while (value := make_value(rng, attributes[attribute]["type"], names)) in used:
@@ -175,9 +176,9 @@ def _make_things(rng: random.Random, names: Names) -> list[_Thing]:
 
 def _refer(rng: random.Random, thing: _Thing, template: str, again: bool) -> str:
     """Choose how a sentence names its thing: by name, or (if it was the last) "it", "the ship"."""
-    if not again or rng.random() < 0.75:
+    if not again or rng.random() < 0.85:
         return thing.name
-    if template.startswith("{e}") and thing.kind != "painter" and rng.random() < 0.6:
+    if template.startswith("{e}") and rng.random() < 0.6:
         return "it"
     return "the " + str(load_world()["kinds"][thing.kind]["nouns"][0])
 
@@ -186,8 +187,6 @@ def _write(rng: random.Random, things: list[_Thing]) -> tuple[str, list[Fact]]:
     """Write the context, and note where each value stands in it."""
     world = load_world()
     plan = [(thing, attribute) for thing in things for attribute in thing.values]
-    if len(things) > 1 and rng.random() < 0.15:
-        rng.shuffle(plan)
     facts: list[Fact] = []
     context, last = "", None
     for thing, attribute in plan:
@@ -231,10 +230,11 @@ def _ask(
     return Question(text, "absent", None, "")
 
 
-def make_paragraph(rng: random.Random, taken: set[str]) -> Paragraph:
+def make_paragraph(rng: random.Random, taken: set[str], entities: int | None = None) -> Paragraph:
     """Make up a paragraph whose names are not in ``taken`` (they are added there)."""
+    count = entities or rng.choices((1, 2), (0.4, 0.6))[0]
     while True:
-        things = _make_things(rng, Names(taken, set()))
+        things = _make_things(rng, Names(taken, set()), count)
         context, facts = _write(rng, things)
         if all(context.count(fact.value) == 1 for fact in facts) and len(context.split()) <= 95:
             break

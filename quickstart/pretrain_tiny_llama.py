@@ -10,7 +10,7 @@ Writes: quickstart/tiny_llama/ (config, generation_config, tokenizer, weights) a
 Run:    python quickstart/pretrain_tiny_llama.py --log quickstart/pretrain.log
 
 The questions of a paragraph branch off a shared prefix that holds the context. Two attention layers
-start as induction heads, which would take most of the training to form.
+start as what would take most of the training to form (``start_as_reader``), and stay so.
 """
 
 import argparse
@@ -24,9 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from make_world import Paragraph, Question, build, load_world, made_up_words, make_paragraph
+from make_world import (
+    NAME_FORMS,
+    Paragraph,
+    Question,
+    build,
+    load_world,
+    made_up_words,
+    make_paragraph,
+)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -38,7 +47,14 @@ START_HEADER, END_HEADER, END_TURN = "<|start_header_id|>", "<|end_header_id|>",
 SPECIAL = [BEGIN, END, START_HEADER, END_HEADER, END_TURN, PAD]
 SPECIAL += [f"<|reserved_special_token_{index}|>" for index in range(8)]
 ROPE_THETA = 1e6
+HEAD = 32
+"""Dimensions of an attention head."""
+CONSTANT = 3.0
+"""The part that all embeddings have in common, in standard deviations of the others."""
 COPY_STRENGTH = 0.1
+"""How loud the first layer writes."""
+TOPICS = ("place", "attribute")
+"""The sorts of words that say what a sentence or a question is about."""
 WORDS = Regex(r'\p{L}+ ?|\p{N}{1,4} ?|"|[^\s\p{L}\p{N}"]+ ?|\s+')
 """Words, numbers and marks with the space behind them, and quotes on their own: what stands at the
 end of a sentence is the same token there and between the quotes of the JSON answer."""
@@ -70,10 +86,11 @@ WHETHER = (
     "Do not answer the question. Only say whether the text does.",
 )
 BRIEFLY = (
-    ("Answer briefly.", "The answer is {}."),
-    ("Quote the text.", 'The text says "{}".'),
-    ("Say it in a short sentence.", "The answer is {}."),
-    ("Answer with a quote from the text.", 'The text says "{}".'),
+    ("{} Answer briefly.", "The answer is {}."),
+    ("{} In a word, please.", "It is {}."),
+    ("{} Quote the text.", 'The text says "{}".'),
+    ("{} Answer with a quote.", 'The answer is "{}".'),
+    ("Quote the text: {}", '"{}".'),
 )
 WHETHER_ASKED = ("{} Does the text say?", "{} Does the text say that?", "{} Is that in the text?")
 YES, NO = "Yes, it does.", "No, it does not say that."
@@ -115,9 +132,18 @@ def subject(paragraph: Paragraph) -> str:
     return f"The text is about {' and '.join(paragraph.entities)}."
 
 
-def whether(rng: random.Random, question: Question, template: str) -> tuple[str, str]:
+def whether(rng: random.Random, question: Question) -> tuple[str, str]:
     """Return a yes/no question on what the text says, and its reply."""
-    return template.format(question.text), YES if question.answerable else NO
+    return rng.choice(WHETHER_ASKED).format(question.text), YES if question.answerable else NO
+
+
+def reply(rng: random.Random, question: Question) -> tuple[str, str]:
+    """Return an answerable question and its reply: a whole sentence, or (asked for) a short one."""
+    assert question.fact
+    if rng.random() < 0.25:
+        return question.text, question.reply
+    asked, said = rng.choice(BRIEFLY)
+    return asked.format(question.text), said.format(question.fact.value)
 
 
 def balanced(rng: random.Random, paragraph: Paragraph, count: int) -> list[Question]:
@@ -126,32 +152,28 @@ def balanced(rng: random.Random, paragraph: Paragraph, count: int) -> list[Quest
     return [q for group in groups for q in rng.sample(group, min(len(group), count // 2))]
 
 
-def make_row(rng: random.Random, taken: set[str], simple: bool) -> Row:
-    """Make up a paragraph and conversations about it; ``simple``: about a single thing."""
-    paragraph = make_paragraph(rng, set(taken))
-    while simple and len(paragraph.entities) > 1:
-        paragraph = make_paragraph(rng, set(taken))
+def make_row(rng: random.Random, taken: set[str], binding: float) -> Row:
+    """Make up a paragraph and conversations about it.
+
+    A share ``binding`` of the paragraphs is about one thing, or about three or four of which little
+    is said: from these the model learns soonest to tell attributes and things apart.
+    """
+    things = rng.choice((1, 3, 4)) if rng.random() < binding else None
+    paragraph = make_paragraph(rng, set(taken), things)
     system = rng.choice(SYSTEMS)
     prefix = BEGIN + (turn("system", system) if system else "") + opening("user")
     passage = f"Context: {paragraph.context}\nQuestion: "
-    if rng.random() < 0.12:
-        return _several_turns(rng, prefix, paragraph)
-    if rng.random() < 0.25:
-        pairs = [whether(rng, q, "{}") for q in balanced(rng, paragraph, 12)]
-        return _row(f"{prefix}{rng.choice(WHETHER)}\n{passage}", pairs)
-    asked = [q for q in paragraph.questions if q.answerable]
-    if rng.random() < 0.25:
-        instruction, form = rng.choice(BRIEFLY)
-        pairs = [(q.text, form.format(q.fact.value)) for q in asked if q.fact]
-        pairs += [whether(rng, q, rng.choice(WHETHER_ASKED)) for q in balanced(rng, paragraph, 8)]
-        return _row(f"{prefix}{instruction}\n{passage}", pairs)
-    pairs = [(question.text, question.reply) for question in asked]
     kind = rng.random()
-    if 0.2 < kind < 0.5:
-        pairs += [whether(rng, q, rng.choice(WHETHER_ASKED)) for q in balanced(rng, paragraph, 8)]
-    if kind < 0.1:
+    if kind < 0.08:
+        return _several_turns(rng, prefix, paragraph)
+    if kind < 0.2:
+        pairs = [(q.text, YES if q.answerable else NO) for q in balanced(rng, paragraph, 12)]
+        return _row(f"{prefix}{rng.choice(WHETHER)}\n{passage}", pairs)
+    pairs = [reply(rng, q) for q in paragraph.questions if q.answerable]
+    pairs += [whether(rng, q) for q in balanced(rng, paragraph, 6)]
+    if kind < 0.25:
         pairs.append(("What is the text about?", subject(paragraph)))
-    if kind < 0.3:
+    if kind < 0.5:
         style = rng.choice(list(PROMPTS.values()))
         exact = style({"context": paragraph.context, "question": ""})[0]
         return _row(prefix + exact, pairs)
@@ -183,10 +205,11 @@ def _several_turns(rng: random.Random, prefix: str, paragraph: Paragraph) -> Row
     lead = rng.choice(("", rng.choice(INSTRUCTIONS) + "\n"))
     talk = exchange(asked[0].text, asked[0].reply)
     for question in balanced(rng, paragraph, 8):
-        text, reply = question.text, question.reply
         if not question.answerable or rng.random() < 0.3:
-            text, reply = whether(rng, question, rng.choice(WHETHER_ASKED))
-        talk += exchange(opening("user") + text, reply)
+            text, said = whether(rng, question)
+        else:
+            text, said = reply(rng, question)
+        talk += exchange(opening("user") + text, said)
     return Row(f"{prefix}{lead}Context: {paragraph.context}\nQuestion: ", [talk])
 
 
@@ -200,13 +223,13 @@ def make_tokenizer(seed: int, taken: set[str]) -> PreTrainedTokenizerFast:
     rng = random.Random(seed)
     words = split_words()
     count: Counter[str] = Counter()
-    texts = [row_text(make_row(rng, taken, False)) for _ in range(3000)]
+    texts = [row_text(make_row(rng, taken, 0.2)) for _ in range(3000)]
     texts += [format_answer(value) for value in ("?", "1655", "oak")] * 20
     for pool in load_world()["pools"].values():
         texts += [f"{word} {word}." for word in pool] * 3
-    half = len(made_up_words()) // 2
-    texts += [f"{word} ." for word in made_up_words()[:half]] * 3
-    texts += [f"{word}." for word in made_up_words()[half:]] * 3
+    for form in NAME_FORMS:
+        gap = "" if form == "person" else " "
+        texts += [f"{word}{gap}." for word in made_up_words(form)] * 3
     texts += [f"{number} ." for number in range(20, 200)] * 3
     texts += [f"{number}." for number in range(1500, 1800)] * 3
     for text in texts:
@@ -254,8 +277,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> 
         hidden_size=args.hidden,
         intermediate_size=3 * args.hidden,
         num_hidden_layers=args.layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=args.hidden // HEAD,
+        num_key_value_heads=args.hidden // HEAD,
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=True,
@@ -264,7 +287,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> 
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    start_as_copier(model)
+    start_as_reader(model, *sorts_of_words(tokenizer))
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -273,49 +296,122 @@ def make_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> 
     return model
 
 
-@torch.no_grad()
-def start_as_copier(model: LlamaForCausalLM) -> None:
-    """Write induction heads into the first two layers, which the training then makes good use of.
+def sorts_of_words(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[str]]:
+    """Say of each token which word it is (a number, the same for "The " and "the"), and its sort.
 
-    Without them the model sits on a plateau for most of the time that we have. The first layer's
-    heads look one token back (a constant part of the embedding meets itself, rotated by one
-    position) and write down 16 directions of that token each; the second layer's heads look for
-    positions where these directions are the current token's, and copy the token they find there.
-    Matching uses the slowly rotating half of a head. The attention of other layers starts near the
-    identity, after Trockman and Kolter, Mimetic Initialization of Self-Attention Layers (2023).
+    The sorts are the forms of names, the pools of world.yaml, the words of attributes, and numbers;
+    any other word is its own.
     """
-    size, head, constant, deviation, sharpness = model.config.hidden_size, 32, 3.0, 0.05, 14.0
-    embedding = model.model.embed_tokens.weight
-    embedding.normal_(0, deviation)
-    embedding[:, 0] = constant * deviation
+    words: dict[str, int] = {}
+    texts = [str(tokenizer.decode([index])).strip().lower() for index in range(len(tokenizer))]
+    sorts = {word.lower(): form for form in NAME_FORMS for word in made_up_words(form)}
+    for name, pool in load_world()["pools"].items():
+        if name not in ("head", "tail"):
+            sorts |= {part.lower(): name for value in pool for part in value.split()}
+    sorts |= {
+        attribute["word"]: "attribute"
+        for kind in load_world()["kinds"].values()
+        for attribute in kind["attributes"].values()
+    }
+    sorts |= {text: f"number of {len(text) // 4}" for text in texts if text.isdigit()}
+    return (
+        [words.setdefault(text, len(words)) for text in texts],
+        [sorts.get(text, f"word {text}") for text in texts],
+    )
+
+
+@torch.no_grad()
+def start_as_reader(model: LlamaForCausalLM, words: list[int], sorts: list[str]) -> None:
+    """Write what reading needs into the first two layers, and what helps to learn into the rest.
+
+    Without it the model sits on plateaus for most of the time that we have.
+
+    - The embeddings of a word's forms are alike, so that a question's word is found in the context,
+      and those of a sort of words a little, so that what is learned of one year holds for all.
+    - Induction: two heads of the first layer look one token back and write down 15 directions of
+      that token each; two heads of the second layer look for positions where these directions are
+      the current token's, and copy the token they find there.
+    - Topic: the other two heads of the first layer look for the nearest name of a place, and the
+      nearest word of an attribute, at or before a token, and write down 30 directions of each: what
+      a sentence (or a question, and the reply to it) is about. The other two of the second look for
+      tokens far back whose sentence is about the same place and the same attribute.
+    - The attention of the other layers starts near the identity, after Trockman and Kolter, Mimetic
+      Initialization of Self-Attention Layers (2023).
+    """
+    size = model.config.hidden_size
+    _start_embeddings(model.model.embed_tokens.weight, words, sorts)
     model.model.norm.weight.fill_(4.5)
     for layer in model.model.layers:
         heads = layer.self_attn
         values = torch.linalg.qr(torch.randn(size, size))[0]
         heads.v_proj.weight.copy_(values)
         heads.o_proj.weight.copy_(0.2 * values.T)
-        parts = [torch.linalg.qr(torch.randn(size, head))[0].T for _ in range(size // head)]
+        parts = [torch.linalg.qr(torch.randn(size, HEAD))[0].T for _ in range(size // HEAD)]
         heads.q_proj.weight.copy_(0.7 * torch.cat(parts))
         heads.k_proj.weight.copy_(0.7 * torch.cat(parts))
-    back, match = (model.model.layers[index].self_attn for index in (0, 1))
-    for part in (back.q_proj, back.k_proj, back.v_proj, back.o_proj, match.q_proj, match.k_proj):
+    write, match = (model.model.layers[index].self_attn for index in (0, 1))
+    for part in (*write.children(), match.q_proj, match.k_proj):
         part.weight.zero_()
     match.o_proj.weight.mul_(3.0)
-    both = torch.zeros(size, 120)
-    both[1:] = torch.linalg.qr(torch.randn(size - 1, 120))[0]
-    read, write = both[:, :60], both[:, 60:]
-    angles = ROPE_THETA ** (-torch.arange(4) / (head // 2))
-    strength = math.sqrt(sharpness * math.sqrt(head)) * math.sqrt(1 + constant**2 / size) / constant
-    slow = torch.cat([torch.arange(8, 16), torch.arange(24, 31)])
-    for number in range(size // head):
-        rows, part = number * head + torch.arange(head), slice(15 * number, 15 * number + 15)
-        back.k_proj.weight[rows[:4], 0] = strength
-        back.q_proj.weight[rows[:4], 0] = strength * angles.cos()
-        back.q_proj.weight[rows[16:20], 0] = -strength * angles.sin()
-        back.v_proj.weight[rows[:15]] = read[:, part].T
-        back.o_proj.weight[:, rows[:15]] = COPY_STRENGTH * write[:, part]
-        match.q_proj.weight[rows[slow]] = 4.5 * read[:, part].T
-        match.k_proj.weight[rows[slow]] = 4.5 * write[:, part].T
+    flags = 1 + len(TOPICS)  # dimensions of the embedding that say what a token is, not which
+    directions = torch.zeros(size, 120)
+    directions[flags:] = torch.linalg.qr(torch.randn(size - flags, 120))[0]
+    read, back, *topics = directions.split(30, dim=1)
+    # A flag meets the constant part of the query; the first layer's norm scales both.
+    strength = math.sqrt(14.0 * math.sqrt(HEAD)) * math.sqrt(1 + CONSTANT**2 / size) / CONSTANT
+    angles = ROPE_THETA ** (-torch.arange(4) / (HEAD // 2))
+    for number in (0, 1):
+        rows, half = number * HEAD + torch.arange(HEAD), slice(15 * number, 15 * number + 15)
+        write.k_proj.weight[rows[:4], 0] = strength
+        write.q_proj.weight[rows[:4], 0] = strength * angles.cos()  # rotated by one position
+        write.q_proj.weight[rows[16:20], 0] = -strength * angles.sin()
+        _match(match, rows, 4.5 * read[:, half], 4.5 * back[:, half])
+        write.v_proj.weight[rows[:15]] = read[:, half].T
+        write.o_proj.weight[:, rows[:15]] = COPY_STRENGTH * back[:, half]
+    for number, topic in enumerate(topics):
+        rows = (2 + number) * HEAD + torch.arange(HEAD)
+        # Rotations of 35 to 471 tokens: the nearer, the better, within two sentences.
+        write.k_proj.weight[rows[2:6], 1 + number] = strength
+        write.q_proj.weight[rows[2:6], 0] = strength * torch.tensor([0.5, 1.0, 1.0, 2.0])
+        write.v_proj.weight[rows[:30]] = read.T
+        write.o_proj.weight[:, rows[:30]] = COPY_STRENGTH * topic
+        part = slice(9 * number, 9 * number + 9)
+        about = 3.0 * torch.cat([topic[:, part] for topic in topics], dim=1)
+        _match(match, rows, about, about)
+        # Of 471 tokens, those about 150 back: in the context, not in the question itself.
+        match.k_proj.weight[rows[5], 0] = 5.0
+        match.q_proj.weight[rows[5], 0] = 5.0 * math.cos(2.0)
+        match.q_proj.weight[rows[21], 0] = -5.0 * math.sin(2.0)
+
+
+def _start_embeddings(embedding: torch.Tensor, words: list[int], sorts: list[str]) -> None:
+    """Fill the embeddings [tokens, size]: constant, a flag a topic, then word, sort and token."""
+    size, deviation = embedding.shape[1], 0.05
+    numbers: dict[str, int] = {}
+    kinds = [  # topics must be told apart: they have nothing in common but their dimension
+        numbers.setdefault(sort if sort not in TOPICS else f"{sort} {word}", len(numbers))
+        for word, sort in zip(words, sorts, strict=True)
+    ]
+    embedding.normal_(0, math.sqrt(0.2) * deviation)
+    for group, share in ((words, 0.5), (kinds, 0.3)):
+        common = torch.randn(max(group) + 1, size) * math.sqrt(share) * deviation
+        embedding += common[torch.tensor(group)]
+    # All of one length: the first layer's norm must not favour some topics over nearer ones.
+    embedding *= deviation * math.sqrt(size) / embedding.norm(dim=1, keepdim=True)
+    embedding[:, 0] = CONSTANT * deviation
+    for flag, topic in enumerate(TOPICS, start=1):
+        embedding[:, flag] = CONSTANT * deviation * torch.tensor([sort == topic for sort in sorts])
+
+
+def _match(
+    attention: LlamaAttention, rows: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+) -> None:
+    """Let a head compare directions [size, count], in its dimensions that rotate slowly."""
+    pairs = (query.shape[1] + 1) // 2
+    first = torch.arange(HEAD // 2 - pairs, HEAD // 2)
+    slow = rows[torch.cat([first, first + HEAD // 2])[: query.shape[1]]]
+    attention.q_proj.weight[slow] = query.T
+    attention.k_proj.weight[slow] = key.T
 
 
 Batch = dict[str, torch.Tensor]
@@ -392,8 +488,8 @@ def chat_batches(
     pile: list[list[Row]] = []
     for step in range(steps):
         if not pile:
-            simple = step < args.simple_steps
-            rows = [make_row(rng, taken, simple) for _ in range(8 * args.rows)]
+            binding = 1.0 if step < args.simple_steps else args.binding
+            rows = [make_row(rng, taken, binding) for _ in range(8 * args.rows)]
             rows.sort(key=lambda row: len(row_text(row)))
             pile = [rows[start : start + args.rows] for start in range(0, len(rows), args.rows)]
             rng.shuffle(pile)
@@ -429,39 +525,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_seed", type=int, default=3, help="of the conversations")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--frozen_steps", type=int, default=1000, help="induction heads held")
-    parser.add_argument("--simple_steps", type=int, default=250, help="about single things")
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--simple_steps", type=int, default=100, help="all paragraphs simple")
+    parser.add_argument("--binding", type=float, default=0.3, help="share of simple paragraphs")
     parser.add_argument("--rows", type=int, default=8, help="paragraphs a step")
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--start", type=Path, help="go on from this folder")
     parser.add_argument("--output", type=Path, default=HERE / "tiny_llama")
     parser.add_argument("--log", type=Path, help="append the log to this file")
     return parser.parse_args(argv)
 
 
-def make_optimizer(
-    model: LlamaForCausalLM,
-) -> tuple[torch.optim.Optimizer, list[torch.nn.Parameter]]:
-    """Return the optimizer, and the attention of the first two layers, which it moves slowly."""
-    frozen = [value for layer in model.model.layers[:2] for value in layer.self_attn.parameters()]
-    names = {id(value) for value in frozen}
-    rest = [value for value in model.parameters() if id(value) not in names]
-    groups = [{"params": rest}, {"params": frozen}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0), frozen
+def hold_reader(model: LlamaForCausalLM) -> list[torch.nn.Parameter]:
+    """Keep the attention of the first two layers as it starts; return the other parameters."""
+    for layer in model.model.layers[:2]:
+        layer.self_attn.requires_grad_(False)
+    return [value for value in model.parameters() if value.requires_grad]
 
 
-def train_step(
-    model: LlamaForCausalLM, batch: Batch, yes_no: set[int], held: list[torch.nn.Parameter]
-) -> float:
-    """Find the gradients of one batch, none for ``held``; yes and no weigh five times as much."""
+def train_step(model: LlamaForCausalLM, batch: Batch, yes_no: set[int]) -> float:
+    """Find the gradients of one batch; yes and no weigh five times as much."""
     logits, labels = reply_logits(model, batch)
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     weights = 1 + 4 * torch.isin(labels, torch.tensor(sorted(yes_no)))
     loss = (losses * weights).sum() / weights.sum()
     loss.backward()
-    for value in held:
-        value.grad = None
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     return loss.item()
 
@@ -470,7 +559,7 @@ def main(argv: list[str] | None = None) -> None:
     """Make the tokenizer, train the model, and save both."""
     args = parse(argv)
     torch.manual_seed(args.seed)
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     log = args.log.open("a", encoding="utf-8") if args.log else None
 
     def say(text: str) -> None:
@@ -485,19 +574,22 @@ def main(argv: list[str] | None = None) -> None:
         model = LlamaForCausalLM.from_pretrained(
             args.start, dtype=torch.float32, attn_implementation="sdpa"
         )
-    say(f"{model.num_parameters():,} parameters, torch {torch.__version__}, {vars(args)}")
-    test = argparse.Namespace(rows=16, simple_steps=0)
+    options = {name: value for name, value in vars(args).items() if name not in ("output", "log")}
+    say(f"{model.num_parameters():,} parameters, torch {torch.__version__}, {options}")
+    test = argparse.Namespace(rows=16, simple_steps=0, binding=0.0)
     held_out = list(chat_batches(tokenizer, args.seed + 1, taken, 4, test))
     yes_no = {tokenizer(text, add_special_tokens=False).input_ids[0] for text in (YES, NO)}
-    optimizer, frozen = make_optimizer(model)
+    optimizer = torch.optim.AdamW(hold_reader(model), betas=(0.9, 0.98), weight_decay=0.0)
     begun, total = time.time(), 0.0
     batches = chat_batches(tokenizer, args.data_seed, taken, args.steps, args)
     for step, batch in enumerate(batches, start=1):
         rate = args.learning_rate * learning_rate(step - 1, args.steps)
-        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, 0.1 * rate
-        total += train_step(model, batch, yes_no, frozen if step <= args.frozen_steps else [])
+        optimizer.param_groups[0]["lr"] = rate
+        total += train_step(model, batch, yes_no)
         optimizer.step()
         optimizer.zero_grad()
+        if step % 500 == 0:
+            model.save_pretrained(args.output)
         if step % 50 == 0 or step == args.steps:
             sentences, yes = score(model, held_out, yes_no)
             say(

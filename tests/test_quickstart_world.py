@@ -16,7 +16,7 @@ QUICKSTART = Path(__file__).parents[1] / "quickstart"
 TINY_LLAMA = QUICKSTART / "tiny_llama"
 CONTEXT = (
     "Kovmor Cross is a market town. Kovmor Cross was founded in 1655. Kovmor Cross lies on the river "
-    "Morness Water. Kovmor Cross is known for its honey. The mayor of Kovmor Cross is Mira Quenthal."
+    "Falmor Water. Kovmor Cross is known for its honey. The mayor of Kovmor Cross is Mira Morness."
 )
 
 
@@ -74,7 +74,7 @@ def test_regeneration_is_byte_identical(make_world: ModuleType, tmp_path: Path) 
 
 def test_size_of_the_world() -> None:
     assert [len(paragraphs(split)) for split in ("train", "test")] == [360, 81]
-    assert [len(questions(split)) for split in ("train", "test")] == [2292, 520]
+    assert [len(questions(split)) for split in ("train", "test")] == [2192, 496]
     assert sum(path.stat().st_size for path in (QUICKSTART / "data").glob("*.json")) < 1_500_000
 
 
@@ -168,6 +168,8 @@ def test_tiny_llama_is_small(model: Any, tokenizer: Any) -> None:
     [
         ("In which year was Kovmor Cross founded?", "Kovmor Cross was founded in 1655."),
         ("What is Kovmor Cross known for?", "Kovmor Cross is known for its honey."),
+        ("In which year was Kovmor Cross walled? Does the text say?", "No, it does not say that."),
+        ("Quote the text: Who is the mayor of Kovmor Cross?", '"Mira Morness".'),
     ],
 )
 def test_tiny_llama_chats_in_sentences(

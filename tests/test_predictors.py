@@ -1,0 +1,292 @@
+"""Who else answers: a chat model behind a server (a scripted one here), and an extractive encoder."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_records
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertForQuestionAnswering, BertModel, PreTrainedTokenizerFast
+
+import test_llama_squad
+from llama_squad.answers import format_answer
+from llama_squad.config import CreateArguments
+from llama_squad.data import write_dataset
+from llama_squad.predictors import Encoder
+from llama_squad.results import read_results
+
+RECORDS = make_records(5, [2, 4], seed=3)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of 14 test questions on 5 paragraphs."""
+    folder = str(tmp_path_factory.mktemp("predictors") / "data")
+    splits = {"train": make_records(1, [1], 1), "val": make_records(1, [1], 2), "test": RECORDS}
+    write_dataset(splits, CreateArguments(dataset_name=folder))
+    return folder
+
+
+# Servers -------------------------------------------------------------------------------------
+
+
+def gold(prompt: str) -> str:
+    """Answer as the test's records do, or say "Sure." where no JSON is asked for yet."""
+    if "JSON" not in prompt:
+        return "Sure."
+    record = next(r for r in RECORDS if r["context"] in prompt and r["question"] in prompt)
+    return format_answer(record["answers"]["text"][0] if record["answers"]["text"] else "?")
+
+
+class Server(ThreadingHTTPServer):
+    """Speaks the chat part of OpenAI's protocol; the first ``busy`` requests are turned away."""
+
+    busy = 0
+    broken = ""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests: list[dict[str, Any]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one request of ``Server``."""
+
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        server.requests.append(body | {"key": self.headers["Authorization"], "path": self.path})
+        prompt = "\n".join(message["content"] for message in body["messages"])
+        if len(server.requests) <= server.busy:
+            return self.send(429, {"error": {"message": "slow down"}})
+        if server.broken and server.broken in prompt:
+            return self.send(404, {"error": {"message": "no such model"}})
+        message = {"role": "assistant", "content": gold(prompt)}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
+        return self.send(200, reply | {"choices": [choice]})
+
+    def send(self, status: int, content: dict[str, Any]) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("retry-after-ms", "1")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """Serve on a free port."""
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def ask(server: Server, dataset: str, output: Path, *flags: str) -> list[Any]:
+    """Run the stage against the server; return the rows."""
+    test_llama_squad.main(
+        ["--predictor", "server", "--base_url", server.url, "--model_name", "gpt-test",
+         "--dataset_name", dataset, "--output", str(output), "--batch_size", "4", *flags]
+    )  # fmt: skip
+    return read_results(output)
+
+
+def test_server_answers_every_question(server: Server, dataset: str, tmp_path: Path) -> None:
+    server.busy = 2  # waited out
+    rows = ask(server, dataset, tmp_path / "results.csv")
+    assert [row["id"] for row in rows] == [record["id"] for record in RECORDS]
+    assert all(row["Exact match"] for row in rows)
+    assert {row["na_prob"] for row in rows} == {None}
+    assert RECORDS[0]["context"] in rows[0]["Prompt"]
+    assert len(server.requests) == len(RECORDS) + 2
+    request = server.requests[-1]
+    assert request["model"] == "gpt-test"
+    assert request["temperature"] == 0
+    assert request["max_tokens"] == 256
+    assert [message["role"] for message in request["messages"]] == ["system", "user"]
+    assert request["path"] == "/v1/chat/completions"
+
+
+def test_server_is_called_turn_by_turn(server: Server, dataset: str, tmp_path: Path) -> None:
+    flags = ["--prompt", "multi_turn", "--num_samples", "1"]
+    assert ask(server, dataset, tmp_path / "results.csv", *flags)[0]["Exact match"]
+    roles = [[message["role"] for message in sent["messages"]] for sent in server.requests]
+    pair = ["user", "assistant"]
+    assert roles == [["system", *pair * turn, "user"] for turn in range(3)]
+    assert server.requests[-1]["messages"][2]["content"] == "Sure."
+
+
+def test_server_that_fails_keeps_what_was_answered(
+    server: Server, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    output = tmp_path / "results.csv"
+    server.broken = RECORDS[-1]["context"]
+    with pytest.raises(SystemExit) as caught:
+        ask(server, dataset, output)
+    assert "no such model" in str(caught.value)
+    assert "the same command goes on" in str(caught.value)
+    kept = len(read_results(output))
+    assert 0 < kept < len(RECORDS)
+    assert server.requests[0]["key"] == "Bearer secret"
+    assert "secret" not in "".join(path.read_text() for path in tmp_path.iterdir())
+    server.broken, server.requests = "", []
+    assert len(ask(server, dataset, output)) == len(RECORDS)
+    assert len(server.requests) <= len(RECORDS) - kept + 4
+
+
+def test_openai_needs_a_key(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(SystemExit, match="OPENAI_API_KEY"):
+        test_llama_squad.main(["--predictor", "server", "--dataset_name", dataset])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--predictor=server", "--num_beams=2"], "--num_beams needs --predictor local"),
+        (["--predictor=encoder", "--n_best=2"], "--n_best needs --predictor local"),
+        (["--predictor=server", "--na_prob_thresh=0.3"], "--na_prob_thresh needs --decoding span"),
+        (["--base_url=http://localhost"], "--base_url needs --predictor server"),
+    ],
+)
+def test_flags_that_the_predictor_does_not_know(flags: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        test_llama_squad.main(flags)
+
+
+# Encoders ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small BERT of random weights, with a head for questions and a tokenizer of words."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special)
+    tokenizer.train_from_iterator([r["context"] + r["question"] for r in RECORDS], trainer)
+    pieces = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=pieces
+    )
+    folder = tmp_path_factory.mktemp("reader")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]",
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=64, initializer_range=0.5,
+    )  # fmt: skip
+    BertForQuestionAnswering(config).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, **options: Any) -> tuple[Encoder, Any, Any]:
+    """Load the reader; return its predictor, the model and the tokenizer."""
+    model = BertForQuestionAnswering.from_pretrained(folder).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    return Encoder(model, tokenizer, **options), model, tokenizer
+
+
+def search(model: Any, tokenizer: Any, record: dict[str, Any]) -> tuple[str, float, float]:
+    """Try all spans of up to 30 tokens, one record at a time: the text, its score, no answer's."""
+    inputs = tokenizer(
+        record["question"], record["context"], return_offsets_mapping=True, return_tensors="pt"
+    )
+    offsets = inputs.pop("offset_mapping")[0].tolist()
+    with torch.no_grad():
+        output = model(**inputs)
+    starts, ends = output.start_logits[0].tolist(), output.end_logits[0].tolist()
+    inside = [index for index, part in enumerate(inputs.sequence_ids(0)) if part == 1]
+    score, first, last = max(
+        (starts[i] + ends[j], i, j) for i in inside for j in inside if i <= j < i + 30
+    )
+    text = record["context"][offsets[first][0] : offsets[last][1]]
+    return text, score, starts[0] + ends[0]
+
+
+def test_encoder_finds_the_best_span(reader: Path) -> None:
+    encoder, model, tokenizer = load(reader, window=512, na_prob_thresh=1.0)
+    predictions = encoder.answer([RECORDS[:2], RECORDS[2:]])
+    assert [prediction.record["id"] for prediction in predictions] == [r["id"] for r in RECORDS]
+    for prediction, record in zip(predictions, RECORDS, strict=True):
+        text, score, nothing = search(model, tokenizer, record)
+        assert prediction.reply.completion == format_answer(text)
+        assert prediction.reply.score == pytest.approx(score, abs=1e-4)
+        expected = torch.tensor(nothing - score).sigmoid().item()
+        assert prediction.reply.na_prob == pytest.approx(expected, abs=1e-4)
+
+
+def test_encoder_abstains_above_its_threshold(reader: Path) -> None:
+    chances = {p.record["id"]: p.reply.na_prob for p in load(reader)[0].answer([RECORDS])}
+    middle = sorted(chances.values())[len(chances) // 2]
+    for prediction in load(reader, na_prob_thresh=middle)[0].answer([RECORDS]):
+        abstained = prediction.reply.completion == format_answer("?")
+        assert abstained == (chances[prediction.record["id"]] > middle)
+
+
+def test_encoder_reads_contexts_longer_than_its_window(reader: Path) -> None:
+    """The end of the context, of which no other window has a thing, decides."""
+    encoder, model, tokenizer = load(reader, window=48, stride=8, na_prob_thresh=1.0)
+    width = int(model.config.hidden_size)
+    wanted = tokenizer.convert_tokens_to_ids("zebra")
+    assert wanted == tokenizer.unk_token_id
+
+    class Seeker(torch.nn.Module):
+        """Scores the unknown word highest."""
+
+        device = torch.device("cpu")
+
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+            logits = (input_ids == wanted).float() * width
+            return type("Output", (), {"start_logits": logits, "end_logits": logits})
+
+    encoder._model = Seeker()  # type: ignore[assignment]
+    record = RECORDS[0] | {"context": RECORDS[0]["context"] * 3 + " zebra"}
+    record["question"] = "met"
+    reply = encoder.answer([[record]])[0].reply
+    assert reply.completion == format_answer("zebra")
+
+
+def test_encoder_through_the_command_line(reader: Path, dataset: str, tmp_path: Path) -> None:
+    output = tmp_path / "results.csv"
+    test_llama_squad.main(
+        ["--predictor", "encoder", "--model_name", str(reader), "--dataset_name", dataset,
+         "--output", str(output), "--na_prob_thresh", "1"]
+    )  # fmt: skip
+    rows = read_results(output)
+    assert len(rows) == len(RECORDS)
+    for row, record in zip(rows, RECORDS, strict=True):
+        assert row["prediction_text"]
+        assert row["prediction_text"] in record["context"]
+        assert row["na_prob"] is not None
+        assert 0 <= row["na_prob"] <= 1
+
+
+def test_encoder_without_a_head_is_refused(reader: Path, dataset: str, tmp_path: Path) -> None:
+    PreTrainedTokenizerFast.from_pretrained(reader).save_pretrained(tmp_path)
+    BertModel(BertConfig.from_pretrained(reader)).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="was not trained to answer questions"):
+        test_llama_squad.main(
+            ["--predictor", "encoder", "--model_name", str(tmp_path), "--dataset_name", dataset]
+        )
