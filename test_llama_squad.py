@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from llama_squad.config import ModelArguments, TestArguments, parse_stage
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.predictor == "server":
         args = dataclasses.replace(args, decoding="free")  # it knows nothing of spans
     try:
-        check_flags(args)
+        check_flags(args, model_args)
         run(args, model_args)
     except ValueError as error:
         sys.exit(f"test_llama_squad.py: {error}")
@@ -40,12 +41,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
     """Return what trained weights bring: base model, prompt and reasoning tokens."""
+    if parsed[0].predictor != "local":
+        return {}
     from llama_squad.modeling import saved_settings
 
     return saved_settings(parsed[0].adapter_name, parsed[1].model_name)
 
 
-def check_flags(args: TestArguments) -> None:
+def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
     """Refuse flags that mean nothing together. Raises ValueError."""
     needs_local = {
         "--adapter_name": args.adapter_name,
@@ -55,14 +58,17 @@ def check_flags(args: TestArguments) -> None:
         "--tune_threshold": args.tune_threshold,
         "--n_best": args.n_best,
         "--audit": args.audit,
+        "--chat_template": model_args.chat_template,
+        "--attn_implementation": model_args.attn_implementation,
+        "--na_prob_thresh": args.predictor == "server" and args.na_prob_thresh is not None,
+        "--decoding free": args.predictor == "encoder" and args.decoding == "free",
+        "--prompt multi_turn": args.predictor == "encoder" and args.prompt == "multi_turn",
     }
     for flag, given in needs_local.items():
         if given and args.predictor != "local":
-            raise ValueError(f"{flag} needs --predictor local: here a {args.predictor} answers")
-    if args.base_url and args.predictor != "server":
-        raise ValueError(
-            "--base_url needs --predictor server: nothing else is asked over a network"
-        )
+            raise ValueError(f"{flag} means nothing to --predictor {args.predictor}: leave it out")
+    if args.base_url:
+        check_url(args)
     needs_spans = {
         "--tune_threshold": args.tune_threshold,
         "--na_prob_thresh": args.na_prob_thresh is not None,
@@ -83,6 +89,24 @@ def check_flags(args: TestArguments) -> None:
             raise ValueError(f"--{name} must not be negative: 0 does without")
     if args.na_prob_thresh is not None and not 0 <= args.na_prob_thresh <= 1:
         raise ValueError(f"--na_prob_thresh is a probability, not {args.na_prob_thresh}")
+
+
+def check_url(args: TestArguments) -> None:
+    """Refuse what is no address of a server, or holds a secret. Raises ValueError."""
+    if args.predictor != "server":
+        raise ValueError("--base_url needs --predictor server: no other is asked over a network")
+    url = urlsplit(str(args.base_url))
+    try:
+        good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # of the port
+        good = False
+    if not good or " " in url.netloc:
+        raise ValueError(f"--base_url is such as http://localhost:8000/v1, not {args.base_url!r}")
+    if "@" in url.netloc or url.query:
+        raise ValueError(
+            "--base_url is written beside the results, so it must hold no secret: give the key in "
+            "OPENAI_API_KEY"
+        )
 
 
 def run(args: TestArguments, model_args: ModelArguments) -> None:

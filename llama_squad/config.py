@@ -133,7 +133,9 @@ class TestArguments:
         "Who answers: a chat model loaded here, one behind a server, or a BERT-like encoder.",
     )
     base_url: str | None = _option(
-        None, "OpenAI-compatible server, for --predictor server (default: OpenAI's own)."
+        None,
+        "Server of --predictor server (default: OpenAI's own): its model's name goes to "
+        "--model_name, its key to OPENAI_API_KEY, and it always decodes freely.",
     )
     dataset_name: str = _option("data/squad_v2", _DATASET_HELP)
     split: Literal["train", "val", "test"] = _option("test", "Split to answer.")

@@ -209,17 +209,20 @@ def load_reader(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeni
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name)
+        # Answers hang on differences of logits, and encoders are small: no bfloat16 unasked.
+        dtype = torch.float32 if args.dtype == "auto" else resolve_dtype(args.dtype)
         model, info = AutoModelForQuestionAnswering.from_pretrained(
-            args.model_name, dtype=resolve_dtype(args.dtype), output_loading_info=True
+            args.model_name, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ValueError(_cannot_load("encoder", args.model_name, error)) from error
     if not tokenizer.is_fast:
         raise ValueError(f"{args.model_name} has no fast tokenizer, which spans need")
-    if any(name.startswith("qa_outputs") for name in info["missing_keys"]):
+    if info["missing_keys"]:
         raise ValueError(
-            f"{args.model_name} was not trained to answer questions: its head (qa_outputs) is "
-            "missing. Give a model that was, such as deepset/deberta-v3-large-squad2"
+            f"{args.model_name} was not trained to answer questions: it has no weights for "
+            f"{', '.join(sorted(info['missing_keys']))}. Give a model that was, such as "
+            "deepset/deberta-v3-large-squad2"
         )
     return model.to(device()).eval(), tokenizer
 

@@ -7,6 +7,7 @@ result file are made. Chat models are called turn by turn where the prompt style
 import itertools
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ Record = Mapping[str, Any]
 
 TURN_TOKENS = 256
 """Length limit of a reply before the last one of a multi-turn prompt."""
+
+OPENAI_URL = "https://api.openai.com/v1"
 
 
 @dataclass(frozen=True)
@@ -146,18 +149,19 @@ class ServerModel:
     """A chat model behind an OpenAI-compatible server: OpenAI, vLLM, llama.cpp, ...
 
     The key is read from the environment variable OPENAI_API_KEY. A batch's questions are asked at
-    once, each in its own thread; rate limits and lost connections are waited out.
+    once, each in its own thread; rate limits and lost connections are waited out by the client.
 
     Args:
         model_name: the server's name of the model.
         base_url: such as http://localhost:8000/v1; None for OpenAI's.
         prompt, system_prompt: as ``LocalModel`` has them.
         max_new_tokens: length limit of a reply.
+        timeout: seconds to wait for a reply.
         retries: how often a request is repeated, ever more slowly, before the run ends.
 
     Raises:
         ValueError: the openai package is not installed; OpenAI is asked without a key. In
-            ``answer``: the server refuses, or cannot be reached.
+            ``answer``: the server refuses, cannot be reached, or answers something else.
     """
 
     def __init__(
@@ -168,29 +172,39 @@ class ServerModel:
         prompt: str = "single_turn",
         system_prompt: str = SYSTEM_PROMPT,
         max_new_tokens: int = 256,
+        timeout: float = 120,
         retries: int = 8,
     ) -> None:
         try:
             from openai import OpenAI
         except ImportError as error:
-            raise ValueError("--predictor server needs the client: pip install openai") from error
+            raise ValueError(
+                "--predictor server needs its client: pip install -r requirements-predictors.txt"
+            ) from error
         key = os.environ.get("OPENAI_API_KEY")
         if not key and not base_url:
             raise ValueError(
                 "OpenAI asks for a key: set OPENAI_API_KEY, or name another server with --base_url"
             )
-        self._client = OpenAI(api_key=key or "none", base_url=base_url, max_retries=retries)
+        self._url = base_url or OPENAI_URL  # given, so that no variable redirects it unseen
+        self._client = OpenAI(
+            api_key=key or "none", base_url=self._url, timeout=timeout, max_retries=retries
+        )
         limit = "max_tokens" if base_url else "max_completion_tokens"  # OpenAI's newer name
         self._options: dict[str, Any] = {
             "model": model_name, "temperature": 0, limit: max_new_tokens
         }  # fmt: skip
         self._prompt, self._system_prompt = prompt, system_prompt
+        self._warned = False
 
     def answer(self, batch: Batch) -> list[Prediction]:
         """Answer the records of several paragraphs at once, in order."""
         records = list(itertools.chain.from_iterable(batch))
-        with ThreadPoolExecutor(len(records)) as threads:
+        threads = ThreadPoolExecutor(len(records))
+        try:
             return list(threads.map(self._ask, records))
+        finally:  # at the first failure, rather than after the others' retries
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, record: Record) -> Prediction:
         messages = build_messages(record, self._prompt, self._system_prompt, answer=False)
@@ -203,14 +217,28 @@ class ServerModel:
     def _reply(self, messages: Any) -> str:
         from openai import OpenAIError
 
+        kept = "Finished batches are kept: the same command goes on from there"
+        who = f"{self._url} (model {self._options['model']!r})"
         try:
             done = self._client.chat.completions.create(messages=messages, **self._options)
+            choice = done.choices[0]
+            content = choice.message.content or ""
+            if not isinstance(content, str):
+                raise TypeError(f"content is of type {type(content).__name__}")
         except OpenAIError as error:
+            raise ValueError(f"{who} does not answer: {error}. {kept}") from error
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{self._client.base_url} does not answer for {self._options['model']!r}: {error}. "
-                "What was answered so far is kept: the same command goes on from there"
+                f"{who} answers with something that is no chat completion ({error}): does "
+                f"--base_url end where the API begins, as in http://localhost:8000/v1? {kept}"
             ) from error
-        return done.choices[0].message.content or ""
+        if choice.finish_reason == "length" and not self._warned:
+            self._warned = True
+            print(
+                "A reply was cut off at --max_new_tokens: give more if the model thinks first.",
+                file=sys.stderr,
+            )
+        return content
 
 
 class Encoder:
@@ -218,14 +246,17 @@ class Encoder:
 
     A span's score is the sum of the logits of its first and last token, that of "no answer" those
     of the first token of all; of a context in several windows the best span and the least certain
-    abstention count, as in the official BERT baseline (Devlin et al. 2019, section 4.3).
+    abstention count, and a question is cut, as in the official BERT baseline (Devlin et al. 2019,
+    section 4.3). These sums stand where chat models have log-probabilities.
 
     Args:
         model: with a question-answering head, on its device, in evaluation mode.
         tokenizer: a fast one.
         na_prob_thresh: abstain where sigmoid(no answer - best span) is above this.
-        window, stride: tokens of a window, and of its overlap with the next.
+        window, stride: tokens of a window, and of its overlap with the next; fewer where the model
+            has fewer positions.
         longest: tokens of the longest answer.
+        batch_size: windows at once.
     """
 
     def __init__(
@@ -237,53 +268,85 @@ class Encoder:
         window: int = 384,
         stride: int = 128,
         longest: int = 30,
+        batch_size: int = 32,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._threshold = na_prob_thresh
-        self._window, self._stride, self._longest = window, stride, longest
+        self._threshold, self._longest, self._batch_size = na_prob_thresh, longest, batch_size
+        # RoBERTa counts positions from 2.
+        positions = getattr(model.config, "max_position_embeddings", None) or window + 2
+        self._window = min(window, tokenizer.model_max_length, positions - 2)
+        self._stride = min(stride, self._window // 3)
 
     @torch.inference_mode()
     def answer(self, batch: Batch) -> list[Prediction]:
         """Answer the records of several paragraphs at once, in order."""
         records = list(itertools.chain.from_iterable(batch))
-        features = self._tokenizer(
-            [record["question"].strip() for record in records],
+        windows = self._tokenizer(
+            [self._cut(record["question"].strip()) for record in records],
             [record["context"] for record in records],
             truncation="only_second", max_length=self._window, stride=self._stride,
             return_overflowing_tokens=True, return_offsets_mapping=True, padding=True,
             return_tensors="pt",
         )  # fmt: skip
-        offsets = features.pop("offset_mapping")
-        owners = features.pop("overflow_to_sample_mapping").tolist()
-        output = self._model(**features.to(self._model.device))
-        starts, ends = output.start_logits.float().cpu(), output.end_logits.float().cpu()
+        offsets = windows.pop("offset_mapping")
+        owners = windows.pop("overflow_to_sample_mapping").tolist()
+        starts, ends = self._logits(dict(windows))
         best: dict[int, Span] = {}
         nothing: dict[int, float] = {}
         for index, owner in enumerate(owners):
             none = float(starts[index, 0] + ends[index, 0])
             nothing[owner] = min(nothing.get(owner, none), none)
-            inside = torch.tensor([part == 1 for part in features.sequence_ids(index)])
-            inside &= offsets[index, :, 0] < offsets[index, :, 1]
-            if not inside.any():
-                continue
-            first, last, score = self._best_span(starts[index], ends[index], inside)
-            if owner not in best or score > best[owner].log_prob:
-                begin, end = int(offsets[index, first, 0]), int(offsets[index, last, 1])
-                text = records[owner]["context"][begin:end].strip()  # "▁" includes its space
-                best[owner] = Span(text, score)
+            context = records[owner]["context"]
+            texts = [
+                context[begin:end].strip() if part == 1 else ""
+                for (begin, end), part in zip(
+                    offsets[index].tolist(), windows.sequence_ids(index), strict=True
+                )
+            ]
+            found = self._best_span(starts[index], ends[index], texts)
+            if found and (owner not in best or found[2] > best[owner].log_prob):
+                begin, end = int(offsets[index, found[0], 0]), int(offsets[index, found[1], 1])
+                best[owner] = Span(context[begin:end].strip(), found[2])  # "▁" includes its space
         return [
             self._prediction(record, best.get(number), nothing[number])
             for number, record in enumerate(records)
         ]
 
+    def _cut(self, question: str) -> str:
+        """Return the first tokens of a question: 64, or a third of a short window."""
+        length = min(64, self._window // 3)
+        encoded = self._tokenizer(
+            question, add_special_tokens=False, truncation=True, max_length=length,
+            return_offsets_mapping=True,
+        )  # fmt: skip
+        return question[: max((end for _, end in encoded["offset_mapping"]), default=0)]
+
+    def _logits(self, windows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits of first and last tokens [windows, length], in float32 on the CPU."""
+        starts, ends = [], []
+        for begin in range(0, len(windows["input_ids"]), self._batch_size):
+            part = slice(begin, begin + self._batch_size)
+            inputs = {name: tensor[part].to(self._model.device) for name, tensor in windows.items()}
+            output = self._model(**inputs)
+            starts.append(output.start_logits.float().cpu())
+            ends.append(output.end_logits.float().cpu())
+        return torch.cat(starts), torch.cat(ends)
+
     def _best_span(
-        self, starts: torch.Tensor, ends: torch.Tensor, inside: torch.Tensor
-    ) -> tuple[int, int, float]:
-        """Return the first and last token and the score of the best span of a window."""
-        scores = starts[:, None] + ends[None, :]
-        allowed = torch.ones_like(scores).triu().tril(self._longest - 1).bool()
+        self, starts: torch.Tensor, ends: torch.Tensor, texts: Sequence[str]
+    ) -> tuple[int, int, float] | None:
+        """Return the first and last token and the score of the best span of a window.
+
+        ``texts``: those of the context's tokens, "" for all others. None: there is no span.
+        """
+        inside = torch.tensor([bool(text) for text in texts])
+        allowed = torch.ones(len(texts), len(texts)).triu().tril(self._longest - 1).bool()
         allowed &= inside[:, None] & inside[None, :]
-        first, last = divmod(int(scores.masked_fill(~allowed, -torch.inf).argmax()), len(ends))
+        allowed &= ~torch.diag(torch.tensor([text == NO_ANSWER for text in texts]))
+        if not allowed.any():
+            return None
+        scores = (starts[:, None] + ends[None, :]).masked_fill(~allowed, -torch.inf)
+        first, last = divmod(int(scores.argmax()), len(texts))
         return first, last, float(scores[first, last])
 
     def _prediction(self, record: Record, best: Span | None, nothing: float) -> Prediction:

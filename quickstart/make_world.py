@@ -6,10 +6,10 @@ Writes: quickstart/data/train.json and quickstart/data/test.json; the same seed,
 Run:    python quickstart/make_world.py
 
 A paragraph is about one or two made-up things. An unanswerable question is of one of three kinds,
-which ends its id: `absent` asks for something of which the text has nothing alike, `other` for
-what the text gives for another thing only, `near` for a near-miss: of the attributes of that sort
-(two years, two persons, …) the text gives another one. No name of the test world occurs in the
-train world.
+which ends its id: `other` asks for what the text gives for another thing of that kind only, `near`
+for a near-miss: of the thing's attributes of that sort (two years, two persons, …) the text gives
+another one, `absent` for something else, of which nothing alike is said of the thing. No name of the
+test world occurs in the train world.
 """
 
 import json
@@ -175,7 +175,7 @@ def _make_things(rng: random.Random, names: Names, count: int) -> list[_Thing]:
 
 
 def _refer(rng: random.Random, thing: _Thing, template: str, again: bool) -> str:
-    """Choose how a sentence names its thing: by name, or (if it was the last) "it", "the ship"."""
+    """Choose how a sentence names its thing: by name, or (if it was the last) "it", "the town"."""
     if not again or rng.random() < 0.85:
         return thing.name
     if template.startswith("{e}") and rng.random() < 0.6:

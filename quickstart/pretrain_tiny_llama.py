@@ -1,9 +1,10 @@
 """Pretrain the quickstart's tiny Llama: it reads our world and chats about it in whole sentences.
 
 For:    `./quickstart.sh`, which fine-tunes this model as the big ones are fine-tuned. It knows how
-        to read ("When was Kovmor Cross founded?" "Kovmor Cross was founded in 1655."), but neither
-        to answer in JSON, nor to cut to the minimal span, nor to abstain: the original's story in
-        miniature.
+        to read ("When was Kovmor Cross founded?" "Kovmor Cross was founded in 1655."), to quote
+        where it is asked to ("It is 1655."), and to say whether the text answers a question, but
+        neither to answer in JSON, nor to give the span alone, nor to abstain: the original's story
+        in miniature.
 Reads:  quickstart/world.yaml through make_world.py, llama_squad/prompts.py. No name of the test
         world is ever shown; every step makes up paragraphs of its own.
 Writes: quickstart/tiny_llama/ (config, generation_config, tokenizer, weights) and its log.
@@ -533,7 +534,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--start", type=Path, help="go on from this folder")
     parser.add_argument("--output", type=Path, default=HERE / "tiny_llama")
-    parser.add_argument("--log", type=Path, help="append the log to this file")
+    parser.add_argument("--log", type=Path, help="write the log to this file, too")
     return parser.parse_args(argv)
 
 
@@ -560,7 +561,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    log = args.log.open("a", encoding="utf-8") if args.log else None
+    log = args.log.open("w", encoding="utf-8") if args.log else None
 
     def say(text: str) -> None:
         print(text, flush=True)

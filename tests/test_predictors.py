@@ -48,6 +48,7 @@ class Server(ThreadingHTTPServer):
 
     busy = 0
     broken = ""
+    body = ""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -72,13 +73,15 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(429, {"error": {"message": "slow down"}})
         if server.broken and server.broken in prompt:
             return self.send(404, {"error": {"message": "no such model"}})
+        if server.body:
+            return self.send(200, server.body)
         message = {"role": "assistant", "content": gold(prompt)}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
         reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
         return self.send(200, reply | {"choices": [choice]})
 
-    def send(self, status: int, content: dict[str, Any]) -> None:
-        data = json.dumps(content).encode()
+    def send(self, status: int, content: dict[str, Any] | str) -> None:
+        data = (content if isinstance(content, str) else json.dumps(content)).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -152,6 +155,47 @@ def test_server_that_fails_keeps_what_was_answered(
     assert len(server.requests) <= len(RECORDS) - kept + 4
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<html>Not here</html>", '{"id": ', '{"error": {"message": "no"}}', '{"choices": []}', "[1]",
+        '{"choices": [{"index": 0, "finish_reason": "stop", "message": null}]}',
+        '{"choices": [{"index": 0, "message": {"role": "assistant", "content": [{"text": "x"}]}}]}',
+    ],
+)  # fmt: skip
+def test_server_that_talks_of_something_else(
+    server: Server, dataset: str, tmp_path: Path, body: str
+) -> None:
+    server.body = body
+    with pytest.raises(SystemExit) as caught:
+        ask(server, dataset, tmp_path / "results.csv")
+    assert server.url in str(caught.value)
+    assert "no chat completion" in str(caught.value)
+
+
+def test_server_says_when_replies_are_cut_off(
+    server: Server, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choice = {"index": 0, "finish_reason": "length", "message": {"content": None}}
+    server.body = json.dumps({"choices": [choice]})
+    rows = ask(server, dataset, tmp_path / "results.csv")
+    assert {row["state"] for row in rows} == {"malformed"}
+    assert capsys.readouterr().err.count("cut off at --max_new_tokens") == 1
+
+
+def test_server_alone_is_asked(
+    server: Server, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No Hub is asked for the model's settings, and no variable leads elsewhere."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("llama_squad.modeling.saved_settings", refuse)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    assert len(ask(server, dataset, tmp_path / "results.csv")) == len(RECORDS)
+
+
 def test_openai_needs_a_key(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(SystemExit, match="OPENAI_API_KEY"):
@@ -161,10 +205,15 @@ def test_openai_needs_a_key(dataset: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--predictor=server", "--num_beams=2"], "--num_beams needs --predictor local"),
-        (["--predictor=encoder", "--n_best=2"], "--n_best needs --predictor local"),
-        (["--predictor=server", "--na_prob_thresh=0.3"], "--na_prob_thresh needs --decoding span"),
+        (["--predictor=server", "--num_beams=2"], "--num_beams means nothing to"),
+        (["--predictor=encoder", "--n_best=2"], "--n_best means nothing to --predictor encoder"),
+        (["--predictor=encoder", "--decoding=free"], "--decoding free means nothing to"),
+        (["--predictor=encoder", "--chat_template=x"], "--chat_template means nothing to"),
+        (["--predictor=server", "--na_prob_thresh=0.3"], "--na_prob_thresh means nothing to"),
         (["--base_url=http://localhost"], "--base_url needs --predictor server"),
+        (["--predictor=server", "--base_url=localhost:8000"], "is such as http://localhost:8000"),
+        (["--predictor=server", "--base_url=http://localhost:port/v1"], "is such as"),
+        (["--predictor=server", "--base_url=http://me:secret@localhost/v1"], "hold no secret"),
     ],
 )
 def test_flags_that_the_predictor_does_not_know(flags: list[str], message: str) -> None:
@@ -266,6 +315,26 @@ def test_encoder_reads_contexts_longer_than_its_window(reader: Path) -> None:
     record["question"] = "met"
     reply = encoder.answer([[record]])[0].reply
     assert reply.completion == format_answer("zebra")
+
+
+@pytest.mark.parametrize("positions", [512, 64])
+def test_encoder_cuts_long_questions_and_windows(reader: Path, positions: int) -> None:
+    _, model, tokenizer = load(reader)
+    model.config.max_position_embeddings = positions
+    model.bert.embeddings.position_embeddings.weight.data[positions:] = float("nan")
+    encoder = Encoder(model, tokenizer, na_prob_thresh=1.0)
+    record = RECORDS[0] | {"context": RECORDS[0]["context"] * 5, "question": "met " * 600}
+    reply = encoder.answer([[record]])[0].reply
+    assert reply.best
+    assert reply.best.text in record["context"]
+    assert reply.na_prob == reply.na_prob  # not NaN: no position was beyond the model's
+
+
+def test_encoder_gives_no_empty_span_and_no_question_mark(reader: Path) -> None:
+    encoder = load(reader)[0]
+    high = torch.tensor([9.0, 9.0, 8.0, 1.0, 7.0, 0.0])
+    assert encoder._best_span(high, high, ["", "", "?", "a", "", "b"]) == (2, 3, 9.0)
+    assert encoder._best_span(high[:3], high[:3], ["", "", "?"]) is None
 
 
 def test_encoder_through_the_command_line(reader: Path, dataset: str, tmp_path: Path) -> None:

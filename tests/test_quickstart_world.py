@@ -115,11 +115,9 @@ def test_kinds_of_questions() -> None:
 
 def test_splits_share_no_names_or_contexts(make_world: ModuleType) -> None:
     train, _, test_names = make_world.build()
-    assert not test_names & set(make_world.build()[0])
     assert len(test_names) > 200
     text = make_world.dump(train)
-    shared = [name for name in test_names if f" {name} " in text or f"{name}?" in text]
-    assert shared == []
+    assert [name for name in test_names if name in text] == []
     contexts = [{paragraph["context"] for paragraph in paragraphs(s)} for s in ("train", "test")]
     assert not contexts[0] & contexts[1]
 
