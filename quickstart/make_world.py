@@ -8,8 +8,8 @@ Run:    python quickstart/make_world.py
 A paragraph is about one or two made-up things. An unanswerable question is of one of three kinds,
 which ends its id: `other` asks for what the text gives for another thing of that kind only, `near`
 for a near-miss: of the thing's attributes of that sort (two years, two persons, …) the text gives
-another one, `absent` for something else, of which nothing alike is said of the thing. No name of the
-test world occurs in the train world.
+another one, `absent` for something else, of which nothing alike is said of the thing. No name of
+the test world occurs in the train world.
 """
 
 import json
