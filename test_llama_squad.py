@@ -66,8 +66,11 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
     }
     for flag, given in needs_local.items():
         if given and args.predictor != "local":
-            raise ValueError(f"{flag} means nothing to --predictor {args.predictor}: leave it out")
-    if args.base_url:
+            raise ValueError(
+                f"{flag} means nothing to --predictor {args.predictor}: leave it "
+                "out, as a flag or in the configuration"
+            )
+    if args.base_url is not None:
         check_url(args)
     needs_spans = {
         "--tune_threshold": args.tune_threshold,
@@ -95,18 +98,18 @@ def check_url(args: TestArguments) -> None:
     """Refuse what is no address of a server, or holds a secret. Raises ValueError."""
     if args.predictor != "server":
         raise ValueError("--base_url needs --predictor server: no other is asked over a network")
-    url = urlsplit(str(args.base_url))
-    try:
-        good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-    except ValueError:  # of the port
-        good = False
-    if not good or " " in url.netloc:
-        raise ValueError(f"--base_url is such as http://localhost:8000/v1, not {args.base_url!r}")
-    if "@" in url.netloc or url.query:
+    if any(mark in str(args.base_url) for mark in "@?#"):
         raise ValueError(
-            "--base_url is written beside the results, so it must hold no secret: give the key in "
-            "OPENAI_API_KEY"
+            "--base_url must hold no secret, as it is written beside the results: the key belongs "
+            "into OPENAI_API_KEY"
         )
+    try:
+        url = urlsplit(str(args.base_url))
+        good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # of the host or the port
+        good = False
+    if not good or " " in url.netloc or url.path.rstrip("/").endswith("/completions"):
+        raise ValueError(f"--base_url is such as http://localhost:8000/v1, not {args.base_url!r}")
 
 
 def run(args: TestArguments, model_args: ModelArguments) -> None:

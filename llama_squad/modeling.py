@@ -221,7 +221,7 @@ def load_reader(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeni
     if info["missing_keys"]:
         raise ValueError(
             f"{args.model_name} was not trained to answer questions: it has no weights for "
-            f"{', '.join(sorted(info['missing_keys']))}. Give a model that was, such as "
+            f"{max(info['missing_keys'])}, for one. Give a model that was, such as "
             "deepset/deberta-v3-large-squad2"
         )
     return model.to(device()).eval(), tokenizer

@@ -9,8 +9,9 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import Queue
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -172,7 +173,7 @@ class ServerModel:
         prompt: str = "single_turn",
         system_prompt: str = SYSTEM_PROMPT,
         max_new_tokens: int = 256,
-        timeout: float = 120,
+        timeout: float = 600,
         retries: int = 8,
     ) -> None:
         try:
@@ -186,6 +187,8 @@ class ServerModel:
             raise ValueError(
                 "OpenAI asks for a key: set OPENAI_API_KEY, or name another server with --base_url"
             )
+        if key and not (key.isascii() and key.isprintable()):
+            raise ValueError("OPENAI_API_KEY holds a character that no key has: copy it again")
         self._url = base_url or OPENAI_URL  # given, so that no variable redirects it unseen
         self._client = OpenAI(
             api_key=key or "none", base_url=self._url, timeout=timeout, max_retries=retries
@@ -200,11 +203,24 @@ class ServerModel:
     def answer(self, batch: Batch) -> list[Prediction]:
         """Answer the records of several paragraphs at once, in order."""
         records = list(itertools.chain.from_iterable(batch))
-        threads = ThreadPoolExecutor(len(records))
-        try:
-            return list(threads.map(self._ask, records))
-        finally:  # at the first failure, rather than after the others' retries
-            threads.shutdown(wait=False, cancel_futures=True)
+        replies: Queue[tuple[int, Prediction | Exception]] = Queue()
+
+        def ask(index: int) -> None:
+            try:
+                replies.put((index, self._ask(records[index])))
+            except Exception as error:
+                replies.put((index, error))
+
+        # Daemons: at the first failure, or at Ctrl-C, nothing waits for the others' retries.
+        for index in range(len(records)):
+            Thread(target=ask, args=(index,), daemon=True).start()
+        predictions: dict[int, Prediction] = {}
+        for _ in records:
+            index, reply = replies.get()
+            if isinstance(reply, Exception):
+                raise reply
+            predictions[index] = reply
+        return [predictions[index] for index in range(len(records))]
 
     def _ask(self, record: Record) -> Prediction:
         messages = build_messages(record, self._prompt, self._system_prompt, answer=False)
@@ -215,7 +231,7 @@ class ServerModel:
         return Prediction(record, text, Reply(self._reply(messages), [], 0.0))
 
     def _reply(self, messages: Any) -> str:
-        from openai import OpenAIError
+        from openai import APITimeoutError, OpenAIError
 
         kept = "Finished batches are kept: the same command goes on from there"
         who = f"{self._url} (model {self._options['model']!r})"
@@ -226,7 +242,10 @@ class ServerModel:
             if not isinstance(content, str):
                 raise TypeError(f"content is of type {type(content).__name__}")
         except OpenAIError as error:
-            raise ValueError(f"{who} does not answer: {error}. {kept}") from error
+            cause = f"{str(error).rstrip('.')} ({error.__cause__ or type(error).__name__})"
+            if isinstance(error, APITimeoutError):
+                cause += "; a smaller --batch_size asks for less at once"
+            raise ValueError(f"{who} does not answer: {cause}. {kept}") from error
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{who} answers with something that is no chat completion ({error}): does "
@@ -257,6 +276,9 @@ class Encoder:
             has fewer positions.
         longest: tokens of the longest answer.
         batch_size: windows at once.
+
+    Raises:
+        ValueError: the model reads too little at once, or from the right (XLNet).
     """
 
     def __init__(
@@ -275,6 +297,11 @@ class Encoder:
         # RoBERTa counts positions from 2.
         positions = getattr(model.config, "max_position_embeddings", None) or window + 2
         self._window = min(window, tokenizer.model_max_length, positions - 2)
+        if self._window < 32 or tokenizer.padding_side != "right":
+            raise ValueError(
+                f"{model.config.model_type} is no encoder for this: it reads {self._window} tokens "
+                f"at once (32 at least) and pads on the {tokenizer.padding_side} (right is needed)"
+            )
         self._stride = min(stride, self._window // 3)
 
     @torch.inference_mode()

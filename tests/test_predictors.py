@@ -14,10 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForQuestionAnswering, BertModel, PreTrainedTokenizerFast
 
 import test_llama_squad
+from llama_squad import modeling
 from llama_squad.answers import format_answer
-from llama_squad.config import CreateArguments
+from llama_squad.config import CreateArguments, ModelArguments
 from llama_squad.data import write_dataset
-from llama_squad.predictors import Encoder
+from llama_squad.predictors import Encoder, ServerModel
 from llama_squad.results import read_results
 
 RECORDS = make_records(5, [2, 4], seed=3)
@@ -49,10 +50,13 @@ class Server(ThreadingHTTPServer):
     busy = 0
     broken = ""
     body = ""
+    slow = ""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.requests: list[dict[str, Any]] = []
+        self.released: list[bool] = []
+        self.release, self.finished = threading.Event(), threading.Event()
 
     @property
     def url(self) -> str:
@@ -73,6 +77,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(429, {"error": {"message": "slow down"}})
         if server.broken and server.broken in prompt:
             return self.send(404, {"error": {"message": "no such model"}})
+        if server.slow and server.slow in prompt:
+            server.released.append(server.release.wait(20))
+            server.finished.set()
         if server.body:
             return self.send(200, server.body)
         message = {"role": "assistant", "content": gold(prompt)}
@@ -186,14 +193,37 @@ def test_server_says_when_replies_are_cut_off(
 def test_server_alone_is_asked(
     server: Server, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No Hub is asked for the model's settings, and no variable leads elsewhere."""
+    """No Hub is asked for the model's settings."""
 
     def refuse(*_: object) -> None:
         raise AssertionError("the Hub was asked")
 
     monkeypatch.setattr("llama_squad.modeling.saved_settings", refuse)
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     assert len(ask(server, dataset, tmp_path / "results.csv")) == len(RECORDS)
+
+
+def test_no_variable_leads_to_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    assert str(ServerModel("m")._client.base_url) == "https://api.openai.com/v1/"
+
+
+def test_a_key_with_a_line_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY") as caught:
+        ServerModel("m")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_failure_is_seen_at_once(server: Server) -> None:
+    """The first question of a batch is still being answered when the last one has failed."""
+    server.slow, server.broken = RECORDS[0]["question"], RECORDS[-1]["question"]
+    with pytest.raises(ValueError, match="no such model"):
+        ServerModel("m", server.url).answer([[RECORDS[0]], [RECORDS[-1]]])
+    assert server.released == []
+    server.release.set()
+    server.finished.wait(20)
+    assert server.released == [True]
 
 
 def test_openai_needs_a_key(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +243,11 @@ def test_openai_needs_a_key(dataset: str, monkeypatch: pytest.MonkeyPatch) -> No
         (["--base_url=http://localhost"], "--base_url needs --predictor server"),
         (["--predictor=server", "--base_url=localhost:8000"], "is such as http://localhost:8000"),
         (["--predictor=server", "--base_url=http://localhost:port/v1"], "is such as"),
+        (["--predictor=server", "--base_url=http://[::1/v1"], "is such as"),
+        (["--predictor=server", "--base_url="], "is such as"),
+        (["--predictor=server", "--base_url=http://h/v1/chat/completions"], "is such as"),
         (["--predictor=server", "--base_url=http://me:secret@localhost/v1"], "hold no secret"),
+        (["--predictor=server", "--base_url=http://localhost/v1#secret"], "hold no secret"),
     ],
 )
 def test_flags_that_the_predictor_does_not_know(flags: list[str], message: str) -> None:
@@ -275,7 +309,7 @@ def search(model: Any, tokenizer: Any, record: dict[str, Any]) -> tuple[str, flo
 
 
 def test_encoder_finds_the_best_span(reader: Path) -> None:
-    encoder, model, tokenizer = load(reader, window=512, na_prob_thresh=1.0)
+    encoder, model, tokenizer = load(reader, window=500, na_prob_thresh=1.0, batch_size=3)
     predictions = encoder.answer([RECORDS[:2], RECORDS[2:]])
     assert [prediction.record["id"] for prediction in predictions] == [r["id"] for r in RECORDS]
     for prediction, record in zip(predictions, RECORDS, strict=True):
@@ -317,17 +351,32 @@ def test_encoder_reads_contexts_longer_than_its_window(reader: Path) -> None:
     assert reply.completion == format_answer("zebra")
 
 
-@pytest.mark.parametrize("positions", [512, 64])
-def test_encoder_cuts_long_questions_and_windows(reader: Path, positions: int) -> None:
+@pytest.mark.parametrize(("positions", "length"), [(512, 10**30), (64, 10**30), (512, 60)])
+def test_encoder_cuts_long_questions_and_windows(reader: Path, positions: int, length: int) -> None:
     _, model, tokenizer = load(reader)
+    tokenizer.model_max_length = length
     model.config.max_position_embeddings = positions
-    model.bert.embeddings.position_embeddings.weight.data[positions:] = float("nan")
+    model.bert.embeddings.position_embeddings.weight.data[min(positions, length) :] = float("nan")
     encoder = Encoder(model, tokenizer, na_prob_thresh=1.0)
     record = RECORDS[0] | {"context": RECORDS[0]["context"] * 5, "question": "met " * 600}
     reply = encoder.answer([[record]])[0].reply
     assert reply.best
     assert reply.best.text in record["context"]
     assert reply.na_prob == reply.na_prob  # not NaN: no position was beyond the model's
+
+
+def test_encoder_that_reads_too_little_is_refused(reader: Path) -> None:
+    _, model, tokenizer = load(reader)
+    model.config.max_position_embeddings = -1  # XLNet's
+    with pytest.raises(ValueError, match="bert is no encoder for this"):
+        Encoder(model, tokenizer)
+
+
+def test_encoder_is_held_in_float32_unasked(reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling, "resolve_dtype", lambda _: torch.bfloat16)
+    for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        args = ModelArguments(model_name=str(reader), dtype=dtype)  # type: ignore[arg-type]
+        assert modeling.load_reader(args)[0].dtype == expected
 
 
 def test_encoder_gives_no_empty_span_and_no_question_mark(reader: Path) -> None:
