@@ -343,13 +343,7 @@ def start_as_reader(model: LlamaForCausalLM, words: list[int], sorts: list[str])
     _start_embeddings(model.model.embed_tokens.weight, words, sorts)
     model.model.norm.weight.fill_(4.5)
     for layer in model.model.layers:
-        heads = layer.self_attn
-        values = torch.linalg.qr(torch.randn(size, size))[0]
-        heads.v_proj.weight.copy_(values)
-        heads.o_proj.weight.copy_(0.2 * values.T)
-        parts = [torch.linalg.qr(torch.randn(size, HEAD))[0].T for _ in range(size // HEAD)]
-        heads.q_proj.weight.copy_(0.7 * torch.cat(parts))
-        heads.k_proj.weight.copy_(0.7 * torch.cat(parts))
+        _start_near_identity(layer.self_attn)
     write, match = (model.model.layers[index].self_attn for index in (0, 1))
     for part in (*write.children(), match.q_proj, match.k_proj):
         part.weight.zero_()
@@ -402,6 +396,17 @@ def _start_embeddings(embedding: torch.Tensor, words: list[int], sorts: list[str
     embedding[:, 0] = CONSTANT * deviation
     for flag, topic in enumerate(TOPICS, start=1):
         embedding[:, flag] = CONSTANT * deviation * torch.tensor([sort == topic for sort in sorts])
+
+
+def _start_near_identity(attention: LlamaAttention) -> None:
+    """Let every token attend to those like itself, and add a little of what it finds."""
+    size = attention.q_proj.in_features
+    values = torch.linalg.qr(torch.randn(size, size))[0]
+    attention.v_proj.weight.copy_(values)
+    attention.o_proj.weight.copy_(0.2 * values.T)
+    parts = [torch.linalg.qr(torch.randn(size, HEAD))[0].T for _ in range(size // HEAD)]
+    attention.q_proj.weight.copy_(0.7 * torch.cat(parts))
+    attention.k_proj.weight.copy_(0.7 * torch.cat(parts))
 
 
 def _match(
