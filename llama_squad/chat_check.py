@@ -172,13 +172,13 @@ def _perplexity(model: Any, prompt: Sequence[int], reply: Sequence[int]) -> floa
 def summarize_chat(replies: Sequence[ChatReply]) -> dict[str, Any]:
     """Return the figures of some replies: shares of the kinds in %, medians of the measures.
 
-    ``prose_interval`` is the 95 % interval (Wilson's) of the share of prose. Perplexity and
-    repetition are those of the replies that have a word.
+    ``prose_interval`` is the 95 % interval (Wilson's) of the share of prose. Repetition is that of
+    the replies that have a word, perplexity that of those that have a token.
     """
     count = len(replies)
     kinds = Counter(reply.kind for reply in replies)
     spoken = [reply for reply in replies if reply.words]
-    perplexities = [r.perplexity for r in spoken if r.perplexity is not None]
+    perplexities = [r.perplexity for r in replies if r.perplexity is not None]
     return {
         "prompts": count,
         "prose": 100 * kinds["prose"] / count,
@@ -207,7 +207,7 @@ def render_chat(base: Sequence[ChatReply], tuned: Sequence[ChatReply]) -> str:
         ]
         measures = [
             "–" if found[key] is None else f"{found[key]:{form}}"
-            for key, form in (("words", ".0f"), ("repetition", ".2f"), ("perplexity", ".2f"))
+            for key, form in (("words", ".0f"), ("repetition", ".2f"), ("perplexity", ",.2f"))
         ]
         lines.append(f"| {name} | " + " | ".join([*shares, *measures]) + " |")
     differences = [
