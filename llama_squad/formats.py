@@ -95,17 +95,19 @@ def _json(path: Path) -> Iterator[Row]:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # a second object: JSON lines under another name
+        # a second object after the first: JSON lines under another name
+        if error.msg == "Extra data" and text[: error.pos].count("\n") <= 1:
             yield from _json_lines(path)
             return
         raise ValueError(f"{path} is not JSON: {error}") from error
     key = ""
     if isinstance(content, dict) and "data" in content:
         key, content = "data", content["data"]
-    elif isinstance(content, dict) and "question" in content:
+    elif isinstance(content, dict) and isinstance(content.get("question"), str):
         content = [content]
     if not isinstance(content, list):
-        raise ValueError(f"{path} is of no known form: {FORMS}")
+        found = f"keys {', '.join(list(content)[:3])}" if isinstance(content, dict) else "no list"
+        raise ValueError(f"{path} is of no known form ({found}): {FORMS}")
     first = content[0] if content else None
     if isinstance(first, dict) and not {"paragraphs", "qas"} & first.keys():
         check_columns([*first, "answer"], str(path))  # another row may have the answer
@@ -180,13 +182,13 @@ def _csv(path: Path) -> Iterator[Row]:
 
 
 def _header(text: str) -> tuple[list[str], str]:
-    """Return the columns' names and the delimiter: the one that finds most of the names."""
+    """Return the columns' names and the delimiter: that by which most of the names are found."""
     line = io.StringIO(text, newline="").readline()
     found = []
     for delimiter in _DELIMITERS:
         cells = next(csv.reader([line], delimiter=delimiter), [])
         found.append(([cell.strip().lower() for cell in cells], delimiter))
-    return max(found, key=lambda pair: len(set(COLUMNS) & set(pair[0])))
+    return max(found, key=lambda pair: (len(set(COLUMNS) & set(pair[0])), len(pair[0])))
 
 
 def _cell(text: str) -> Any:

@@ -6,6 +6,7 @@ Uses nothing of ours.
 import re
 import unicodedata
 from functools import lru_cache
+from typing import Literal
 
 _INVISIBLE = "\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff"
 """Soft hyphen, zero-width spaces and joiners, marks of direction and of byte order."""
@@ -13,6 +14,7 @@ _GAP = re.compile(rf"[\s{_INVISIBLE}]+")
 _DROPPED = re.compile(f"[{_INVISIBLE}]")
 _ALIKE = str.maketrans("‘’‚‛′“”„‟″«»‐‑‒–—−", '\'\'\'\'\'"""""""------')
 
+Form = Literal["NFC", "NFD"]
 Span = tuple[int, int]
 """Where a text begins and ends in its context, in characters."""
 
@@ -41,16 +43,26 @@ def find_spans(context: str, text: str) -> list[Span]:
 def nearest_span(context: str, spans: list[Span], start: int) -> Span:
     """Return the span that begins nearest to an offset that may count something else.
 
-    Offsets are also tried as counted in UTF-8 bytes, in UTF-16 units, and with a line end as one
-    character where the context has two.
+    Offsets are also tried as counted in UTF-8 bytes, in UTF-16 units, in the other Unicode form,
+    with a line end as one character where the context has two, and without a byte-order mark.
     """
-    starts = [start]
+    starts = [start, start + context.startswith("\ufeff")]
     for encoding, size in (("utf-8", 1), ("utf-16-le", 2)):
-        before = context.encode(encoding)[: start * size]
-        starts.append(len(before.decode(encoding, errors="ignore")))
+        units = context.encode(encoding)[: start * size]
+        starts.append(len(units.decode(encoding, errors="ignore")))
+    forms: tuple[tuple[Form, Form], ...] = (("NFC", "NFD"), ("NFD", "NFC"))
+    for counted, form in forms:
+        if unicodedata.is_normalized(form, context):
+            before = unicodedata.normalize(counted, context)[:start]
+            starts.append(len(unicodedata.normalize(form, before)))
     line_ends = [match.start() - n for n, match in enumerate(re.finditer("\r\n", context))]
     starts.append(start + sum(at < start for at in line_ends))
-    return min(spans, key=lambda span: min(abs(span[0] - at) for at in starts))
+
+    def distances(span: Span) -> tuple[int, int]:
+        # of two that are as near by different counts, the one nearer to the offset as it stands
+        return min(abs(span[0] - at) for at in starts), abs(span[0] - start)
+
+    return min(spans, key=distances)
 
 
 def _find_folded(context: str, text: str) -> list[Span]:
