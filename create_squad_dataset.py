@@ -1,6 +1,6 @@
 """Build the dataset: SQuAD records → chat messages, split into train, val and test.
 
-Reads SQuAD v2 from the Hub, or files in the official JSON format, or the bundled sample.
+Reads SQuAD v2 from the Hub, or your own files (docs/own-data.md), or the bundled sample.
 Writes the folder ``--dataset_name`` (default data/squad_v2), and the counts to the terminal.
 
     python create_squad_dataset.py
@@ -9,6 +9,7 @@ Writes the folder ``--dataset_name`` (default data/squad_v2), and the counts to 
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from llama_squad.config import CreateArguments, parse_stage
@@ -22,16 +23,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     from llama_squad import data
+    from llama_squad.cleaning import Cleaner
 
+    cleaner = Cleaner(mend=args.mend, skip_bad=args.skip_bad)
     try:
-        splits = data.read_source(args)
+        splits = data.read_source(args, cleaner)
         if "train" in splits:
             train, val = data.split_by_title(splits["train"], args.validation_ratio, args.seed)
             splits = {"train": train, **({"val": val} if val else {}), **splits | {"train": train}}
-        _warn_of_shared_contexts(splits)
+        test = splits.get("test", [])
+        shared = sum(data.count_shared(splits[n], test) for n in ("train", "val") if n in splits)
         total = sum(map(len, splits.values()))
         with tqdm(total=total, unit=" questions", desc="Writing messages") as progress:
-            data.write_dataset(splits, args, progress)
+            data.write_dataset(splits, args, progress, cleaner)
     except ValueError as error:
         sys.exit(f"create_squad_dataset.py: {error}")
 
@@ -45,6 +49,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "val" in splits:
         read = len(splits["train"]) + len(splits["val"])
         print(f"train and val hold the {read:,} questions of the training source.")
+    summary = cleaner.summary(str(Path(args.dataset_name) / data.DROPPED))
+    if summary:
+        print(f"\n{summary}")
+    if shared:
+        print(
+            f"Warning: {shared:,} training questions are about a context of the test split; "
+            "the test figures will flatter the model.",
+            file=sys.stderr,
+        )
     print(f"\nWrote {args.dataset_name} ({args.prompt}). Next: python train_llama_squad.py")
 
 
@@ -52,17 +65,6 @@ def files_for_sample(parsed: Sequence[CreateArguments]) -> Mapping[str, Any]:
     """Return what beats the file: named files beat its ``sample``. The flag ``--sample`` stands."""
     args = parsed[0]
     return {"sample": False} if args.sample and (args.train_files or args.test_files) else {}
-
-
-def _warn_of_shared_contexts(splits: dict) -> None:
-    contexts = {record["context"] for record in splits.get("test", [])}
-    shared = sum(r["context"] in contexts for n in ("train", "val") for r in splits.get(n, []))
-    if shared:
-        print(
-            f"Warning: {shared:,} training questions are about a context of the test split; "
-            "the test figures will flatter the model.",
-            file=sys.stderr,
-        )
 
 
 if __name__ == "__main__":

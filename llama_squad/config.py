@@ -50,10 +50,18 @@ class CreateArguments:
     dataset_name: str = _option("data/squad_v2", "Folder to write the dataset to.")
     source: str = _option("rajpurkar/squad_v2", "SQuAD v2 dataset on the Hub, or a local copy.")
     train_files: list[str] | None = _option(
-        None, "Training files in the official SQuAD JSON format; globs allowed. Replaces --source."
+        None,
+        "Training files: SQuAD's JSON, or rows with context, question, answer as JSON, JSON lines, "
+        "CSV or parquet (docs/own-data.md); globs allowed. Replaces --source.",
     )
-    test_files: list[str] | None = _option(
-        None, "Test files in the official SQuAD JSON format; globs allowed. Replaces --source."
+    test_files: list[str] | None = _option(None, "Test files, of the same forms.")
+    mend: bool = _option(
+        False,
+        "Take the best guess for questions that can be read in several ways: the nearest place of "
+        "an answer whose offset is wrong, a number added to an id that another question has.",
+    )
+    skip_bad: bool = _option(
+        False, "Leave out questions that cannot be used, and list them beside the dataset."
     )
     sample: bool = _option(False, "Use the small world bundled in quickstart/data.")
     prompt: Literal["single_turn", "multi_turn"] = _option("single_turn", _PROMPT_HELP)

@@ -203,9 +203,9 @@ def test_hostile_text_under_real_tokenizers(shared_data, name, template, end, pr
 @pytest.mark.parametrize(("name", "template", "end"), CASES, ids=lambda x: x)
 def test_real_questions(shared_data, name, template, end):
     """A sample; benchmarks/check_masks.py checks all 129,943."""
-    from llama_squad.data import read_squad_file
+    from llama_squad.data import read_files
 
-    records = list(read_squad_file(shared_data / "squad_v2" / "train-003.json"))[::8]
+    records = read_files([str(shared_data / "squad_v2" / "train-003.json")])[::8]
     encoder = ConversationEncoder(load_tokenizer(name, template))
     assert list(faults(encoder, records, "single_turn", end)) == []
     assert len(records) > 300

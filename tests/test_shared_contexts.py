@@ -489,7 +489,7 @@ def test_throughput_counts_are_true(tmp_path: Path) -> None:
 
 def real_records(shared_data: Path, count: int = 2000) -> list[dict]:
     """Return the first real training questions, whole paragraphs but for the last."""
-    return read_files([str(shared_data / "squad_v2" / "train-000.json")], set())[:count]
+    return read_files([str(shared_data / "squad_v2" / "train-000.json")])[:count]
 
 
 def epoch(encoded: Any, folder: Path) -> Recorder:
