@@ -358,6 +358,10 @@ class _Search:
                     self._push(child)
         return []
 
+    def set_aside(self, nodes: Sequence[_Node]) -> None:
+        """Keep nodes that the answer's search gives up, for the other spans."""
+        self._spare += nodes
+
     def cut(self, log_prob: float) -> None:
         """Note that a partial reply of this log-probability was given up."""
         self.cut_off = max(self.cut_off, log_prob)
@@ -656,19 +660,21 @@ class _Batch:
         padded = padded.to(logits.device)
         allowed = logits.gather(1, padded.clamp(min=0)) - norms
         allowed.masked_fill_(padded < 0, -math.inf)
-        most = 4 * beams if self._generator.n_best == 1 else width
-        top = allowed.topk(min(most, width))
+        most = 4 * beams
+        top = allowed.topk(min(most, width) if self._generator.n_best == 1 else width)
         for (question, node), found, values, indices in zip(
             nodes, following, top.values.tolist(), top.indices.tolist(), strict=True
         ):
-            if len(found.ids) > len(values):
-                question.search.cut(node.log_prob + values[-1])
-            children = (
+            if len(found.ids) > most:
+                question.search.cut(node.log_prob + values[most - 1])
+            children = [
                 self._span_child(question, node, value, found.ids[i], found.targets[i])
                 for value, i in zip(values, indices, strict=True)
                 if value > -math.inf
-            )
-            node.children = [child for child in children if child is not None]
+            ]
+            # The answer must be the same whatever n_best is: the rest waits until it is found.
+            node.children = [child for child in children[:most] if child is not None]
+            question.search.set_aside([child for child in children[most:] if child is not None])
 
     def _free_child(self, node: _Node, score: float, token_id: int) -> _Node:
         assert node.branch is not None

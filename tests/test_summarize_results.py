@@ -7,13 +7,11 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import summarize_results
 from llama_squad.answers import extract_answer, format_answer
-from llama_squad.metrics import gold_texts
 from llama_squad.results import ResultsFile, make_row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,13 +200,14 @@ def run_stage(*argv: str) -> tuple[str, float]:
     return done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def test_the_whole_dev_set_takes_under_three_seconds_and_no_torch(shared_data: Path) -> None:
-    references: dict[str, Any] = json.loads((shared_data / "squad_v2/dev.json").read_text())
+def test_as_many_rows_as_dev_has_take_under_three_seconds_and_no_torch() -> None:
     with ResultsFile("results/results.csv", {}) as file:
         rows = []
-        for id_, golds in gold_texts(references).items():
+        for number in range(11_873):
+            golds = [f"the answer {number}", f"answer {number}", "some words more"][: number % 4]
             completion = format_answer(golds[0] if golds else "?")
-            record = {"id": id_, "title": "", "question": "q" * 60, "answers": {"text": golds}}
+            record = {"id": str(number), "title": "", "question": "q" * 60}
+            record["answers"] = {"text": golds}
             answer = extract_answer(completion)
             rows.append(make_row(record, completion, answer, "prompt\n" * 200, 0.5, score=-1.0))
         file.append(rows)
