@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "summarize",
         (SummarizeArguments,),
         [*flags, *argv[len(files) :]],
-        description=(__doc__ or "").splitlines()[0],
+        description=__doc__,
     )
     try:
         summary = score_official(args) if args.predictions else summarize_files(args)

@@ -13,25 +13,46 @@ Reads the dataset folder and the base model; writes checkpoints and logs to ``--
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from llama_squad.config import ModelArguments, TrainArguments, parse_stage
+from llama_squad.config import (
+    ModelArguments,
+    TrainArguments,
+    TrainerArguments,
+    check_full_parameters,
+    check_training_numbers,
+    parse_stage,
+)
+from llama_squad.flags import sft_config_fields
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
-    from llama_squad.training import SquadSFTConfig, check_flags
+    argv = sys.argv[1:] if argv is None else argv
+    own = (TrainArguments, ModelArguments, TrainerArguments)
+    try:  # before TRL is loaded, which takes ten seconds
+        check = partial(check_flags, argv)
+        later = sft_config_fields()
+        parse_stage("train", own, argv, description=__doc__, check=check, later=later)
+        from llama_squad.training import REPLACED, SquadSFTConfig
 
-    types = (TrainArguments, ModelArguments, SquadSFTConfig)
-    args, model_args, sft_args = parse_stage("train", types, argv, description=__doc__)
-    try:
-        check_flags(args, sys.argv[1:] if argv is None else argv)
+        args, model_args, sft_args = parse_stage(
+            "train", (*own[:2], SquadSFTConfig), argv, description=__doc__, hidden=REPLACED
+        )
         if args.show_mask:
             show_mask(args, model_args)
         else:
             train(args, model_args, sft_args)
     except ValueError as error:
         sys.exit(f"train_llama_squad.py: {error}")
+
+
+def check_flags(argv: Sequence[str], parsed: Sequence[Any]) -> None:
+    """Check what can be checked before anything is loaded. Raises ValueError."""
+    args, _, trainer = parsed
+    check_training_numbers(args, trainer)
+    check_full_parameters(args, argv)
 
 
 def show_mask(args: TrainArguments, model_args: ModelArguments) -> None:
