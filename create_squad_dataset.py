@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_squad.config import CreateArguments, parse_stage
+from llama_squad.stage import if_interrupted, next_command, run_stage
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -19,19 +20,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parse_stage(
         "create", (CreateArguments,), argv, saved=files_for_sample, description=__doc__
     )
-    from tqdm import tqdm
-
     from llama_squad import data
 
     try:
-        splits = data.read_source(args)
-        if "train" in splits:
-            train, val = data.split_by_title(splits["train"], args.validation_ratio, args.seed)
-            splits = {"train": train, **({"val": val} if val else {}), **splits | {"train": train}}
-        _warn_of_shared_contexts(splits)
-        total = sum(map(len, splits.values()))
-        with tqdm(total=total, unit=" questions", desc="Writing messages") as progress:
-            data.write_dataset(splits, args, progress)
+        data.check_target(args.dataset_name)
+        data.check_ratio(args.validation_ratio)
+        with if_interrupted(f"{args.dataset_name} is as it was: the same command starts anew"):
+            splits = build(args)
     except ValueError as error:
         sys.exit(f"create_squad_dataset.py: {error}")
 
@@ -45,7 +40,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "val" in splits:
         read = len(splits["train"]) + len(splits["val"])
         print(f"train and val hold the {read:,} questions of the training source.")
-    print(f"\nWrote {args.dataset_name} ({args.prompt}). Next: python train_llama_squad.py")
+    following = next_command(
+        "train" if "train" in splits else "test", argv, dataset_name=args.dataset_name
+    )
+    print(f"\nWrote {args.dataset_name} ({args.prompt}). Next: {following}")
+
+
+def build(args: CreateArguments) -> dict[str, list[dict]]:
+    """Read the records, split them and write the dataset; return the splits."""
+    from tqdm import tqdm
+
+    from llama_squad import data
+
+    splits = data.read_source(args)
+    if "train" in splits:
+        train, val = data.split_by_title(splits["train"], args.validation_ratio, args.seed)
+        splits = {"train": train, **({"val": val} if val else {}), **splits | {"train": train}}
+    _warn_of_shared_contexts(splits)
+    total = sum(map(len, splits.values()))
+    with tqdm(total=total, unit=" questions", desc="Writing messages") as progress:
+        data.write_dataset(splits, args, progress)
+    return splits
 
 
 def files_for_sample(parsed: Sequence[CreateArguments]) -> Mapping[str, Any]:
@@ -66,4 +81,4 @@ def _warn_of_shared_contexts(splits: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -496,7 +496,7 @@ def parse_stage(
         )
 
     prog = parser.prog
-    path = _config_path(arguments)
+    path = _config_path(given_config(arguments))
     try:
         values = _file_values(path, stage, known | library) if path else {}
         parsed = parse(values, str(path) if path else "")
@@ -513,15 +513,39 @@ def parse_stage(
     return parsed
 
 
-def _config_path(arguments: Sequence[str]) -> Path | None:
-    """Find ``--config FILE``; without it ``config.yaml`` of the current folder, if it is there."""
+def given_config(arguments: Sequence[str]) -> str | None:
+    """Return the FILE of ``--config FILE``, if it is there."""
     for index, argument in enumerate(arguments):
         if argument == "--config" and index + 1 < len(arguments):
-            return Path(arguments[index + 1])
+            return arguments[index + 1]
         if argument.startswith("--config="):
-            return Path(argument.removeprefix("--config="))
+            return argument.removeprefix("--config=")
+    return None
+
+
+def _config_path(config: str | None) -> Path | None:
+    """Return the configuration file; without one ``config.yaml`` of the current folder, if any."""
+    if config is not None:
+        return Path(config)
     default = Path("config.yaml")
     return default if default.is_file() else None
+
+
+def stage_values(stage: str, types: Sequence[type], config: str | None) -> dict[str, Any]:
+    """Return the values that a stage takes where no flag is given: the file's, else the defaults.
+
+    Raises:
+        ValueError: the file is at fault.
+    """
+    values = {f.name: f.default for cls in types for f in dataclasses.fields(cls)}
+    path = _config_path(config)
+    if path:
+        content = load_yaml(path)
+        section = content.get(stage)
+        known = _known_keys(types)
+        for part in (content, section if isinstance(section, dict) else {}):
+            values |= {known[key][0]: value for key, value in part.items() if key in known}
+    return values
 
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")

@@ -352,6 +352,14 @@ def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
     return str(max(complete, key=lambda path: int(path.name[11:])))
 
 
+def newest_checkpoint(output_dir: str, since: float) -> str | None:
+    """Return the checkpoint that was completed last, if that was after ``since`` (Unix time, s)."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if _is_complete(path)]
+    times = {path: (path / "trainer_state.json").stat().st_mtime for path in found}
+    newest = max(times, key=times.__getitem__, default=None)
+    return str(newest) if newest and times[newest] >= since else None
+
+
 def _is_complete(checkpoint: Path) -> bool:
     """Tell whether a checkpoint was written to its end: the trainer writes its state last."""
     try:

@@ -121,7 +121,9 @@ def test_help_loads_nothing_slow_and_keeps_the_examples_on_their_lines(
 
 
 def test_help_all_lists_the_library_s_flags_but_those_that_are_refused(tmp_path: Path) -> None:
-    own, everything = (run(tmp_path, "train_llama_squad.py", f).stdout for f in ("--help", "--help_all"))
+    own, everything = (
+        run(tmp_path, "train_llama_squad.py", f).stdout for f in ("--help", "--help_all")
+    )
     assert "--lora_r N" in own and "--max_steps N" in own and "--help_all" in own
     assert "--weight_decay" not in own
     assert everything.index("--lora_r N") < everything.index("TRL's SFTConfig:")
