@@ -10,9 +10,14 @@ Writes the folder ``--dataset_name`` (default data/squad_v2), and the counts to 
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama_squad.config import CreateArguments, parse_stage
+from llama_squad.stage import if_interrupted, next_command, run_stage
+
+if TYPE_CHECKING:
+    from llama_squad.cleaning import Cleaner
+    from llama_squad.records import Record
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,22 +25,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parse_stage(
         "create", (CreateArguments,), argv, saved=files_for_sample, description=__doc__
     )
-    from tqdm import tqdm
-
     from llama_squad import data
     from llama_squad.cleaning import Cleaner
 
     cleaner = Cleaner(mend=args.mend, skip_bad=args.skip_bad)
     try:
-        splits = data.read_source(args, cleaner)
-        if "train" in splits:
-            train, val = data.split_by_title(splits["train"], args.validation_ratio, args.seed)
-            splits = {"train": train, **({"val": val} if val else {}), **splits | {"train": train}}
-        test = splits.get("test", [])
-        shared = sum(data.count_shared(splits[n], test) for n in ("train", "val") if n in splits)
-        total = sum(map(len, splits.values()))
-        with tqdm(total=total, unit=" questions", desc="Writing messages") as progress:
-            data.write_dataset(splits, args, progress, cleaner)
+        data.check_target(args.dataset_name)
+        data.check_ratio(args.validation_ratio)
+        with if_interrupted(f"{args.dataset_name} is as it was: the same command starts anew"):
+            splits = build(args, cleaner)
     except ValueError as error:
         sys.exit(f"create_squad_dataset.py: {error}")
 
@@ -52,13 +50,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = cleaner.summary(str(Path(args.dataset_name) / data.DROPPED))
     if summary:
         print(f"\n{summary}")
-    if shared:
-        print(
-            f"Warning: {shared:,} training questions are about a context of the test split; "
-            "the test figures will flatter the model.",
-            file=sys.stderr,
-        )
-    print(f"\nWrote {args.dataset_name} ({args.prompt}). Next: python train_llama_squad.py")
+    _warn_of_shared_contexts(splits)
+    following = next_command(
+        "train" if "train" in splits else "test", argv, dataset_name=args.dataset_name
+    )
+    print(f"\nWrote {args.dataset_name} ({args.prompt}). Next: {following}")
+
+
+def build(args: CreateArguments, cleaner: "Cleaner") -> dict[str, list["Record"]]:
+    """Read the records, split them and write the dataset; return the splits."""
+    from tqdm import tqdm
+
+    from llama_squad import data
+
+    splits = data.read_source(args, cleaner)
+    if "train" in splits:
+        train, val = data.split_by_title(splits["train"], args.validation_ratio, args.seed)
+        splits = {"train": train, **({"val": val} if val else {}), **splits | {"train": train}}
+    total = sum(map(len, splits.values()))
+    with tqdm(total=total, unit=" questions", desc="Writing messages") as progress:
+        data.write_dataset(splits, args, progress, cleaner)
+    return splits
 
 
 def files_for_sample(parsed: Sequence[CreateArguments]) -> Mapping[str, Any]:
@@ -67,5 +79,18 @@ def files_for_sample(parsed: Sequence[CreateArguments]) -> Mapping[str, Any]:
     return {"sample": False} if args.sample and (args.train_files or args.test_files) else {}
 
 
+def _warn_of_shared_contexts(splits: Mapping[str, Sequence["Record"]]) -> None:
+    from llama_squad import data
+
+    test = splits.get("test", [])
+    shared = sum(data.count_shared(splits[n], test) for n in ("train", "val") if n in splits)
+    if shared:
+        print(
+            f"Warning: {shared:,} training questions are about a context of the test split; "
+            "the test figures will flatter the model.",
+            file=sys.stderr,
+        )
+
+
 if __name__ == "__main__":
-    main()
+    run_stage(main)

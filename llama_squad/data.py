@@ -15,6 +15,7 @@ from typing import Any
 
 from llama_squad.cleaning import Cleaner, Dropped
 from llama_squad.config import CreateArguments, save_run_config
+from llama_squad.folders import check_dataset
 from llama_squad.formats import COLUMNS, Row, check_columns, read_rows
 from llama_squad.matching import context_key
 from llama_squad.prompts import build_messages
@@ -124,6 +125,12 @@ def read_source(args: CreateArguments, cleaner: Cleaner) -> dict[str, list[Recor
 # Splitting -----------------------------------------------------------------------------------
 
 
+def check_ratio(ratio: float) -> None:
+    """Refuse a share of the questions that cannot be held out. Raises ValueError."""
+    if not 0 <= ratio < 1:
+        raise ValueError(f"--validation_ratio must be at least 0 and below 1, not {ratio}")
+
+
 def split_by_title(
     records: Sequence[Record], ratio: float, seed: int
 ) -> tuple[list[Record], list[Record]]:
@@ -134,8 +141,7 @@ def split_by_title(
     Raises:
         ValueError: the ratio is not in [0, 1), or there is no way to split.
     """
-    if not 0 <= ratio < 1:
-        raise ValueError(f"--validation_ratio must be at least 0 and below 1, not {ratio}")
+    check_ratio(ratio)
     if ratio == 0:
         return list(records), []
     group = _title_groups(records)
@@ -204,6 +210,13 @@ def count_split(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     }
 
 
+def check_target(dataset_name: str) -> None:
+    """Refuse to write a dataset where something else is. Raises ValueError."""
+    target = Path(dataset_name)
+    if target.exists() and not (target / "dataset_dict.json").is_file():
+        raise ValueError(f"{target} is there and holds no dataset: give another --dataset_name")
+
+
 def write_dataset(
     splits: Mapping[str, Sequence[Record]],
     args: CreateArguments,
@@ -220,9 +233,8 @@ def write_dataset(
     Raises:
         ValueError: the folder holds something else than a dataset, or cannot be written.
     """
+    check_target(args.dataset_name)
     target = Path(args.dataset_name)
-    if target.exists() and not (target / "dataset_dict.json").is_file():
-        raise ValueError(f"{target} is there and holds no dataset: give another --dataset_name")
     try:
         _replace_dataset(target, splits, args, progress, cleaner or Cleaner())
     except OSError as error:
@@ -303,10 +315,5 @@ def load_squad(dataset_name: str) -> Any:
     """
     from datasets import load_from_disk
 
-    if not (Path(dataset_name) / "dataset_dict.json").is_file():
-        raise ValueError(
-            f"no dataset in {dataset_name!r}: make it with "
-            f"`python create_squad_dataset.py --dataset_name {dataset_name}`, or name another "
-            "folder with --dataset_name"
-        )
+    check_dataset(dataset_name)
     return load_from_disk(dataset_name)

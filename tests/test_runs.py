@@ -81,7 +81,7 @@ def run_script(tmp_path, tiny, monkeypatch):
             monkeypatch.chdir(cwd)
             try:
                 importlib.import_module(Path(stage).stem).main([*argv, *tiny[stage]])
-            except (SystemExit, Exception) as error:  # noqa: BLE001
+            except (SystemExit, Exception) as error:
                 self.wfile.write(f"{stage} {argv}: {error!r}".encode())
 
     def run(name: str, **environment: str) -> list[list[str]]:
