@@ -27,6 +27,10 @@ from llama_squad.stage import if_interrupted, next_command, run_stage
 if TYPE_CHECKING:
     from llama_squad.predictors import Predictor
 
+SERVER_FLAGS = (
+    "base_url", "concurrency", "timeout", "temperature", "max_tokens_name", "structured_output"
+)  # fmt: skip
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
@@ -97,8 +101,7 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
                 f"{flag} means nothing to --predictor {args.predictor}: leave it "
                 "out, as a flag or in the configuration"
             )
-    if args.base_url is not None:
-        check_url(args)
+    check_server_flags(args)
     needs_spans = {
         "--tune_threshold": args.tune_threshold,
         "--na_prob_thresh": args.na_prob_thresh is not None,
@@ -110,7 +113,7 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
             raise ValueError(f"{flag} needs --decoding span: free decoding weighs no spans")
     if args.tune_threshold and args.na_prob_thresh is not None:
         raise ValueError("--tune_threshold chooses what --na_prob_thresh sets: give one of them")
-    for name in ("num_beams", "batch_size", "max_new_tokens", "num_samples"):
+    for name in ("num_beams", "batch_size", "max_new_tokens", "num_samples", "concurrency"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, not {value}")
@@ -121,10 +124,22 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
         raise ValueError(f"--na_prob_thresh is a probability, not {args.na_prob_thresh}")
 
 
+def check_server_flags(args: TestArguments) -> None:
+    """Refuse a server's flags without one, and values that no server takes. Raises ValueError."""
+    defaults = TestArguments()
+    for name in SERVER_FLAGS:
+        if args.predictor != "server" and getattr(args, name) != getattr(defaults, name):
+            raise ValueError(f"--{name} needs --predictor server: no other is asked over a network")
+    if not args.timeout > 0:
+        raise ValueError(f"--timeout must be above 0 seconds, not {args.timeout}")
+    if not args.temperature >= 0:
+        raise ValueError(f"--temperature must not be negative, but is {args.temperature}")
+    if args.base_url is not None:
+        check_url(args)
+
+
 def check_url(args: TestArguments) -> None:
     """Refuse what is no address of a server, or holds a secret. Raises ValueError."""
-    if args.predictor != "server":
-        raise ValueError("--base_url needs --predictor server: no other is asked over a network")
     if any(mark in str(args.base_url) for mark in "@?#"):
         raise ValueError(
             "--base_url must hold no secret, as it is written beside the results: the key belongs "
@@ -176,7 +191,7 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
         ValueError: it cannot be loaded.
     """
     from llama_squad import modeling
-    from llama_squad.predictors import Encoder, LocalModel, ServerModel
+    from llama_squad.predictors import Encoder, LocalModel
 
     chat: dict[str, Any] = {
         "prompt": args.prompt,
@@ -184,7 +199,13 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
         "max_new_tokens": args.max_new_tokens,
     }
     if args.predictor == "server":
-        server = ServerModel(model_args.model_name, args.base_url, **chat)
+        from llama_squad.server import ServerModel
+
+        server = ServerModel(
+            model_args.model_name, args.base_url, temperature=args.temperature,
+            timeout=args.timeout, concurrency=args.concurrency or args.batch_size,
+            max_tokens_name=args.max_tokens_name, structured_output=args.structured_output, **chat,
+        )  # fmt: skip
         return lambda **_: server
     modeling.say_device()
     if args.predictor == "encoder":

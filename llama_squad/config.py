@@ -195,6 +195,17 @@ class TestArguments:
         "Server of --predictor server (default: OpenAI's own): its model's name goes to "
         "--model_name, its key to OPENAI_API_KEY, and it always decodes freely.",
     )
+    concurrency: int | None = _option(
+        None, "Questions that a server is asked at once (default: --batch_size)."
+    )
+    timeout: float = _option(600.0, "Seconds to wait for a server's reply.")
+    temperature: float = _option(0.0, "Temperature that a server is asked for.")
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] | None = _option(
+        None, "The server's name for --max_new_tokens (default: found out by asking)."
+    )
+    structured_output: bool = _option(
+        False, "Ask the server to hold replies to the JSON schema of the answer."
+    )
     dataset_name: str = _option("data/squad_v2", _DATASET_HELP)
     split: Literal["train", "val", "test"] = _option("test", "Split to answer.")
     prompt: Literal["single_turn", "multi_turn"] = _option("single_turn", _PROMPT_HELP)
