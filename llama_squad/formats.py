@@ -9,6 +9,7 @@ import ast
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ COLUMNS = (
 _LISTS = ("answers", "answer_start")
 """Columns whose cell may hold a list."""
 _DELIMITERS = ",;\t|"
+_ARRAY = re.compile(r"\barray\((\[.*?\])(?:,\s*dtype=\w+)?\)(?=[,}])", re.S)
 _NO_OBJECT = "not a JSON object"
 
 
@@ -95,8 +97,9 @@ def _json(path: Path) -> Iterator[Row]:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        # a second object after the first: JSON lines under another name
-        if error.msg == "Extra data" and text[: error.pos].count("\n") <= 1:
+        # one object on a line, then another: JSON lines under another name
+        first = text[: error.pos]
+        if error.msg == "Extra data" and "\n" in first and "\n" not in first.strip():
             yield from _json_lines(path)
             return
         raise ValueError(f"{path} is not JSON: {error}") from error
@@ -106,11 +109,12 @@ def _json(path: Path) -> Iterator[Row]:
     elif isinstance(content, dict) and isinstance(content.get("question"), str):
         content = [content]
     if not isinstance(content, list):
-        found = f"keys {', '.join(list(content)[:3])}" if isinstance(content, dict) else "no list"
-        raise ValueError(f"{path} is of no known form ({found}): {FORMS}")
-    first = content[0] if content else None
-    if isinstance(first, dict) and not {"paragraphs", "qas"} & first.keys():
-        check_columns([*first, "answer"], str(path))  # another row may have the answer
+        named = isinstance(content, dict) and content and not key
+        what = f"keys {', '.join(list(content)[:3])}" if named else f"{key or 'it'} is no list"
+        raise ValueError(f"{path} is of no known form ({what}): {FORMS}")
+    head = content[0] if content else None
+    if isinstance(head, dict) and not {"paragraphs", "qas"} & head.keys():
+        check_columns([*head, "answer"], str(path))  # another row may have the answer
         yield from (flat_row(f"{key}[{n}]", values) for n, values in enumerate(content))
         return
     for n, node in enumerate(content):
@@ -192,14 +196,19 @@ def _header(text: str) -> tuple[list[str], str]:
 
 
 def _cell(text: str) -> Any:
-    """Read a cell that holds a list or an object, as JSON or as Python prints it; else its text."""
-    if text.lstrip()[:1] in ("[", "{"):
-        readers: tuple[Callable[[str], Any], ...] = (json.loads, ast.literal_eval)
-        for read in readers:
-            try:
-                return read(text.strip())
-            except (ValueError, SyntaxError):
-                continue
+    """Read a cell that holds a list or an object, as JSON or as Python prints it; else its text.
+
+    The Hub's ``Dataset.to_csv`` prints NumPy arrays: ``{'text': array(['x'], dtype=object), ...}``.
+    """
+    if text.lstrip()[:1] not in ("[", "{"):
+        return text
+    plain = _ARRAY.sub(r"\1", text.strip())
+    readers: tuple[Callable[[str], Any], ...] = (json.loads, ast.literal_eval)
+    for read in readers:
+        try:
+            return read(plain)
+        except (ValueError, SyntaxError):
+            continue
     return text
 
 

@@ -107,7 +107,7 @@ def broken(change) -> dict:
     [
         ("{", "is not JSON"),
         ("[]", "train.json holds no questions"),
-        ({"data": {}}, "is of no known form: expected SQuAD's JSON"),
+        ({"data": {}}, r"is of no known form \(data is no list\): expected SQuAD's JSON"),
         (
             broken(lambda p: p.pop("context")),
             r"no context, or an empty one: 2 \(first: \S*, data\[1\].paragraphs\[0\].qas\[0\], id 'q1a'\)",

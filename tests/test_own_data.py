@@ -117,6 +117,8 @@ NONE: dict = {"text": [], "answer_start": []}
         (f"context\tquestion\tanswer\tanswer_start\r\n{CONTEXT}\tWhen?\t1655\t42.0\r\n", "a.tsv", YEAR),
         (f"context,question,answers\n{CONTEXT},When?,\"['1655']\"\n", "a.csv", YEAR),
         (f"context,question,answers\n{CONTEXT},When?,\"{{'text': ['1655'], 'answer_start': [42]}}\"\n", "a.csv", YEAR),
+        (f"context,question,answers\n{CONTEXT},When?,\"{{'text': array(['1655'], \n dtype=object), 'answer_start': array([42], dtype=int32)}}\"\n", "a.csv", YEAR),
+        (f"context,question,answers\n{CONTEXT},When?,\"{{'text': array([], dtype=object), 'answer_start': array([], dtype=int32)}}\"\n", "a.csv", NONE),
         (f"context,question,answer\n{CONTEXT},When?,\n", "a.csv", NONE),
         (f"context,question,answer,is_impossible\n{CONTEXT},When?,,TRUE\n", "a.csv", NONE),
         (f'context,question,answer\n"{CONTEXT}{" x" * 100_000}",When?,1655\n', "a.csv", YEAR),
@@ -151,6 +153,9 @@ def test_a_line_end_within_a_context_is_no_line_of_json(stage):
     ("content", "name", "message"),
     [
         ({"5a66": {"original": "Who?"}}, "a.json", r"a.json is of no known form \(keys 5a66\): expected"),
+        ({"context": ["c"], "question": ["q"]}, "a.json", r"of no known form \(keys context, question\)"),
+        ('{"data": []}}', "a.json", "a.json is not JSON: Extra data: line 1"),
+        ('{\n"data": []}\n}', "a.json", "a.json is not JSON: Extra data: line 3"),
         ([{"q": "Who?"}], "a.json", r"a.json lacks context, question \(it has q, answer\): expected"),
         ('{"text": "x"}\n', "a.jsonl", r"a.jsonl lacks context, question \(it has text, answer\)"),
         ("qid\treason\n5ad\tI\n", "a.tsv", r"a.tsv lacks context, question, answer \(it has qid, reason\)"),
