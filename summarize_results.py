@@ -22,6 +22,7 @@ from llama_squad.config import parse_stage
 from llama_squad.metrics import gold_texts, score_predictions
 from llama_squad.report import Format, plot_na_probs, render_figures, render_summaries
 from llama_squad.results import official_predictions, read_results, summarize
+from llama_squad.stage import run_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "summarize",
         (SummarizeArguments,),
         [*flags, *argv[len(files) :]],
-        description=(__doc__ or "").splitlines()[0],
+        description=__doc__,
     )
     try:
         summary = score_official(args) if args.predictions else summarize_files(args)
@@ -143,4 +144,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -12,6 +12,7 @@ as it is known, so that a killed run goes on where it stopped. Several processes
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,23 +21,53 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from llama_squad.config import ModelArguments, TestArguments, parse_stage
+from llama_squad.folders import check_dataset, check_file, check_weights
+from llama_squad.stage import if_interrupted, next_command, run_stage
 
 if TYPE_CHECKING:
     from llama_squad.predictors import Predictor
 
+SERVER_FLAGS = (
+    "base_url", "concurrency", "timeout", "temperature", "max_tokens_name", "structured_output"
+)  # fmt: skip
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
-    args, model_args = parse_stage(
-        "test", (TestArguments, ModelArguments), argv, saved=adapter_settings, description=__doc__
-    )
-    if args.predictor == "server":
-        args = dataclasses.replace(args, decoding="free")  # it knows nothing of spans
+    types = (TestArguments, ModelArguments)
+    check = partial(check_all, argv)
     try:
+        args, model_args = parse_stage(
+            "test", types, argv, saved=adapter_settings, description=__doc__, check=check
+        )
+        if args.predictor == "server":
+            args = dataclasses.replace(args, decoding="free")  # it knows nothing of spans
         check_flags(args, model_args)
-        run(args, model_args)
+        again = "the same command without --overwrite" if args.overwrite else "the same command"
+        with if_interrupted(f"the rows so far are kept in {args.output}: {again} goes on"):
+            run(args, model_args)
     except ValueError as error:
         sys.exit(f"test_llama_squad.py: {error}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"Wrote {args.output}. Next: {next_command('summarize', argv, args.output)}")
+
+
+def check_all(argv: Sequence[str] | None, parsed: Sequence[Any]) -> None:
+    """Check what can be checked before anything is loaded. Raises ValueError."""
+    args, model_args = parsed
+    if args.predictor == "server":
+        args = dataclasses.replace(args, decoding="free")
+    check_flags(args, model_args)
+    create = next_command("create", argv, dataset_name=args.dataset_name)
+    check_dataset(args.dataset_name, [args.split, *["val"] * args.tune_threshold], create)
+    if args.predictor == "server":
+        return
+    train = next_command("train", argv, dataset_name=args.dataset_name)
+    check_weights("--adapter_name", args.adapter_name, f"train one with `{train}`, or name another")
+    check_file("--chat_template", model_args.chat_template)
+    if not args.adapter_name:
+        cure = "give another folder, or a name on the Hub"
+        check_weights("--model_name", model_args.model_name, cure)
 
 
 def adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
@@ -70,8 +101,7 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
                 f"{flag} means nothing to --predictor {args.predictor}: leave it "
                 "out, as a flag or in the configuration"
             )
-    if args.base_url is not None:
-        check_url(args)
+    check_server_flags(args)
     needs_spans = {
         "--tune_threshold": args.tune_threshold,
         "--na_prob_thresh": args.na_prob_thresh is not None,
@@ -83,21 +113,33 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
             raise ValueError(f"{flag} needs --decoding span: free decoding weighs no spans")
     if args.tune_threshold and args.na_prob_thresh is not None:
         raise ValueError("--tune_threshold chooses what --na_prob_thresh sets: give one of them")
-    for name in ("num_beams", "batch_size", "max_new_tokens", "num_samples"):
+    for name in ("num_beams", "batch_size", "max_new_tokens", "num_samples", "concurrency"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, not {value}")
-    for name in ("n_best", "audit"):
+    for name in ("n_best", "audit", "reasoning_tokens"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must not be negative: 0 does without")
     if args.na_prob_thresh is not None and not 0 <= args.na_prob_thresh <= 1:
         raise ValueError(f"--na_prob_thresh is a probability, not {args.na_prob_thresh}")
 
 
+def check_server_flags(args: TestArguments) -> None:
+    """Refuse a server's flags without one, and values that no server takes. Raises ValueError."""
+    defaults = TestArguments()
+    for name in SERVER_FLAGS:
+        if args.predictor != "server" and getattr(args, name) != getattr(defaults, name):
+            raise ValueError(f"--{name} needs --predictor server: no other is asked over a network")
+    if not args.timeout > 0:
+        raise ValueError(f"--timeout must be above 0 seconds, not {args.timeout}")
+    if not args.temperature >= 0:
+        raise ValueError(f"--temperature must not be negative, but is {args.temperature}")
+    if args.base_url is not None:
+        check_url(args)
+
+
 def check_url(args: TestArguments) -> None:
     """Refuse what is no address of a server, or holds a secret. Raises ValueError."""
-    if args.predictor != "server":
-        raise ValueError("--base_url needs --predictor server: no other is asked over a network")
     if any(mark in str(args.base_url) for mark in "@?#"):
         raise ValueError(
             "--base_url must hold no secret, as it is written beside the results: the key belongs "
@@ -117,11 +159,6 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
     from llama_squad.data import load_squad
 
     dataset = load_squad(args.dataset_name)
-    for name in [args.split, *["val"] * args.tune_threshold]:
-        if name not in dataset:
-            raise ValueError(
-                f"{args.dataset_name} has no split {name!r}, only {', '.join(dataset)}"
-            )
     from llama_squad import evaluation
 
     threshold = 1.0 if args.tune_threshold else evaluation.load_threshold(args)
@@ -154,7 +191,7 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
         ValueError: it cannot be loaded.
     """
     from llama_squad import modeling
-    from llama_squad.predictors import Encoder, LocalModel, ServerModel
+    from llama_squad.predictors import Encoder, LocalModel
 
     chat: dict[str, Any] = {
         "prompt": args.prompt,
@@ -162,7 +199,13 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
         "max_new_tokens": args.max_new_tokens,
     }
     if args.predictor == "server":
-        server = ServerModel(model_args.model_name, args.base_url, **chat)
+        from llama_squad.server import ServerModel
+
+        server = ServerModel(
+            model_args.model_name, args.base_url, temperature=args.temperature,
+            timeout=args.timeout, concurrency=args.concurrency or args.batch_size,
+            max_tokens_name=args.max_tokens_name, structured_output=args.structured_output, **chat,
+        )  # fmt: skip
         return lambda **_: server
     modeling.say_device()
     if args.predictor == "encoder":
@@ -176,7 +219,7 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
 
 
 def report(args: TestArguments) -> None:
-    """Print the row of the table and the next command; write the official files if asked."""
+    """Print the row of the table; write the official files if asked."""
     from llama_squad.report import render_summaries
     from llama_squad.results import read_results, summarize, write_official
 
@@ -185,8 +228,7 @@ def report(args: TestArguments) -> None:
         write_official(rows, args.predictions_dir)
     name = Path(args.adapter_name or args.output).name
     print("\n" + render_summaries({name: summarize(rows)}, "table"))
-    print(f"Wrote {args.output}. Next: python summarize_results.py {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

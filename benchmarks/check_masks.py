@@ -98,7 +98,7 @@ def check(job: tuple[str, str, str, str, int | None]) -> tuple[str, int, list[st
 
     name, template, end, prompt, limit = job
     started = time.perf_counter()
-    records = read_files([str(SHARED / "squad_v2" / "train-*.json")], set())[:limit]
+    records = read_files([str(SHARED / "squad_v2" / "train-*.json")])[:limit]
     encoder = ConversationEncoder(load_tokenizer(name, template))
     found = [fault for batch in batches(records) for fault in faults(encoder, batch, prompt, end)]
     label = f"{name} + {template}, {prompt}"

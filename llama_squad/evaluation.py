@@ -22,7 +22,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from llama_squad.config import ModelArguments, TestArguments, provenance, write_json
-from llama_squad.predictors import Batch, Prediction, Predictor, Record, batch_paragraphs
+from llama_squad.predictors import (
+    Batch,
+    ConcurrentPredictor,
+    Prediction,
+    Predictor,
+    Record,
+    batch_paragraphs,
+)
 from llama_squad.results import ResultsFile, config_path, merge_results, read_results, summarize
 
 THRESHOLD_FILE = "na_prob_thresh.json"
@@ -33,7 +40,7 @@ AUDIT_BEAMS = 1000
 
 # What may change between two runs of one result file.
 _VOLATILE = ("output", "overwrite", "batch_size", "predictions_dir", "audit", "tune_threshold",
-             "versions", "commit")  # fmt: skip
+             "concurrency", "timeout", "max_tokens_name", "versions", "commit")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -236,17 +243,33 @@ def _ids(batch: Batch) -> set[str]:
     return {record["id"] for group in batch for record in group}
 
 
+def _answers(
+    model: Predictor, batches: Sequence[Batch], done: set[str]
+) -> tuple[int, Iterable[list[Prediction]]]:
+    """Return how many questions will be answered, and the answers as they come.
+
+    Who takes batches is given them whole (see ``evaluate``); others get what is open in them.
+    """
+    if not isinstance(model, ConcurrentPredictor):
+        return sum(len(_ids(batch)) for batch in batches), map(model.answer, batches)
+    records = [record for batch in batches for group in batch for record in group]
+    todo = [record for record in records if record["id"] not in done]
+    return len(todo), model.answer_all(todo)
+
+
 def _progress(
-    model: Predictor, batches: Sequence[Batch], done: set[str], processes: Processes
+    model: Predictor,
+    batches: Sequence[Batch],
+    done: set[str],
+    processes: Processes,
 ) -> Iterator[list[Prediction]]:
     """Answer batches, with a bar: questions a second, time left, running exact match."""
-    total = sum(len(_ids(batch)) for batch in batches)
+    total, answers = _answers(model, batches, done)
     if done and processes.rank == 0:
         print(f"Going on: {len(done):,} questions are done, {total:,} to do.", file=sys.stderr)
     exact = count = 0
     with tqdm(total=total, unit=" questions", disable=processes.rank != 0) as bar:
-        for batch in batches:
-            predictions = model.answer(batch)
+        for predictions in answers:
             yield predictions
             exact += sum(prediction.row()["Exact match"] for prediction in predictions)
             count += len(predictions)

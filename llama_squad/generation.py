@@ -34,7 +34,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from llama_squad.answers import NO_ANSWER, format_answer
 from llama_squad.collator import ConversationEncoder, common_prefix
-from llama_squad.spans import SpanGrammar, State, reply_ids, span_vocabulary
+from llama_squad.spans import Boundaries, SpanGrammar, State, reply_ids, span_vocabulary
 
 SPECULATION = 0.7
 """Partial replies this close (in nats) to the likeliest one are run along with it: they will
@@ -68,7 +68,7 @@ class Reply:
         token_ids: its tokens, with the token that ends the turn.
         score: its log-probability: in span decoding given the forced header (the tokens of
             ``ANSWER_HEADER`` up to the colon), through the end of the turn; in free decoding of
-            all its tokens.
+            all its tokens. None where nobody tells (servers).
         best: the span that the search found first (span decoding; None where the context holds
             none). Its log-probability is that of its likeliest tokens; other ways to spell it are
             not added.
@@ -82,7 +82,7 @@ class Reply:
 
     completion: str
     token_ids: list[int]
-    score: float
+    score: float | None
     best: Span | None = None
     spans: tuple[Span, ...] = ()
     no_answer_log_prob: float | None = None
@@ -411,6 +411,8 @@ class Generator:
         max_new_tokens: length limit of a reply (in span decoding of the span).
         na_prob_thresh: the reply abstains where na_prob is above it (span decoding).
         n_best: how many distinct spans to find (span decoding). The answer is the same for any.
+        span_boundaries: "word": a span begins and ends at word boundaries and holds a letter or
+            digit; "any": every substring is a span.
     """
 
     def __init__(
@@ -423,6 +425,7 @@ class Generator:
         max_new_tokens: int = 256,
         na_prob_thresh: float = 0.5,
         n_best: int = 1,
+        span_boundaries: Boundaries = "word",
     ) -> None:
         self.model = model
         self.tokenizer = encoder.tokenizer
@@ -430,6 +433,7 @@ class Generator:
         self.max_new_tokens = max_new_tokens
         self.na_prob_thresh = na_prob_thresh
         self.n_best = n_best
+        self.span_boundaries = span_boundaries
         self.vocabulary = span_vocabulary(encoder) if decoding == "span" else None
         self.stop_ids = stop_ids(model, encoder)
         self._too_many = math.inf  # questions that memory did not hold
@@ -568,7 +572,11 @@ class _Batch:
     def _questions(self, paragraph: Paragraph, stem: _Branch, cut: int) -> list[_Question]:
         """Make the empty replies to a paragraph's questions; the header is forced on them."""
         generator, vocabulary = self._generator, self._vocabulary
-        grammar = SpanGrammar(vocabulary, paragraph.context) if vocabulary else None
+        grammar = (
+            SpanGrammar(vocabulary, paragraph.context, generator.span_boundaries)
+            if vocabulary
+            else None
+        )
         questions = []
         for prompt in paragraph.prompts:
             tokens = prompt[cut:] + (vocabulary.header if vocabulary else [])
@@ -698,9 +706,8 @@ class _Batch:
                 return None
             child.state = tuple(target)
             return child
-        spelled = vocabulary.spell(child.ids)[len(vocabulary.lead_text) : -target]
         child.kind, child.tail = "closing", vocabulary.tails[target]
-        child.text = question.grammar.read_span(spelled)
+        child.text = question.grammar.read_span(child.ids, target)
         return child if child.text != NO_ANSWER else None
 
     def _compact(self) -> None:

@@ -20,6 +20,7 @@ from transformers import (
 
 from llama_squad.collator import ConversationEncoder
 from llama_squad.config import RUN_CONFIG, ModelArguments, load_run_config
+from llama_squad.folders import is_hub_name
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,6 +43,8 @@ def find_file(source: str, name: str) -> Path | None:
     if Path(source).is_dir():
         path = Path(source, name)
         return path if path.is_file() else None
+    if not is_hub_name(source):
+        return None
     from huggingface_hub import hf_hub_download
 
     try:
@@ -79,8 +82,8 @@ def whole_model(adapter_name: str | None) -> str | None:
         return None
     folder = Path(adapter_name)
     if not folder.is_dir():
-        if adapter_name.count("/") == 1 and not adapter_name.startswith((".", "/")):
-            return None  # a name on the Hub
+        if is_hub_name(adapter_name):
+            return None
         raise ValueError(f"no folder {adapter_name}: train first, or give another --adapter_name")
     if not is_model(folder):
         raise ValueError(

@@ -1,18 +1,15 @@
-"""Who answers: a chat model loaded here, one behind a server, or an extractive encoder.
+"""Who answers: a chat model loaded here, or an extractive encoder; see also ``llama_squad.server``.
 
-All take records by paragraph, a batch at a time, and give the replies from which the rows of the
-result file are made. Chat models are called turn by turn where the prompt style has several turns.
+All give the replies from which the rows of the result file are made; those here take records by
+paragraph, a batch at a time. Chat models are called turn by turn where the prompt style has several
+turns.
 """
 
 import itertools
 import math
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from queue import Queue
-from threading import Thread
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,8 +25,6 @@ Record = Mapping[str, Any]
 TURN_TOKENS = 256
 """Length limit of a reply before the last one of a multi-turn prompt."""
 
-OPENAI_URL = "https://api.openai.com/v1"
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -38,6 +33,8 @@ class Prediction:
     record: Record
     prompt_text: str
     reply: Reply
+    failure: str = ""
+    """Why there is no reply (the question was refused); "" where there is one."""
 
     def row(self) -> Row:
         """Return the row of the result file."""
@@ -81,6 +78,14 @@ class Predictor(Protocol):
 
     def answer(self, batch: Batch) -> list[Prediction]:
         """Answer the records of several paragraphs, in order."""
+
+
+@runtime_checkable
+class ConcurrentPredictor(Predictor, Protocol):
+    """Whoever can answer many records at once, with no need to wait for the rest of a batch."""
+
+    def answer_all(self, records: Sequence[Record]) -> Iterator[list[Prediction]]:
+        """Answer records, and yield the predictions as they are known, in whatever order."""
 
 
 class LocalModel:
@@ -144,120 +149,6 @@ def _paragraphs(
     batch: Sequence[Sequence[Record]], prompts: Sequence[Sequence[list[int]]]
 ) -> list[Paragraph]:
     return [Paragraph(group[0]["context"], ids) for group, ids in zip(batch, prompts, strict=True)]
-
-
-class ServerModel:
-    """A chat model behind an OpenAI-compatible server: OpenAI, vLLM, llama.cpp, ...
-
-    The key is read from the environment variable OPENAI_API_KEY. A batch's questions are asked at
-    once, each in its own thread; rate limits and lost connections are waited out by the client.
-
-    Args:
-        model_name: the server's name of the model.
-        base_url: such as http://localhost:8000/v1; None for OpenAI's.
-        prompt, system_prompt: as ``LocalModel`` has them.
-        max_new_tokens: length limit of a reply.
-        timeout: seconds to wait for a reply.
-        retries: how often a request is repeated, ever more slowly, before the run ends.
-
-    Raises:
-        ValueError: the openai package is not installed; OpenAI is asked without a key. In
-            ``answer``: the server refuses, cannot be reached, or answers something else.
-    """
-
-    def __init__(
-        self,
-        model_name: str,
-        base_url: str | None = None,
-        *,
-        prompt: str = "single_turn",
-        system_prompt: str = SYSTEM_PROMPT,
-        max_new_tokens: int = 256,
-        timeout: float = 600,
-        retries: int = 8,
-    ) -> None:
-        try:
-            from openai import OpenAI
-        except ImportError as error:
-            raise ValueError(
-                "--predictor server needs its client: pip install -r requirements-predictors.txt"
-            ) from error
-        key = os.environ.get("OPENAI_API_KEY")
-        if not key and not base_url:
-            raise ValueError(
-                "OpenAI asks for a key: set OPENAI_API_KEY, or name another server with --base_url"
-            )
-        if key and not (key.isascii() and key.isprintable()):
-            raise ValueError("OPENAI_API_KEY holds a character that no key has: copy it again")
-        self._url = base_url or OPENAI_URL  # given, so that no variable redirects it unseen
-        self._client = OpenAI(
-            api_key=key or "none", base_url=self._url, timeout=timeout, max_retries=retries
-        )
-        limit = "max_tokens" if base_url else "max_completion_tokens"  # OpenAI's newer name
-        self._options: dict[str, Any] = {
-            "model": model_name, "temperature": 0, limit: max_new_tokens
-        }  # fmt: skip
-        self._prompt, self._system_prompt = prompt, system_prompt
-        self._warned = False
-
-    def answer(self, batch: Batch) -> list[Prediction]:
-        """Answer the records of several paragraphs at once, in order."""
-        records = list(itertools.chain.from_iterable(batch))
-        replies: Queue[tuple[int, Prediction | Exception]] = Queue()
-
-        def ask(index: int) -> None:
-            try:
-                replies.put((index, self._ask(records[index])))
-            except Exception as error:
-                replies.put((index, error))
-
-        # Daemons: at the first failure, or at Ctrl-C, nothing waits for the others' retries.
-        for index in range(len(records)):
-            Thread(target=ask, args=(index,), daemon=True).start()
-        predictions: dict[int, Prediction] = {}
-        for _ in records:
-            index, reply = replies.get()
-            if isinstance(reply, Exception):
-                raise reply
-            predictions[index] = reply
-        return [predictions[index] for index in range(len(records))]
-
-    def _ask(self, record: Record) -> Prediction:
-        messages = build_messages(record, self._prompt, self._system_prompt, answer=False)
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant":
-                message["content"] = self._reply(messages[:turn]).strip()
-        text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-        return Prediction(record, text, Reply(self._reply(messages), [], 0.0))
-
-    def _reply(self, messages: Any) -> str:
-        from openai import APITimeoutError, OpenAIError
-
-        kept = "Finished batches are kept: the same command goes on from there"
-        who = f"{self._url} (model {self._options['model']!r})"
-        try:
-            done = self._client.chat.completions.create(messages=messages, **self._options)
-            choice = done.choices[0]
-            content = choice.message.content or ""
-            if not isinstance(content, str):
-                raise TypeError(f"content is of type {type(content).__name__}")
-        except OpenAIError as error:
-            cause = f"{str(error).rstrip('.')} ({error.__cause__ or type(error).__name__})"
-            if isinstance(error, APITimeoutError):
-                cause += "; a smaller --batch_size asks for less at once"
-            raise ValueError(f"{who} does not answer: {cause}. {kept}") from error
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{who} answers with something that is no chat completion ({error}): does "
-                f"--base_url end where the API begins, as in http://localhost:8000/v1? {kept}"
-            ) from error
-        if choice.finish_reason == "length" and not self._warned:
-            self._warned = True
-            print(
-                "A reply was cut off at --max_new_tokens: give more if the model thinks first.",
-                file=sys.stderr,
-            )
-        return content
 
 
 class Encoder:

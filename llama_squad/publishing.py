@@ -74,7 +74,7 @@ def save_final(trainer: Any, settings: dict[str, Any]) -> Path:
         save_run_config(aside, "train", **settings, figures=figures)
         (aside / "README.md").write_text(_card(settings, figures), encoding="utf-8")
         _put_in_place(aside, folder)
-        print(f"Saved {folder}. Next: python test_llama_squad.py --adapter_name={folder}")
+        print(f"Saved {folder}.")
         _remove_merged(folder.parent / MERGED)
     trainer.accelerator.wait_for_everyone()
     if trainer.args.push_to_hub:

@@ -193,10 +193,10 @@ def test_hostile_text(name, template, end, prompt):
 @pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
 def test_questions_of_a_dataset(name, template, end):
     """A sample; benchmarks/check_masks.py checks all 129,943 of SQuAD."""
-    from llama_squad.data import read_squad_file
+    from llama_squad.data import read_files
 
     if (name, template, end) in check_masks.CASES:
-        records = list(read_squad_file(SHARED_DATA / "squad_v2" / "train-003.json"))[::8]
+        records = read_files([str(SHARED_DATA / "squad_v2" / "train-003.json")])[::8]
     else:
         records = read_quickstart()[::7]
     encoder = load_encoder(name, template)

@@ -328,14 +328,18 @@ def all_replies(grammar, vocabulary):
                 stack.append((tuple(target), (*ids, token_id)))
 
 
+@pytest.mark.parametrize("boundaries", ["word", "any"])
 @pytest.mark.parametrize("context", ["Ab c", "x?", 'a"b'])
-def test_search_finds_the_best_of_all_spans(model, encoder, context):
+def test_search_finds_the_best_of_all_spans(model, encoder, context, boundaries):
     paragraph = make_paragraph(encoder, context, ["What is it?", "Who are you?"])
-    generator = Generator(model, encoder, num_beams=1000, n_best=1000)
+    generator = Generator(
+        model, encoder, num_beams=1000, n_best=1000, span_boundaries=boundaries
+    )
     vocabulary = generator.vocabulary
-    candidates = list(all_replies(SpanGrammar(vocabulary, context), vocabulary))
+    candidates = list(all_replies(SpanGrammar(vocabulary, context, boundaries), vocabulary))
     texts = {context[i:j] for i in range(len(context)) for j in range(i + 1, len(context) + 1)}
-    assert {text for _, text in candidates} == {text for text in texts if is_span(context, text)}
+    spans = {text for text in texts if is_span(context, text, boundaries)}
+    assert {text for _, text in candidates} == spans
     for prompt, reply in zip(paragraph.prompts, generator.reply([paragraph])[0], strict=True):
         best: dict[str, float] = {}
         for ids, text in candidates:

@@ -492,7 +492,7 @@ def test_throughput_counts_are_true(tmp_path: Path) -> None:
 def real_records(count: int = 2000) -> list[dict]:
     """Return the first questions of SQuAD or, where it is not here, of the quickstart's world."""
     squad = SHARED_DATA / "squad_v2" / "train-000.json"
-    return (read_files([str(squad)], set()) if squad.is_file() else read_quickstart())[:count]
+    return (read_files([str(squad)]) if squad.is_file() else read_quickstart())[:count]
 
 
 def epoch(encoded: Any, folder: Path) -> Recorder:
