@@ -110,7 +110,7 @@ TOKENIZERS = [
     ("nfc", "qwen2_5", "<|im_end|>"),
     ("nfc", "qwen3", "<|im_end|>"),
     ("digits", "qwen2_5", "<|im_end|>"),
-    ("sentencepiece", "mistral", "</s>"),
+    ("metaspace", "mistral", "</s>"),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in check_masks.CASES
@@ -118,8 +118,9 @@ TOKENIZERS = [
     ),
 ]
 """Tokenizer, chat template, and what follows an answer: a space that the template writes, and the
-end of the turn. The first is Llama 2's kind, "bytes" Llama 3's, "nfc" Qwen's, "digits" SmolLM2's;
-after them, where they are, the real ones, which take seconds each."""
+end of the turn. The first is Llama 2's kind, "metaspace" the same as newer files write it, "bytes"
+Llama 3's, "nfc" Qwen's, "digits" SmolLM2's; after them, where they are, the real ones, which take
+seconds each."""
 
 SPECIAL = {
     "bytes": [*CONTROL, "<|end_of_text|>"],
@@ -156,9 +157,12 @@ def read_quickstart(split: str = "train") -> list[dict[str, Any]]:
 @functools.cache
 def load_tokenizer(name: str, template: str) -> PreTrainedTokenizerFast:
     """Make one of the tokenizers above, or load a real one, with its chat template."""
-    if name == "sentencepiece":
+    if name in ("sentencepiece", "metaspace"):
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=_sentencepiece(), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+            tokenizer_object=_sentencepiece(name),
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
         )
     elif name in SPECIAL:
         special = SPECIAL[name]
@@ -184,7 +188,7 @@ def _corpus() -> list[str]:
     records = read_quickstart()[::8]
     texts = [message["content"] for record in records for message in build_messages(record)]
     punctuation = ["(1990s", "“twice”", '"R&B"', "it's", "U.S.)", "$5\\10", "Née", "中文", "?"]
-    return texts + 8 * [f'{format_answer(text)} "{text}" ({text})' for text in punctuation]
+    return texts + 60 * [f'{format_answer(text)} "{text}" ({text})' for text in punctuation]
 
 
 def _byte_level(kind: str) -> Tokenizer:
@@ -212,7 +216,7 @@ def _byte_level(kind: str) -> Tokenizer:
     return backend
 
 
-def _sentencepiece() -> Tokenizer:
+def _sentencepiece(kind: str) -> Tokenizer:
     """Train a vocabulary of Llama 2's kind: "▁" for spaces, and bytes for what it has no token of.
 
     Line ends are among the latter, as they are there.
@@ -235,9 +239,14 @@ def _sentencepiece() -> Tokenizer:
         )
     )  # fmt: skip
     backend.add_special_tokens([AddedToken(t, normalized=False) for t in tokens[:3]])
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    if (
+        kind == "metaspace"
+    ):  # a space before the text's first piece alone, none after control tokens
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
          decoders.Strip(" ", 1, 0)]
