@@ -120,6 +120,11 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
     for name in ("n_best", "audit", "reasoning_tokens"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must not be negative: 0 does without")
+    if args.sample == "paragraphs" and (args.shuffle or args.num_samples is None):
+        raise ValueError(
+            "--sample paragraphs takes --num_samples questions at random: give their number, and "
+            "leave --shuffle out"
+        )
     if args.na_prob_thresh is not None and not 0 <= args.na_prob_thresh <= 1:
         raise ValueError(f"--na_prob_thresh is a probability, not {args.na_prob_thresh}")
 

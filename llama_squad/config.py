@@ -230,7 +230,13 @@ class TestArguments:
     )
     num_samples: int | None = _option(None, "Answer only this many questions.")
     shuffle: bool = _option(False, "Take the questions in random order (see --seed).")
-    seed: int = _option(42, "Seed of --shuffle.")
+    sample: Literal["questions", "paragraphs"] = _option(
+        "questions",
+        "What --num_samples counts out: the first questions (random ones with --shuffle), or random "
+        "whole paragraphs that hold at least so many: much faster, as their questions share the "
+        "context, but questions of one paragraph are alike, so the figures vary more.",
+    )
+    seed: int = _option(42, "Seed of --shuffle and --sample paragraphs.")
     output: str = _option("results/results.csv", "Result file, appended to and resumable.")
     predictions_dir: str | None = _option(
         None, "Also write the official predictions.json and na_prob.json into this folder."

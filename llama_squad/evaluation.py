@@ -31,6 +31,7 @@ from llama_squad.predictors import (
     batch_paragraphs,
 )
 from llama_squad.results import ResultsFile, config_path, merge_results, read_results, summarize
+from llama_squad.rows import sample_paragraphs
 
 THRESHOLD_FILE = "na_prob_thresh.json"
 """The threshold tuned on the validation split, beside the adapter."""
@@ -72,10 +73,13 @@ class Processes:
 
 def choose_records(split: Any, args: TestArguments) -> list[Record]:
     """Return the questions to answer, as the flags choose them."""
+    columns = [name for name in split.column_names if name != "messages"]
+    if args.sample == "paragraphs":
+        chosen = sample_paragraphs(split, args.num_samples or 0, args.seed)
+        return list(chosen.select_columns(columns))
     indices = list(range(len(split)))
     if args.shuffle:
         random.Random(args.seed).shuffle(indices)
-    columns = [name for name in split.column_names if name != "messages"]
     return list(split.select(indices[: args.num_samples]).select_columns(columns))
 
 

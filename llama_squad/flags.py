@@ -16,8 +16,8 @@ _HELP_ALL = "--help_all"
 
 _GROUPS = {
     "data": (
-        *("dataset_name", "source", "train_files", "test_files", "sample", "validation_ratio"),
-        *("split", "num_samples", "shuffle", "seed", "eval_samples", "results", "data"),
+        *("dataset_name", "source", "train_files", "test_files", "validation_ratio"),
+        *("split", "num_samples", "shuffle", "sample", "seed", "eval_samples", "results", "data"),
         *("predictions", "na_prob"),
     ),
     "model": (
