@@ -58,15 +58,17 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> No
     """Train, save the adapter, and merge and push it where asked."""
     from transformers import set_seed
 
-    from llama_squad import modeling, publishing, rows, training
+    from llama_squad import modeling, preflight, publishing, rows, training
     from llama_squad.collator import SquadDataCollator
     from llama_squad.data import load_squad
+    from llama_squad.merge_error import Sample
 
     # TRL and PEFT still use names that transformers 5 renames
     warnings.filterwarnings("ignore", message=".*will be removed in v6.*", category=FutureWarning)
     # and warns of what label smoothing costs in its own loss, which is not ours
     warnings.filterwarnings("ignore", message=".*label_smoothing_factor.*", category=FutureWarning)
     publishing.check_output(model_args.model_name, sft_args.output_dir)
+    preflight.check_hub(sft_args)
     modeling.say_device()
     settings = publishing.run_settings(args, model_args, sft_args.to_dict())
     set_seed(sft_args.seed)
@@ -98,7 +100,8 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> No
     first = trainer.is_world_process_zero()
     del trainer, model
     if args.merge_and_push and first:
-        publishing.merge_and_push(final, args, model_args, sft_args)
+        sample = Sample.take(features.get("val", features["train"]), collator)
+        publishing.merge_and_push(final, args, model_args, sft_args, sample)
 
 
 if __name__ == "__main__":

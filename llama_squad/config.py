@@ -71,7 +71,9 @@ class ModelArguments:
     model_name: str = _option(DEFAULT_MODEL, "Base model: a name on the Hub, or a folder.")
     chat_template: str | None = _option(None, _TEMPLATE_HELP)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "auto", "Weights' type: auto is bfloat16 on CUDA and float32 on a CPU."
+        "auto",
+        "Weights' type: auto is bfloat16 on CUDA and float32 on a CPU, or float32 where a model "
+        "trained here was saved so.",
     )
     attn_implementation: str | None = _option(
         None, "Attention: sdpa, eager, flash_attention_2... (default: the library's choice)."
@@ -117,6 +119,12 @@ class TrainArguments:
         False,
         "At the end merge the adapter into the model, and push both where --hub_model_id "
         "and a token are given.",
+    )
+    merged_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto",
+        "Type of the merged model's weights: auto is the base's as it was loaded (--dtype). In 16 "
+        "bits they are rounded at random, so that small updates survive on average; in float32 "
+        "nothing is lost, in a file of twice the size.",
     )
     show_mask: int = _option(
         0, "Print this many examples with their supervised tokens in colour, and exit."

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from llama_squad import modeling, rows
+from llama_squad import modeling, preflight, rows
 from llama_squad.answers import extract_answer
 from llama_squad.collator import IGNORE, ConversationEncoder, SquadDataCollator
 from llama_squad.config import (
@@ -132,14 +132,20 @@ class SquadSFTConfig(SFTConfig):
         for name, reason in _REPLACED.items():
             if getattr(self, name) != defaults[name].default:
                 raise ValueError(f"--{name} does nothing here: {reason}")
+        preflight.check_deepspeed(self.deepspeed)
         super().__post_init__()
+        preflight.check_packages(self)
         self.remove_unused_columns = False
         self.dataset_kwargs = {"skip_prepare_dataset": True}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave secrets out of training_args.bin: every checkpoint and what is pushed hold one."""
+        return {k: None if k.endswith("_token") else v for k, v in vars(self).items()}
 
 
 _OF_ADAPTERS = {
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora"),
-    *("quantize", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+    *("quantize", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "merged_dtype"),
 }
 
 
@@ -156,8 +162,10 @@ def check_flags(args: TrainArguments, given: Sequence[str]) -> None:
     """
     if args.show_mask < 0:
         raise ValueError(f"--show_mask is a number of examples, at least 0, not {args.show_mask}")
+    names = [w.split("=")[0][2:].replace("-", "_") for w in given if w.startswith("--")]
+    if "merged_dtype" in names and not args.merge_and_push:
+        raise ValueError("--merged_dtype needs --merge_and_push: nothing is merged without it")
     if args.full_parameters:
-        names = [w.split("=")[0][2:].replace("-", "_") for w in given if w.startswith("--")]
         clashing = [
             f"--{name}"
             for name in names
