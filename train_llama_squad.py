@@ -21,7 +21,7 @@ from llama_squad.config import (
     ModelArguments,
     TrainArguments,
     TrainerArguments,
-    check_full_parameters,
+    check_adapter_flags,
     check_training_numbers,
     parse_stage,
 )
@@ -59,7 +59,7 @@ def check_flags(argv: Sequence[str], parsed: Sequence[Any]) -> None:
     """Check what can be checked before anything is loaded. Raises ValueError."""
     args, model_args, trainer = parsed
     check_training_numbers(args, trainer)
-    check_full_parameters(args, argv)
+    check_adapter_flags(args, argv)
     create = next_command("create", argv, dataset_name=args.dataset_name)
     check_dataset(args.dataset_name, ["train"], create)
     check_weights(
@@ -99,11 +99,13 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     """Train, save the adapter, and merge and push it where asked; return the adapter's folder."""
     from transformers import set_seed
 
-    from llama_squad import modeling, publishing, rows, training
+    from llama_squad import modeling, preflight, publishing, rows, training
     from llama_squad.collator import SquadDataCollator
     from llama_squad.data import load_squad
+    from llama_squad.merge_error import Sample
 
     publishing.check_output(model_args.model_name, sft_args.output_dir)
+    preflight.check_hub(sft_args)
     modeling.say_device()
     settings = publishing.run_settings(args, model_args, sft_args.to_dict())
     set_seed(sft_args.seed)
@@ -135,8 +137,9 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     first = trainer.is_world_process_zero()
     del trainer, model
     if args.merge_and_push and first:
+        sample = Sample.take(features.get("val", features["train"]), collator)
         with if_interrupted(f"{final} is complete, but neither merged nor pushed"):
-            publishing.merge_and_push(final, args, model_args, sft_args)
+            publishing.merge_and_push(final, args, model_args, sft_args, sample)
     return final
 
 

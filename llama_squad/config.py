@@ -79,7 +79,9 @@ class ModelArguments:
     model_name: str = _option(DEFAULT_MODEL, "Base model: a name on the Hub, or a folder.")
     chat_template: str | None = _option(None, _TEMPLATE_HELP)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "auto", "Weights' type: auto is bfloat16 on CUDA and float32 on a CPU."
+        "auto",
+        "Weights' type: auto is bfloat16 on CUDA and float32 on a CPU, or float32 where a model "
+        "trained here was saved so.",
     )
     attn_implementation: str | None = _option(
         None, "Attention: sdpa, eager, flash_attention_2... (default: the library's choice)."
@@ -125,6 +127,12 @@ class TrainArguments:
         False,
         "At the end merge the adapter into the model, and push both where --hub_model_id "
         "and a token are given.",
+    )
+    merged_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto",
+        "Type of the merged model's weights: auto is the base's as it was loaded (--dtype). In 16 "
+        "bits they are rounded at random, so that small updates survive on average; in float32 "
+        "nothing is lost, in a file of twice the size.",
     )
     show_mask: int = _option(
         0, "Print this many examples with their supervised tokens in colour, and exit."
@@ -232,8 +240,8 @@ class TestArguments:
     shuffle: bool = _option(False, "Take the questions in random order (see --seed).")
     sample: Literal["questions", "paragraphs"] = _option(
         "questions",
-        "What --num_samples counts out: the first questions (random ones with --shuffle), or random "
-        "whole paragraphs that hold at least so many: much faster, as their questions share the "
+        "What --num_samples counts out: the first questions (random ones with --shuffle), or "
+        "random whole paragraphs that hold at least so many: much faster, as their questions share the "
         "context, but questions of one paragraph are alike, so the figures vary more.",
     )
     seed: int = _option(42, "Seed of --shuffle and --sample paragraphs.")
@@ -265,7 +273,7 @@ class AppArguments:
 
 _OF_ADAPTERS = {
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora"),
-    *("quantize", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+    *("quantize", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "merged_dtype"),
 }
 
 
@@ -307,8 +315,8 @@ def check_training_numbers(args: TrainArguments, trainer: TrainerArguments) -> N
         check_above_zero(trainer, "num_train_epochs")
 
 
-def check_full_parameters(args: TrainArguments, given: Sequence[str]) -> None:
-    """Refuse flags that mean nothing beside ``--full_parameters``.
+def check_adapter_flags(args: TrainArguments, given: Sequence[str]) -> None:
+    """Refuse flags that mean nothing beside ``--full_parameters``, or without a merge.
 
     Args:
         args: as parsed.
@@ -318,8 +326,10 @@ def check_full_parameters(args: TrainArguments, given: Sequence[str]) -> None:
     Raises:
         ValueError: the flags clash.
     """
+    names = [w.split("=")[0][2:].replace("-", "_") for w in given if w.startswith("--")]
+    if "merged_dtype" in names and not args.merge_and_push:
+        raise ValueError("--merged_dtype needs --merge_and_push: nothing is merged without it")
     if args.full_parameters:
-        names = [w.split("=")[0][2:].replace("-", "_") for w in given if w.startswith("--")]
         clashing = [
             f"--{name}"
             for name in names

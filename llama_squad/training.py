@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from llama_squad import modeling, rows
+from llama_squad import modeling, preflight, rows
 from llama_squad.answers import extract_answer
 from llama_squad.collator import IGNORE, ConversationEncoder, SquadDataCollator
 from llama_squad.config import (
@@ -90,9 +90,15 @@ class SquadSFTConfig(TrainerArguments, SFTConfig):  # type: ignore[misc]  # bf16
         for name, reason in REPLACED.items():
             if getattr(self, name) != defaults[name].default:
                 raise ValueError(f"--{name} does nothing here: {reason}")
+        preflight.check_deepspeed(self.deepspeed)
         super().__post_init__()
+        preflight.check_packages(self)
         self.remove_unused_columns = False
         self.dataset_kwargs = {"skip_prepare_dataset": True}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave secrets out of training_args.bin: every checkpoint and what is pushed hold one."""
+        return {k: None if k.endswith("_token") else v for k, v in vars(self).items()}
 
 
 # The model ------------------------------------------------------------------------------------
