@@ -241,7 +241,7 @@ class TestArguments:
     sample: Literal["questions", "paragraphs"] = _option(
         "questions",
         "What --num_samples counts out: the first questions (random ones with --shuffle), or "
-        "random whole paragraphs that hold at least so many: much faster, as their questions share the "
+        "random whole paragraphs of at least so many: much faster, as their questions share the "
         "context, but questions of one paragraph are alike, so the figures vary more.",
     )
     seed: int = _option(42, "Seed of --shuffle and --sample paragraphs.")
