@@ -33,7 +33,8 @@ from llama_squad.collator import IGNORE, ConversationEncoder
 State = tuple[int, ...]
 """Where a reply stands: the byte offsets of the escaped context at which the span may go on, after
 ``_BARE`` while it holds no word yet (no letter or digit; where boundaries are "any", no whole
-character); ``()`` at the span's start (anywhere); ``(-n,)`` while n bytes of the lead are to come."""
+character); ``()`` at the span's start (anywhere); ``(-n,)`` while n bytes of the lead are still to
+come."""
 
 _FRESH: State = ()
 _BARE = -(2**62)
