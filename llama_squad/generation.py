@@ -37,7 +37,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from llama_squad.answers import NO_ANSWER, format_answer
 from llama_squad.collator import ConversationEncoder, common_prefix
-from llama_squad.spans import Boundaries, SpanGrammar, State, reply_ids, span_vocabulary
+from llama_squad.spans import (
+    Boundaries,
+    SpanGrammar,
+    State,
+    find_span,
+    reply_ids,
+    span_vocabulary,
+)
 
 SPECULATION = 0.7
 """Partial replies this close (in nats) to the likeliest one are run along with it: they will
@@ -53,16 +60,23 @@ SEARCHED_TOKENS = 16
 STEM_ALONE = 1024
 """A longer context is run before its questions: a pass of its own needs no mask."""
 
+LEAST_QUESTIONS, MOST_QUESTIONS = 32, 512
+"""Bounds of the default batch size."""
+
 COMPACT_AFTER = 256
 """The tree drops its dead branches when it has grown by so many tokens."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A span and log P(reply that holds it), from after the forced header to the end of turn."""
+    """A span and log P(reply that holds it), from after the forced header to the end of turn.
+
+    ``start`` is the character of the context at which it first stands as a span may.
+    """
 
     text: str
     log_prob: float
+    start: int | None = None
 
 
 @dataclass(frozen=True)
@@ -609,6 +623,19 @@ class Generator:
             forced = len(self.vocabulary.header) + tail
         return self.positions - prompt - forced
 
+    def batch_size(self) -> int:
+        """Return how many questions to answer at once: 32, on a GPU more as its memory allows.
+
+        Reckoned for paragraphs of ten questions and 400 tokens, for half of what is free, and a
+        power of two, so that the same card gives the same number.
+        """
+        if not torch.cuda.is_available():
+            return LEAST_QUESTIONS
+        paragraph = Paragraph("", [[0] * 400 + [question + 1] * 40 for question in range(10)])
+        fit = 10 * 0.5 * free_memory() / self._memory_needed([paragraph])
+        power = 2 ** int(math.log2(max(fit, LEAST_QUESTIONS)))
+        return min(power, MOST_QUESTIONS)
+
     def _memory_needed(self, paragraphs: Sequence[Paragraph]) -> float:
         """Estimate the bytes of a batch: keys and values, activations and logits of a pass."""
         config = self.model.config.get_text_config()
@@ -677,6 +704,7 @@ class _Question:
     root: _Node
     search: "_Search | _BeamSearch"
     grammar: SpanGrammar | None
+    context: str
     longest: float
     """Tokens of its longest reply (in span decoding: of the span)."""
     no_answer_log_prob: float = 0.0
@@ -749,7 +777,8 @@ class _Batch:
             branch = _Branch(stem, tokens)
             root = _Node(0.0, (), 0, stem, state=grammar.start if grammar else (), branch=branch)
             longest = min(generator.max_new_tokens, generator.room(len(prompt)))
-            questions.append(_Question(root, generator.search(root), grammar, longest))
+            search = generator.search(root)
+            questions.append(_Question(root, search, grammar, paragraph.context, longest))
         return questions
 
     def _open(
@@ -894,7 +923,11 @@ class _Batch:
             )
             return Reply(str(text), ids, found[0].log_prob)
         abstain = question.no_answer_log_prob
-        spans = [Span(node.text, node.log_prob) for node in found]
+        context, boundaries = question.context, self._generator.span_boundaries
+        spans = [
+            Span(node.text, node.log_prob, find_span(context, node.text, boundaries))
+            for node in found
+        ]
         best = spans[0] if spans else None
         na_prob = _sigmoid(abstain - best.log_prob) if best else 1.0
         text, ids, score = NO_ANSWER, list(self._vocabulary.no_answer), abstain

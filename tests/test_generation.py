@@ -360,9 +360,7 @@ def all_replies(grammar, vocabulary):
 @pytest.mark.parametrize("context", ["Ab c", "x?", 'a"b'])
 def test_search_finds_the_best_of_all_spans(model, encoder, context, boundaries):
     paragraph = make_paragraph(encoder, context, ["What is it?", "Who are you?"])
-    generator = Generator(
-        model, encoder, num_beams=1000, n_best=1000, span_boundaries=boundaries
-    )
+    generator = Generator(model, encoder, num_beams=1000, n_best=1000, span_boundaries=boundaries)
     vocabulary = generator.vocabulary
     candidates = list(all_replies(SpanGrammar(vocabulary, context, boundaries), vocabulary))
     texts = {context[i:j] for i in range(len(context)) for j in range(i + 1, len(context) + 1)}
