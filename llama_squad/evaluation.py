@@ -178,9 +178,9 @@ def _say_if_mixed(output: Path, settings: Mapping[str, Any], overwrite: bool) ->
         return
     if not exact and before not in (None, size):
         print(
-            f"{output} was begun with batches of {before} questions, and goes on with {size}: in 16 "
-            "bits the size of a batch shifts log-probabilities by rounding. For rows of one size "
-            f"give --batch_size {before}, or --overwrite.",
+            f"{output} was begun with batches of {before} questions, and goes on with {size}: in "
+            "16 bits the size of a batch shifts log-probabilities by rounding. For rows of one "
+            f"size give --batch_size {before}, or --overwrite.",
             file=sys.stderr,
         )
 
