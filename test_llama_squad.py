@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from llama_squad.config import ModelArguments, TestArguments, parse_stage
+from llama_squad.config import ModelArguments, TestArguments, parse_stage, resolve_beams
 from llama_squad.folders import check_dataset, check_file, check_weights
 from llama_squad.stage import if_interrupted, next_command, run_stage
 
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         if args.predictor == "server":
             args = dataclasses.replace(args, decoding="free")  # it knows nothing of spans
+        args = resolve_beams(args)
         check_flags(args, model_args)
         again = "the same command without --overwrite" if args.overwrite else "the same command"
         with if_interrupted(f"the rows so far are kept in {args.output}: {again} goes on"):
@@ -57,6 +58,7 @@ def check_all(argv: Sequence[str] | None, parsed: Sequence[Any]) -> None:
     args, model_args = parsed
     if args.predictor == "server":
         args = dataclasses.replace(args, decoding="free")
+    args = resolve_beams(args)
     check_flags(args, model_args)
     create = next_command("create", argv, dataset_name=args.dataset_name)
     check_dataset(args.dataset_name, [args.split, *["val"] * args.tune_threshold], create)
@@ -85,6 +87,8 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
         "--adapter_name": args.adapter_name,
         "--quantize": args.quantize,
         "--num_beams": args.num_beams != 1,
+        "--length_penalty": args.length_penalty,
+        "--span_boundaries": args.span_boundaries != "word",
         "--reasoning_tokens": args.reasoning_tokens,
         "--tune_threshold": args.tune_threshold,
         "--n_best": args.n_best,
@@ -107,10 +111,16 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
         "--na_prob_thresh": args.na_prob_thresh is not None,
         "--n_best": args.n_best,
         "--audit": args.audit,
+        "--span_boundaries": args.span_boundaries != "word",
     }
     for flag, given in needs_spans.items():
         if given and args.decoding == "free":
             raise ValueError(f"{flag} needs --decoding span: free decoding weighs no spans")
+    if args.length_penalty and (args.decoding == "span" or args.num_beams == 1):
+        raise ValueError(
+            "--length_penalty needs --decoding free and several --num_beams: nothing else weighs "
+            "replies by their length"
+        )
     if args.tune_threshold and args.na_prob_thresh is not None:
         raise ValueError("--tune_threshold chooses what --na_prob_thresh sets: give one of them")
     for name in ("num_beams", "batch_size", "max_new_tokens", "num_samples", "concurrency"):
@@ -168,6 +178,10 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
 
     threshold = 1.0 if args.tune_threshold else evaluation.load_threshold(args)
     model = load_predictor(args, model_args)
+    if args.batch_size is None:
+        size = getattr(model(na_prob_thresh=threshold), "batch_size", 32)
+        args = dataclasses.replace(args, batch_size=evaluation.Processes.join().share(size))
+    assert args.batch_size is not None
     if args.tune_threshold:
         judge = model(na_prob_thresh=threshold)
         threshold = evaluation.tune_threshold(judge, dataset["val"], args, model_args)
@@ -185,8 +199,8 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
         return
     report(args)
     if args.audit:
-        exhaustive = model(num_beams=evaluation.AUDIT_BEAMS)
-        print(evaluation.audit(model(), exhaustive, records, args))
+        exhaustive = model(na_prob_thresh=1.0, num_beams=evaluation.AUDIT_BEAMS)
+        print(evaluation.audit(model(na_prob_thresh=1.0), exhaustive, records, args))
 
 
 def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable[..., Predictor]":
@@ -219,8 +233,9 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
     encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)
     weights = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
     return partial(
-        LocalModel, weights, encoder, decoding=args.decoding, num_beams=args.num_beams, **chat
-    )
+        LocalModel, weights, encoder, decoding=args.decoding, num_beams=args.num_beams,
+        length_penalty=args.length_penalty, span_boundaries=args.span_boundaries, **chat,
+    )  # fmt: skip
 
 
 def report(args: TestArguments) -> None:

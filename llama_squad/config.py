@@ -30,6 +30,10 @@ RUN_CONFIG = "llama_squad.json"
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 
 
+SPAN_BEAMS = 4
+"""Beams of span decoding where none are given; benchmarks/RESULTS.md says why so many."""
+
+
 def _option(default: Any, help_text: str, **metadata: Any) -> Any:
     extra = {"help": help_text, **metadata}
     if isinstance(default, list):
@@ -223,8 +227,24 @@ class TestArguments:
     decoding: Literal["span", "free"] = _option(
         "span", "span: only substrings of the context, or no answer. free: whatever is likeliest."
     )
-    num_beams: int = _option(1, "Beams of the search.")
-    batch_size: int = _option(32, "Questions at once; halved by itself on out-of-memory.")
+    span_boundaries: Literal["word", "any"] = _option(
+        "word",
+        "Where spans may begin and end: word: at word boundaries, and they hold a letter or digit. "
+        "any: at any character.",
+    )
+    num_beams: int | None = _option(
+        None, f"Beams of the search (default: {SPAN_BEAMS} for spans, 1 for free decoding)."
+    )
+    length_penalty: float = _option(
+        0.0,
+        "Free decoding with several beams: a reply counts log P / tokens ** this, as in generate "
+        "(0: the likeliest reply).",
+    )
+    batch_size: int | None = _option(
+        None,
+        "Questions at once, in whole paragraphs; halved by itself on out-of-memory "
+        "(default: 32, more on a GPU with room for them).",
+    )
     max_new_tokens: int = _option(256, "Length limit of a reply.")
     na_prob_thresh: float | None = _option(
         None, "Abstain where na_prob is above this (default: the adapter's tuned one, else 0.5)."
@@ -250,6 +270,14 @@ class TestArguments:
         None, "Also write the official predictions.json and na_prob.json into this folder."
     )
     overwrite: bool = _option(False, "Start the result file anew.")
+
+
+def resolve_beams(args: TestArguments) -> TestArguments:
+    """Return the arguments with the number of beams that they mean."""
+    if args.num_beams is not None:
+        return args
+    spans = args.predictor == "local" and args.decoding == "span"
+    return dataclasses.replace(args, num_beams=SPAN_BEAMS if spans else 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,21 +97,27 @@ def holds_word(text: str) -> bool:
     return any(unicodedata.category(char)[0] in "LN" for char in text)
 
 
-def is_span(context: str, text: str, boundaries: Boundaries = "any") -> bool:
-    """Tell whether ``text`` may be the answer: a substring without white space at its ends.
+def find_span(context: str, text: str, boundaries: Boundaries = "any") -> int:
+    """Return where ``text`` first stands in the context as a span may, or -1 where it does not.
 
-    The text "?" is none, since a reply that holds it abstains.
+    A span has no white space at its ends. The text "?" is none, since a reply that holds it
+    abstains.
     """
     if text in (NO_ANSWER, "") or text != text.strip():
-        return False
+        return -1
     if boundaries == "any":
-        return text in context
+        return context.find(text)
     start = context.find(text) if holds_word(text) else -1
     while start >= 0:
         if all(is_word_boundary(context, at) for at in (start, start + len(text))):
-            return True
+            break
         start = context.find(text, start + 1)
-    return False
+    return start
+
+
+def is_span(context: str, text: str, boundaries: Boundaries = "any") -> bool:
+    """Tell whether ``text`` may be the answer (see ``find_span``)."""
+    return find_span(context, text, boundaries) >= 0
 
 
 @dataclass(frozen=True)
