@@ -235,7 +235,7 @@ def test_each_printed_command_works_as_printed(folder: Path, tmp_path: Path) -> 
     for split in ("train", "test"):
         articles = []
         for n in range(4):
-            answer = {"text": "Rome", "answer_start": 17}
+            answer = {"text": "Rome", "answer_start": 16}
             qa = {"id": f"{split}{n}", "question": "Where?", "answers": [answer]}
             paragraph = {"context": f"Anna {n} lives in Rome.", "qas": [qa]}
             articles.append({"title": f"T{n}", "paragraphs": [paragraph]})
