@@ -47,7 +47,7 @@ class SummarizeArguments:
     intervals: bool = dataclasses.field(
         default=False,
         metadata={
-            "help": "Show 95 % confidence intervals below the figures, too (csv and json always "
+            "help": "Show 95 %% confidence intervals below the figures, too (csv and json always "
             "hold them)."
         },
     )

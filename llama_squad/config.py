@@ -260,9 +260,9 @@ class TestArguments:
     shuffle: bool = _option(False, "Take the questions in random order (see --seed).")
     sample: Literal["questions", "paragraphs"] = _option(
         "questions",
-        "What --num_samples counts out: the first questions (random ones with --shuffle), or "
-        "random whole paragraphs of at least so many: much faster, as their questions share the "
-        "context, but questions of one paragraph are alike, so the figures vary more.",
+        "What --num_samples counts out: questions, or whole paragraphs at random until they hold "
+        "so many: faster, as their questions share the context, but those of one paragraph are "
+        "alike, so the figures vary more.",
     )
     seed: int = _option(42, "Seed of --shuffle and --sample paragraphs.")
     output: str = _option("results/results.csv", "Result file, appended to and resumable.")

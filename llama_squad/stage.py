@@ -130,7 +130,7 @@ def _lines_for_bars() -> None:
         disable: bool
 
         def __init__(self, *args: Any, **options: Any) -> None:
-            self._said = 0
+            self._said: float | None = None  # how far the last line said it was
             self._next = time.monotonic() + LINE_INTERVAL_S
             super().__init__(*args, **options)
             self.ncols, self.dynamic_ncols = 0, None
@@ -142,7 +142,7 @@ def _lines_for_bars() -> None:
             return True
 
         def _say(self) -> None:
-            self._said += 1
+            self._said = self.n
             self.fp.write(f"{self}\n")
             self.fp.flush()
 
@@ -153,7 +153,7 @@ def _lines_for_bars() -> None:
             if not self.disable:
                 self.disable = True
                 self._decr_instances(self)
-                if self._said:  # a short one says nothing
+                if self._said not in (None, self.n):  # a short one says nothing
                     self._say()
 
     for module in (tqdm, tqdm.auto):
