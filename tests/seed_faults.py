@@ -200,8 +200,15 @@ FAULTS = [
     Fault(
         "grammar: an empty span",
         "llama_squad/spans.py",
-        "and (length or empty)",
-        "",
+        "if not bare or words[end] > words[offset]:",
+        "if True:",
+        f"{DECODING} -k spelled_and_nothing_else",
+    ),
+    Fault(
+        "grammar: a span may begin inside of a word",
+        "llama_squad/spans.py",
+        "if edges[index]:",
+        "if True:",
         f"{DECODING} -k spelled_and_nothing_else",
     ),
     Fault(
@@ -214,14 +221,14 @@ FAULTS = [
     Fault(
         "grammar: a span is lost where two begin alike",
         "llama_squad/spans.py",
-        "inside.setdefault(token_id, []).append(end)",
-        "inside.setdefault(token_id, [end])",
+        "inside.setdefault(token_id, [_BARE] * still).append(end)",
+        "inside.setdefault(token_id, [*[_BARE] * still, end])",
         f"{DECODING} -k spelled_and_nothing_else",
     ),
     Fault(
         "grammar: no token reaches from the lead into the answer",
         "llama_squad/spans.py",
-        "self._match(self._vocabulary.beyond[left], self._starts, inside, closing, empty=False)",
+        "self._match(self._vocabulary.beyond[left], self._starts, True, inside, closing)",
         "pass",
         f"{DECODING} -k tokens_of_training",
     ),

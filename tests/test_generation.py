@@ -241,13 +241,16 @@ def spell_out(grammar, vocabulary, text):
 
 
 @pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
-def test_every_span_can_be_spelled_and_nothing_else(name, template, end):
+@pytest.mark.parametrize("boundaries", ["any", "word"])
+def test_every_span_can_be_spelled_and_nothing_else(name, template, end, boundaries):
     encoder = load_encoder(name, template)
     tokenizer, vocabulary = encoder.tokenizer, span_vocabulary(encoder)
-    grammar = SpanGrammar(vocabulary, ODD)
+    grammar = SpanGrammar(vocabulary, ODD, boundaries)
     texts = {ODD[i:j] for i in range(len(ODD)) for j in range(i + 1, min(i + 8, len(ODD)) + 1)}
-    spans = {text for text in texts if is_span(ODD, text)}
-    assert {"n", "é\\n", "“ok”", '"Zoë"', "é\\n)\n\tsa", "\x07"} <= spans
+    spans = {text for text in texts if is_span(ODD, text, boundaries)}
+    parts = {"n", "é\\n)\n\tsa", "\x07", '"', "“", "990"}
+    assert {"in", "1990s", "“ok”", "ok", '"Zoë"', "(é\\n)", "said: 中文", "x."} <= spans
+    assert parts & spans == (parts if boundaries == "any" else set())
     assert not {"", "?", " x", "in ", "zoë"} & spans
     for text in spans:
         ids = spell_out(grammar, vocabulary, text)
@@ -255,7 +258,7 @@ def test_every_span_can_be_spelled_and_nothing_else(name, template, end):
         assert grammar.accepts(ids)
         reply = tokenizer.decode(vocabulary.header + ids, clean_up_tokenization_spaces=False)
         assert extract_answer(reply).text == text
-    for text in [*(texts - spans - {"?"}), "not there", "Zoë (é"]:
+    for text in [*(texts - spans - {"?"}), "", "not there", "Zoë (é"]:
         assert spell_out(grammar, vocabulary, text) is None, text
 
 
