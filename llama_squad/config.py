@@ -186,7 +186,8 @@ class TrainerArguments:
         "auto", "Trackers; auto: TensorBoard, and W&B where you are logged in to it."
     )
     resume_from_checkpoint: str | None = _option(
-        None, "A checkpoint's folder, or `latest` for the newest."
+        None,
+        "A checkpoint's folder; `latest` for the newest; `auto` for the newest, if there is one.",
     )
     hub_model_id: str | None = _option(
         None, "Repository on the Hub to push to (USER/NAME); the merged model goes to NAME-merged."
