@@ -208,9 +208,7 @@ class TestArguments:
         "Server of --predictor server (default: OpenAI's own): its model's name goes to "
         "--model_name, its key to OPENAI_API_KEY, and it always decodes freely.",
     )
-    concurrency: int | None = _option(
-        None, "Questions that a server is asked at once (default: --batch_size)."
-    )
+    concurrency: int = _option(32, "Questions that a server is asked at once.")
     timeout: float = _option(600.0, "Seconds to wait for a server's reply.")
     temperature: float = _option(0.0, "Temperature that a server is asked for.")
     max_tokens_name: Literal["max_tokens", "max_completion_tokens"] | None = _option(
