@@ -1,9 +1,9 @@
 """How many beams span decoding needs: accuracy and seconds by --num_beams, on a real model.
 
 Answers the questions of whole paragraphs, taken at random from a split, with each number of beams;
-says how many answers are right (strictly, and by the official exact and F1), how often the best span is
-the one that the most beams found, and the seconds that each took. The numbers of beams take turns,
-a batch each, so that other work on the machine falls on all of them alike.
+says how many answers are right (strictly, and by the official exact and F1), how often the best
+span is the one that the most beams found, and the seconds that each took. The numbers of beams take
+turns, a batch each, so that other work on the machine falls on all of them alike.
 
     python benchmarks/beams.py --model MODEL
     python benchmarks/beams.py --model MODEL --adapter DIR

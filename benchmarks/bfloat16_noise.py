@@ -1,8 +1,8 @@
 """How far answers in bfloat16 depend on the batch size: the same questions, several sizes compared.
 
 Answers the questions of whole paragraphs, taken at random from a split, with each batch size, and
-says for each pair of neighbouring sizes, and for all sizes together, how many answers and best spans
-differ, and how far log P("?") and log P(best span) do. What is compared is kept in ``--out``.
+says for each pair of neighbouring sizes, and for all sizes together, how many answers and best
+spans differ, and how far log P("?") and log P(best span) do. What is compared is kept in ``--out``.
 
     python benchmarks/bfloat16_noise.py --model MODEL
     python benchmarks/bfloat16_noise.py --model MODEL \
