@@ -26,7 +26,7 @@ from llama_squad.config import (
     parse_stage,
 )
 from llama_squad.flags import sft_config_fields
-from llama_squad.folders import check_dataset, check_file, check_weights
+from llama_squad.folders import check_dataset, check_file, check_output, check_weights
 from llama_squad.stage import if_interrupted, next_command, run_stage
 
 
@@ -60,6 +60,7 @@ def check_flags(argv: Sequence[str], parsed: Sequence[Any]) -> None:
     args, model_args, trainer = parsed
     check_training_numbers(args, trainer)
     check_adapter_flags(args, argv)
+    check_output(model_args.model_name, trainer.output_dir)
     create = next_command("create", argv, dataset_name=args.dataset_name)
     check_dataset(args.dataset_name, ["train"], create)
     check_weights(
@@ -106,7 +107,6 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     from llama_squad.data import load_squad
     from llama_squad.merge_error import Sample
 
-    publishing.check_output(model_args.model_name, sft_args.output_dir)
     preflight.check_hub(sft_args)
     modeling.say_device()
     settings = publishing.run_settings(args, model_args, sft_args.to_dict())

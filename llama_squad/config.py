@@ -564,7 +564,7 @@ def parse_stage(
         parsed = parse(values, str(path) if path else "")
     except ValueError as error:
         parser.error(str(error))
-    if check:
+    if check and "--help_all" not in arguments:  # which another call answers
         check(parsed)
     try:
         more = saved(parsed) if saved else {}
