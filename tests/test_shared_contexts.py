@@ -211,8 +211,8 @@ def planned(
 ) -> tuple[Any, SquadSFTConfig]:
     """Lay out a dataset as the stage does; returns the features and the changed arguments."""
     sft_args = SquadSFTConfig(output_dir=str(folder), report_to="none", bf16=False, **settings)
-    features = lay_out(args or TrainArguments(), sft_args, {"train": encoded}, model, collator())
-    return features["train"], sft_args
+    layout = lay_out(args or TrainArguments(), sft_args, {"train": encoded}, model, collator())
+    return layout.features["train"], sft_args.replace(**layout.settings)
 
 
 def refuse_4d_masks(model: Any) -> None:

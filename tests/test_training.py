@@ -28,7 +28,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
 
 import train_llama_squad
-from llama_squad import modeling, publishing, rows, training
+from llama_squad import checkpoints, modeling, publishing, rows, training
 from llama_squad.answers import format_answer
 from llama_squad.collator import IGNORE, ConversationEncoder
 from llama_squad.config import (
@@ -556,7 +556,7 @@ def checkpoint(name: str, state: str | None = '{"global_step": 1}') -> Path:
 
 
 def test_find_checkpoint() -> None:
-    find = training.find_checkpoint
+    find = checkpoints.find_checkpoint
     assert find(None, "results") is None
     with pytest.raises(ValueError, match="no complete checkpoint in results"):
         find("latest", "results")
