@@ -393,7 +393,8 @@ def prepare_model(
     model = add_lora(model, args, encoder.pause[0] if encoder.pause else None)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = "4 bits" if args.quantize else str(model.dtype)
-    print(f"LoRA: {trained:,} trainable parameters on a base in {base}.")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"LoRA: {trained:,} trainable parameters on a base in {base}.")
     return model
 
 
@@ -445,7 +446,8 @@ def lay_out(
         row = features["train"][planned["train"].rows.index(tried)]
         why = check_shared_contexts(model, collator, row, max(encoded["train"]["length"]))
         if not why:
-            print(planned["train"].describe())
+            if sft_args.process_index == 0:
+                print(planned["train"].describe())
             settings |= {
                 "per_device_train_batch_size": 1,
                 "per_device_eval_batch_size": 1,
@@ -453,7 +455,9 @@ def lay_out(
                 "train_sampling_strategy": "random",  # the rows are balanced already
             }
             return Layout(features, settings, f"shared contexts {digest(planned['train'].rows)}")
-    print(f"Plain batches, contexts not shared: {why}. {_plain_step(questions, encoded['train'])}")
+    if sft_args.process_index == 0:
+        step = _plain_step(questions, encoded["train"])
+        print(f"Plain batches, contexts not shared: {why}. {step}")
     features = {name: split.remove_columns("paragraph") for name, split in encoded.items()}
     return Layout(features, settings, "plain batches")
 
