@@ -109,6 +109,7 @@ def make_record(
     trainer = settings["trainer"]
     record = {name: value for name, value in own.items() if name not in _OF_NO_MATTER}
     record |= {name: trainer[name] for name in (*_OF_TRAINER, *_OF_OPTIMIZER) if name in trainer}
+    record["lora_target_modules"] = sorted(record["lora_target_modules"])
     for name in _without_effect(record):
         del record[name]
     backend = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
@@ -181,21 +182,22 @@ def check_resume(checkpoint: str | None, record: Mapping[str, Any], anyway: bool
         return []
     saved = load_run_config(checkpoint).get(RECORD)
     if saved is None:
-        differences = ["it does not say what it was made with"]
+        differences, fixed = ["it does not say what it was made with"], []
     else:
         names = _differing(saved, record)
         differences = [_describe(name, saved, record) for name in names]
-        fixed = [_describe(name, saved, record) for name in names if _is_fixed(name, saved, record)]
-        if fixed:
-            raise ValueError(
-                f"cannot go on from {checkpoint}, which holds weights and optimizer of other "
-                f"settings ({'; '.join(fixed)}): give those of the checkpoint, or {_START_ANEW}"
-            )
+        fixed = [name for name in names if _is_fixed(name, saved, record)]
+    made = f"{checkpoint} was made with other settings ({'; '.join(differences)})"
+    if fixed:
+        raise ValueError(
+            f"{made}, and its weights and optimizer go with its own {', '.join(fixed)}: give those "
+            f"of the checkpoint, or {_START_ANEW}"
+        )
     if differences and not anyway:
         raise ValueError(
-            f"{checkpoint} was made with other settings ({'; '.join(differences)}), so going on "
-            "would skip other questions than it has seen, or follow another schedule: give those "
-            f"of the checkpoint, --resume_anyway to go on with these, or {_START_ANEW}"
+            f"{made}, so going on would skip other questions than it has seen, or follow another "
+            "schedule: give those of the checkpoint, --resume_anyway to go on with these, or "
+            f"{_START_ANEW}"
         )
     if differences and os.environ.get("RANK", "0") == "0":
         print(f"Going on from {checkpoint} with other settings: {'; '.join(differences)}.")

@@ -165,6 +165,7 @@ def test_what_the_saved_weights_and_optimizer_hold_cannot_differ(
         monkeypatch.setattr(train_llama_squad, "check_adapter_flags", lambda *_: None)
     message = refused(monkeypatch, *words)
     assert named in message
+    assert f"go with its own {flags.split(maxsplit=1)[0][2:]}: give" in message
     assert "--resume_anyway" not in message
 
 
@@ -172,7 +173,8 @@ def test_each_of_several_differences_is_named(begun: Path, monkeypatch: pytest.M
     message = refused(monkeypatch, "--seed", "7", "--per_device_train_batch_size", "3")
     assert differences(message) == ["per_device_train_batch_size", "seed"]
     message = refused(monkeypatch, "--seed", "7", "--lora_r", "8")
-    assert differences(message) == ["lora_r"]  # what cannot be passed over
+    assert differences(message) == ["lora_r", "seed"]
+    assert "go with its own lora_r: give" in message  # what cannot be passed over
 
 
 def change_answer(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
