@@ -138,6 +138,11 @@ class TrainArguments:
         "bits they are rounded at random, so that small updates survive on average; in float32 "
         "nothing is lost, in a file of twice the size.",
     )
+    resume_anyway: bool = _option(
+        False,
+        "Go on from a checkpoint although this run lays its questions out otherwise, or follows "
+        "another schedule; without it the differences are named, and refused.",
+    )
     show_mask: int = _option(
         0, "Print this many examples with their supervised tokens in colour, and exit."
     )
