@@ -14,14 +14,20 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llama_squad.config import parse_stage
 from llama_squad.metrics import gold_texts, score_predictions
 from llama_squad.report import Format, plot_na_probs, render_figures, render_summaries
-from llama_squad.results import official_predictions, read_results, summarize
+from llama_squad.results import (
+    Row,
+    iter_results,
+    official_predictions,
+    rethreshold,
+    summarize,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +55,10 @@ class SummarizeArguments:
     )
     na_prob_thresh: float | None = dataclasses.field(
         default=None,
-        metadata={"help": "Abstain where --na_prob is above this (default: 1.0, never)."},
+        metadata={
+            "help": "Abstain where the no-answer probability is above this (default: as the result "
+            "file says; with --predictions 1.0, never)."
+        },
     )
     output: str | None = dataclasses.field(
         default=None, metadata={"help": "Also save the summary in this file."}
@@ -87,19 +96,27 @@ def name_files(files: Sequence[str]) -> dict[str, Path]:
     return names
 
 
+def read_rows(path: Path, threshold: float | None) -> Iterator[Row]:
+    """Read a result file, as another threshold would have made it where one is given."""
+    for row in iter_results(path):
+        try:
+            yield row if threshold is None else rethreshold(row, threshold)
+        except ValueError as error:
+            raise ValueError(f"--na_prob_thresh cannot be applied to {path}: {error}") from error
+
+
 def summarize_files(args: SummarizeArguments) -> str:
     """Summarise result files, one row each."""
-    if args.data or args.na_prob or args.na_prob_thresh is not None:
-        raise ValueError("--data, --na_prob and --na_prob_thresh need --predictions FILE")
+    if args.data or args.na_prob:
+        raise ValueError("--data and --na_prob need --predictions FILE")
     summaries = {}
     for name, path in name_files(args.results).items():
-        rows = read_results(path)
-        summaries[name] = summarize(rows)
+        summaries[name] = summarize(read_rows(path, args.na_prob_thresh))
         if args.plot:
-            predictions, na_probs = official_predictions(rows)
+            predictions, na_probs = official_predictions(read_rows(path, args.na_prob_thresh))
             if na_probs is None:
                 raise ValueError(f"{path} has rows without a na_prob: there is nothing to --plot")
-            golds = {row["id"]: row["answers"] for row in rows}
+            golds = {row["id"]: row["answers"] for row in iter_results(path)}
             picture = Path(args.plot, f"{name.replace('/', '_')}.png")
             plot_na_probs(golds, predictions, na_probs, picture, name)
     return render_summaries(summaries, args.format)

@@ -83,6 +83,8 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
             raise ValueError(f"{flag} needs --decoding span: free decoding weighs no spans")
     if args.tune_threshold and args.na_prob_thresh is not None:
         raise ValueError("--tune_threshold chooses what --na_prob_thresh sets: give one of them")
+    if args.tune_for != "exact" and not args.tune_threshold:
+        raise ValueError("--tune_for says what --tune_threshold tunes for: give both")
     for name in ("num_beams", "batch_size", "max_new_tokens", "num_samples"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -124,7 +126,8 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
             )
     from llama_squad import evaluation
 
-    threshold = 1.0 if args.tune_threshold else evaluation.load_threshold(args)
+    evaluation.check_outputs(args)
+    threshold = 1.0 if args.tune_threshold else evaluation.load_threshold(args, model_args)
     model = load_predictor(args, model_args)
     if args.tune_threshold:
         judge = model(na_prob_thresh=threshold)
@@ -137,7 +140,6 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
         evaluation.settings_of(args, model_args, threshold, records),
         batch_size=args.batch_size,
         overwrite=args.overwrite,
-        n_best=args.n_best > 0,
     )
     if evaluation.Processes.join().rank > 0:
         return
@@ -178,13 +180,12 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
 def report(args: TestArguments) -> None:
     """Print the row of the table and the next command; write the official files if asked."""
     from llama_squad.report import render_summaries
-    from llama_squad.results import read_results, summarize, write_official
+    from llama_squad.results import iter_results, summarize, write_official
 
-    rows = read_results(args.output)
     if args.predictions_dir:
-        write_official(rows, args.predictions_dir)
+        write_official(iter_results(args.output), args.predictions_dir)
     name = Path(args.adapter_name or args.output).name
-    print("\n" + render_summaries({name: summarize(rows)}, "table"))
+    print("\n" + render_summaries({name: summarize(iter_results(args.output))}, "table"))
     print(f"Wrote {args.output}. Next: python summarize_results.py {args.output}")
 
 

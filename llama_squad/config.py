@@ -155,7 +155,12 @@ class TestArguments:
     tune_threshold: bool = _option(
         False, "Pick the threshold on the validation split first, and keep it with the adapter."
     )
-    n_best: int = _option(0, "Also write this many best spans a question, as JSON lines.")
+    tune_for: Literal["exact", "f1"] = _option(
+        "exact", "Which official score --tune_threshold makes as high as it can."
+    )
+    n_best: int = _option(
+        0, "Find this many best spans of each question: JSON, in a column of the result file."
+    )
     audit: int = _option(
         0, "Score every span for this many questions, and say how often the search found the best."
     )

@@ -68,7 +68,7 @@ class Reply:
         token_ids: its tokens, with the token that ends the turn.
         score: its log-probability: in span decoding given the forced header (the tokens of
             ``ANSWER_HEADER`` up to the colon), through the end of the turn; in free decoding of
-            all its tokens.
+            all its tokens. None where nobody tells (servers).
         best: the span that the search found first (span decoding; None where the context holds
             none). Its log-probability is that of its likeliest tokens; other ways to spell it are
             not added.
@@ -82,7 +82,7 @@ class Reply:
 
     completion: str
     token_ids: list[int]
-    score: float
+    score: float | None
     best: Span | None = None
     spans: tuple[Span, ...] = ()
     no_answer_log_prob: float | None = None

@@ -21,7 +21,6 @@ from llama_squad.results import (
     Row,
     config_path,
     make_row,
-    merge_results,
     read_results,
     summarize,
     write_official,
@@ -66,6 +65,10 @@ def test_make_row() -> None:
         "completion": '```json\n{\n  "answer": "Beyoncé"\n}\n```',
         "na_prob": 0.25,
         "score": -1.5,
+        "best_span": None,
+        "best_span_log_prob": None,
+        "no_answer_log_prob": None,
+        "n_best": None,
         "Prompt": "prompt",
         "Correct answers": '["Beyoncé", "B"]',
         "Model answer": "Beyoncé",
@@ -105,7 +108,7 @@ def test_resume(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     write(path, [row("a"), row("b", "?", (), na_prob=0.75)])
     assert json.loads(config_path(path).read_text()) == SETTINGS
-    assert config_path(path).name == "results.config.json"
+    assert config_path(path).name == "results.csv.config.json"
     with ResultsFile(path, SETTINGS) as file:
         assert file.done == {"a", "b"}
         file.append([row("c")])
@@ -304,29 +307,36 @@ def test_reading_errors_of_our_own_file(tmp_path: Path) -> None:
     write(path, [row("a")])
     whole = path.read_text()
     path.write_text(whole + whole.partition("\n")[2])
-    with pytest.raises(ValueError, match=r"1 ids twice \(the first: a\)"):
+    with pytest.raises(ValueError, match="row 2: question a is there twice"):
         read_results(path)
     path.write_text(whole.replace('"answer",', '"maybe",'))
     with pytest.raises(ValueError, match="row 1: state is 'maybe'"):
         read_results(path)
 
 
-def test_merge(tmp_path: Path) -> None:
+def test_gather(tmp_path: Path) -> None:
     shards = [tmp_path / f"results.{rank}.csv" for rank in range(2)]
     write(shards[0], [row("c"), row("a", "é\n")])
     write(shards[1], [row("d"), row("b"), row("a", "other")])
     path = tmp_path / "results.csv"
-    assert merge_results(shards, path, ["a", "b", "c", "d", "e"]) == 4
-    assert [r["id"] for r in read_results(path)] == ["a", "b", "c", "d"]
-    assert read_results(path)[0]["prediction_text"] == "é\n"
-    with ResultsFile(path, SETTINGS) as file:  # goes on like any other file
+    with ResultsFile(path, SETTINGS) as file:
+        file.gather(shards, ["a", "b", "c", "d", "e"])
+        assert file.done == {"a", "b", "c", "d"}
+        assert [r["id"] for r in read_results(path)] == ["a", "b", "c", "d"]
+        assert read_results(path)[0]["prediction_text"] == "é\n"
+        with pytest.raises(ValueError, match="one row for each of 5 .* 4 rows for 4 .look at e"):
+            file.check_complete(["a", "b", "c", "d", "e"])
         file.append([row("e")])
+        file.check_complete(["a", "b", "c", "d", "e"])
     single = tmp_path / "single.csv"
     write(single, [row("a", "é\n"), row("b"), row("c"), row("d"), row("e")])
     assert path.read_bytes() == single.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
-    with pytest.raises(ValueError, match=r"1 rows of .*not of this dataset \(the first: d\)"):
-        merge_results(shards, path, ["a", "b", "c"])
+    with (
+        ResultsFile(path, SETTINGS) as file,
+        pytest.raises(ValueError, match=r"2 rows of .*not of this dataset \(the first: d\)"),
+    ):
+        file.gather(shards, ["a", "b", "c"])
     assert path.read_bytes() == single.read_bytes()
 
 
@@ -348,12 +358,12 @@ def test_summarize() -> None:
     rows = [
         row("a", "the x", ("x",), na_prob=0.1),  # official right, strict wrong
         row("b", "x y", ("x",), na_prob=0.2),  # F1 2/3
-        row("c", "?", (), na_prob=0.9),
+        row("c", "?", (), na_prob=0.9, best_span="z"),
         row("d", "", (), na_prob=0.3),  # malformed: no abstention
     ]
     figures = summarize(rows)
     assert figures["n"] == 4
-    assert figures["states"] == {"answer": 2, "no_answer": 1, "malformed": 1}
+    assert figures["states"] == {"answer": 2, "no_answer": 1, "malformed": 1, "failed": 0}
     assert figures["% Valid JSON"] == 75.0
     assert figures["% Exact Match"] == 25.0
     assert figures["% EM for Valid JSON"] == pytest.approx(100 / 3)

@@ -32,7 +32,8 @@ def write_results(path: str, replies: dict[str, tuple[str, list[str], float | No
             record = {"id": id_, "title": "T", "question": "Q", "answers": {"text": golds}}
             completion = format_answer(reply) if reply else "well"
             answer = extract_answer(completion)
-            rows.append(make_row(record, completion, answer, "p", na_prob))
+            best = None if na_prob is None else reply.replace("?", "best")
+            rows.append(make_row(record, completion, answer, "p", na_prob, best_span=best))
         file.append(rows)
 
 
@@ -164,7 +165,7 @@ def test_plots(capsys: pytest.CaptureFixture[str]) -> None:
         (["empty.csv"], "empty.csv is damaged or no result file: it is empty"),
         (["d.json"], "d.json is damaged or no result file"),
         (["base.csv", "--plot", "x"], "base.csv has rows without a na_prob"),
-        (["base.csv", "--na_prob_thresh", "0.5"], "need --predictions"),
+        (["base.csv", "--na_prob_thresh", "0.5"], "cannot be applied to base.csv: question a has no"),
         (["--data", "d.json"], "need --predictions"),
         (["--predictions", "p.json"], "--predictions needs --data"),
         (["--predictions", "p.json", "--data", "no.json"], "cannot read no.json"),
