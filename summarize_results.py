@@ -10,6 +10,7 @@ Writes:  the table to the terminal, to ``--output``, and plots to ``--plot``.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import sys
@@ -19,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from llama_squad.config import parse_stage
-from llama_squad.metrics import gold_texts, score_predictions
-from llama_squad.report import Format, plot_na_probs, render_figures, render_summaries
-from llama_squad.results import (
-    Row,
-    iter_results,
-    official_predictions,
-    rethreshold,
-    summarize,
+from llama_squad.metrics import gold_texts, score_predictions, score_table
+from llama_squad.report import (
+    Format,
+    describe_differing,
+    plot_na_probs,
+    render_figures,
+    render_summaries,
 )
+from llama_squad.results import Row, Tally, iter_results, rethreshold
+from llama_squad.stage import run_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,13 @@ class SummarizeArguments:
         },
     )
     format: Format = dataclasses.field(default="table", metadata={"help": "Form of the summary."})
+    intervals: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Show 95 %% confidence intervals below the figures, too (csv and json always "
+            "hold them)."
+        },
+    )
     data: str | None = dataclasses.field(
         default=None,
         metadata={"help": "Dataset in the official SQuAD JSON form, to score --predictions on."},
@@ -109,17 +118,56 @@ def summarize_files(args: SummarizeArguments) -> str:
     """Summarise result files, one row each."""
     if args.data or args.na_prob:
         raise ValueError("--data and --na_prob need --predictions FILE")
-    summaries = {}
+    summaries, questions, unplotted = {}, {}, []
     for name, path in name_files(args.results).items():
-        summaries[name] = summarize(read_rows(path, args.na_prob_thresh))
-        if args.plot:
-            predictions, na_probs = official_predictions(read_rows(path, args.na_prob_thresh))
-            if na_probs is None:
-                raise ValueError(f"{path} has rows without a na_prob: there is nothing to --plot")
-            golds = {row["id"]: row["answers"] for row in iter_results(path)}
-            picture = Path(args.plot, f"{name.replace('/', '_')}.png")
-            plot_na_probs(golds, predictions, na_probs, picture, name)
-    return render_summaries(summaries, args.format)
+        asked, tally = Questions(), Tally()
+        for row in read_rows(path, args.na_prob_thresh):
+            asked.add(row)
+            tally.add(row)
+        summaries[name], questions[name] = tally.figures(), asked.key()
+        if args.plot and not plot_file(tally, args.plot, name):
+            unplotted.append(str(path))
+    if unplotted and len(unplotted) == len(summaries):
+        raise ValueError(f"no --plot of {', '.join(unplotted)}: some rows have no na_prob")
+    if unplotted:
+        print(f"No plot of {', '.join(unplotted)}: some rows have no na_prob.", file=sys.stderr)
+    summary = render_summaries(summaries, args.format, args.intervals)
+    note = describe_differing(questions)
+    if note and args.format in ("csv", "json"):  # which have no place for it
+        print(note, end="", file=sys.stderr)
+        return summary
+    return f"{summary}\n{note}" if note else summary
+
+
+class Questions:
+    """Which questions a file answers, in any order: their number, and a digest."""
+
+    def __init__(self) -> None:
+        self._count = self._digest = 0
+        self._named = False
+
+    def add(self, row: Row) -> None:
+        """Count a row's question and its right answers in."""
+        text = json.dumps([row["id"], row["question"], row["answers"]])
+        self._digest ^= int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
+        self._named = self._named or bool(row["question"])
+        self._count += 1
+
+    def key(self) -> tuple[int, str]:
+        """Return the number and the digest: "" where the file does not name the questions.
+
+        The original's files number their rows, and name none.
+        """
+        return self._count, f"{self._digest:032x}" if self._named else ""
+
+
+def plot_file(tally: Tally, folder: str, name: str) -> bool:
+    """Draw one file's picture; False where a row has no na_prob."""
+    table = tally.weighed()
+    if table is None:
+        return False
+    plot_na_probs(table, Path(folder, f"{name.replace('/', '_')}.png"), name)
+    return True
 
 
 def score_official(args: SummarizeArguments) -> str:
@@ -134,7 +182,8 @@ def score_official(args: SummarizeArguments) -> str:
         if na_probs is None:
             raise ValueError("--plot draws no-answer probabilities: give --na_prob FILE")
         name = Path(args.predictions).stem
-        plot_na_probs(golds, predictions, na_probs, Path(args.plot, f"{name}.png"), name)
+        table = score_table(golds, predictions, na_probs)
+        plot_na_probs(table, Path(args.plot, f"{name}.png"), name)
     return render_figures(figures, args.format)
 
 
@@ -147,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "summarize",
         (SummarizeArguments,),
         [*flags, *argv[len(files) :]],
-        description=(__doc__ or "").splitlines()[0],
+        description=__doc__,
     )
     try:
         summary = score_official(args) if args.predictions else summarize_files(args)
@@ -160,4 +209,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

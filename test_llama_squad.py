@@ -12,6 +12,7 @@ as it is known, so that a killed run goes on where it stopped. Several processes
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,24 +20,56 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from llama_squad.config import ModelArguments, TestArguments, parse_stage
+from llama_squad.config import ModelArguments, TestArguments, parse_stage, resolve_beams
+from llama_squad.folders import check_dataset, check_file, check_weights
+from llama_squad.stage import if_interrupted, next_command, run_stage
 
 if TYPE_CHECKING:
     from llama_squad.predictors import Predictor
 
+SERVER_FLAGS = (
+    "base_url", "concurrency", "timeout", "temperature", "max_tokens_name", "structured_output"
+)  # fmt: skip
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
-    args, model_args = parse_stage(
-        "test", (TestArguments, ModelArguments), argv, saved=adapter_settings, description=__doc__
-    )
-    if args.predictor == "server":
-        args = dataclasses.replace(args, decoding="free")  # it knows nothing of spans
+    types = (TestArguments, ModelArguments)
+    check = partial(check_all, argv)
     try:
+        args, model_args = parse_stage(
+            "test", types, argv, saved=adapter_settings, description=__doc__, check=check
+        )
+        if args.predictor == "server":
+            args = dataclasses.replace(args, decoding="free")  # it knows nothing of spans
+        args = resolve_beams(args)
         check_flags(args, model_args)
-        run(args, model_args)
+        again = "the same command without --overwrite" if args.overwrite else "the same command"
+        with if_interrupted(f"the rows so far are kept in {args.output}: {again} goes on"):
+            run(args, model_args)
     except ValueError as error:
         sys.exit(f"test_llama_squad.py: {error}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"Wrote {args.output}. Next: {next_command('summarize', argv, args.output)}")
+
+
+def check_all(argv: Sequence[str] | None, parsed: Sequence[Any]) -> None:
+    """Check what can be checked before anything is loaded. Raises ValueError."""
+    args, model_args = parsed
+    if args.predictor == "server":
+        args = dataclasses.replace(args, decoding="free")
+    args = resolve_beams(args)
+    check_flags(args, model_args)
+    create = next_command("create", argv, dataset_name=args.dataset_name)
+    check_dataset(args.dataset_name, [args.split, *["val"] * args.tune_threshold], create)
+    if args.predictor == "server":
+        return
+    train = next_command("train", argv, dataset_name=args.dataset_name)
+    check_weights("--adapter_name", args.adapter_name, f"train one with `{train}`, or name another")
+    check_file("--chat_template", model_args.chat_template)
+    if not args.adapter_name:
+        cure = "give another folder, or a name on the Hub"
+        check_weights("--model_name", model_args.model_name, cure)
 
 
 def adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
@@ -54,6 +87,8 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
         "--adapter_name": args.adapter_name,
         "--quantize": args.quantize,
         "--num_beams": args.num_beams != 1,
+        "--length_penalty": args.length_penalty,
+        "--span_boundaries": args.span_boundaries != "word",
         "--reasoning_tokens": args.reasoning_tokens,
         "--tune_threshold": args.tune_threshold,
         "--n_best": args.n_best,
@@ -70,36 +105,68 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
                 f"{flag} means nothing to --predictor {args.predictor}: leave it "
                 "out, as a flag or in the configuration"
             )
-    if args.base_url is not None:
-        check_url(args)
+    check_server_flags(args)
     needs_spans = {
         "--tune_threshold": args.tune_threshold,
         "--na_prob_thresh": args.na_prob_thresh is not None,
         "--n_best": args.n_best,
         "--audit": args.audit,
+        "--span_boundaries": args.span_boundaries != "word",
     }
     for flag, given in needs_spans.items():
         if given and args.decoding == "free":
             raise ValueError(f"{flag} needs --decoding span: free decoding weighs no spans")
+    if args.length_penalty and (args.decoding == "span" or args.num_beams == 1):
+        raise ValueError(
+            "--length_penalty needs --decoding free and several --num_beams: nothing else weighs "
+            "replies by their length"
+        )
+    check_threshold_flags(args)
+    for name in ("num_beams", "batch_size", "max_new_tokens", "num_samples", "concurrency"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}")
+    for name in ("n_best", "audit", "reasoning_tokens"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} must not be negative: 0 does without")
+    if args.sample == "paragraphs" and (args.shuffle or args.num_samples is None):
+        raise ValueError(
+            "--sample paragraphs takes --num_samples questions at random: give their number, and "
+            "leave --shuffle out"
+        )
+
+
+def check_threshold_flags(args: TestArguments) -> None:
+    """Refuse thresholds that are none, or that clash. Raises ValueError."""
+    if args.na_prob_thresh is not None and not 0 <= args.na_prob_thresh <= 1:
+        raise ValueError(f"--na_prob_thresh is a probability, not {args.na_prob_thresh}")
     if args.tune_threshold and args.na_prob_thresh is not None:
         raise ValueError("--tune_threshold chooses what --na_prob_thresh sets: give one of them")
     if args.tune_for != "exact" and not args.tune_threshold:
         raise ValueError("--tune_for says what --tune_threshold tunes for: give both")
-    for name in ("num_beams", "batch_size", "max_new_tokens", "num_samples"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
-    for name in ("n_best", "audit"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name} must not be negative: 0 does without")
-    if args.na_prob_thresh is not None and not 0 <= args.na_prob_thresh <= 1:
-        raise ValueError(f"--na_prob_thresh is a probability, not {args.na_prob_thresh}")
+    if args.tune_threshold and not (args.adapter_name and Path(args.adapter_name).is_dir()):
+        raise ValueError(
+            "--tune_threshold keeps the threshold in the adapter's folder: give a local "
+            "--adapter_name, or choose a threshold with --na_prob_thresh"
+        )
+
+
+def check_server_flags(args: TestArguments) -> None:
+    """Refuse a server's flags without one, and values that no server takes. Raises ValueError."""
+    defaults = TestArguments()
+    for name in SERVER_FLAGS:
+        if args.predictor != "server" and getattr(args, name) != getattr(defaults, name):
+            raise ValueError(f"--{name} needs --predictor server: no other is asked over a network")
+    if not args.timeout > 0:
+        raise ValueError(f"--timeout must be above 0 seconds, not {args.timeout}")
+    if not args.temperature >= 0:
+        raise ValueError(f"--temperature must not be negative, but is {args.temperature}")
+    if args.base_url is not None:
+        check_url(args)
 
 
 def check_url(args: TestArguments) -> None:
     """Refuse what is no address of a server, or holds a secret. Raises ValueError."""
-    if args.predictor != "server":
-        raise ValueError("--base_url needs --predictor server: no other is asked over a network")
     if any(mark in str(args.base_url) for mark in "@?#"):
         raise ValueError(
             "--base_url must hold no secret, as it is written beside the results: the key belongs "
@@ -116,19 +183,17 @@ def check_url(args: TestArguments) -> None:
 
 def run(args: TestArguments, model_args: ModelArguments) -> None:
     """Answer, score and print."""
+    from llama_squad import evaluation
     from llama_squad.data import load_squad
 
-    dataset = load_squad(args.dataset_name)
-    for name in [args.split, *["val"] * args.tune_threshold]:
-        if name not in dataset:
-            raise ValueError(
-                f"{args.dataset_name} has no split {name!r}, only {', '.join(dataset)}"
-            )
-    from llama_squad import evaluation
-
     evaluation.check_outputs(args)
+    dataset = load_squad(args.dataset_name)
     threshold = 1.0 if args.tune_threshold else evaluation.load_threshold(args, model_args)
     model = load_predictor(args, model_args)
+    if args.batch_size is None:
+        size = getattr(model(na_prob_thresh=threshold), "batch_size", 32)
+        args = dataclasses.replace(args, batch_size=evaluation.Processes.join().share(size))
+    assert args.batch_size is not None
     if args.tune_threshold:
         judge = model(na_prob_thresh=threshold)
         threshold = evaluation.tune_threshold(judge, dataset["val"], args, model_args)
@@ -145,8 +210,8 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
         return
     report(args)
     if args.audit:
-        exhaustive = model(num_beams=evaluation.AUDIT_BEAMS)
-        print(evaluation.audit(model(), exhaustive, records, args))
+        exhaustive = model(na_prob_thresh=1.0, num_beams=evaluation.AUDIT_BEAMS)
+        print(evaluation.audit(model(na_prob_thresh=1.0), exhaustive, records, args))
 
 
 def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable[..., Predictor]":
@@ -156,7 +221,7 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
         ValueError: it cannot be loaded.
     """
     from llama_squad import modeling
-    from llama_squad.predictors import Encoder, LocalModel, ServerModel
+    from llama_squad.predictors import Encoder, LocalModel
 
     chat: dict[str, Any] = {
         "prompt": args.prompt,
@@ -164,7 +229,13 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
         "max_new_tokens": args.max_new_tokens,
     }
     if args.predictor == "server":
-        server = ServerModel(model_args.model_name, args.base_url, **chat)
+        from llama_squad.server import ServerModel
+
+        server = ServerModel(
+            model_args.model_name, args.base_url, temperature=args.temperature,
+            timeout=args.timeout, concurrency=args.concurrency or args.batch_size,
+            max_tokens_name=args.max_tokens_name, structured_output=args.structured_output, **chat,
+        )  # fmt: skip
         return lambda **_: server
     modeling.say_device()
     if args.predictor == "encoder":
@@ -173,12 +244,13 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
     encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)
     weights = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
     return partial(
-        LocalModel, weights, encoder, decoding=args.decoding, num_beams=args.num_beams, **chat
-    )
+        LocalModel, weights, encoder, decoding=args.decoding, num_beams=args.num_beams,
+        length_penalty=args.length_penalty, span_boundaries=args.span_boundaries, **chat,
+    )  # fmt: skip
 
 
 def report(args: TestArguments) -> None:
-    """Print the row of the table and the next command; write the official files if asked."""
+    """Print the row of the table; write the official files if asked."""
     from llama_squad.report import render_summaries
     from llama_squad.results import iter_results, summarize, write_official
 
@@ -186,8 +258,7 @@ def report(args: TestArguments) -> None:
         write_official(iter_results(args.output), args.predictions_dir)
     name = Path(args.adapter_name or args.output).name
     print("\n" + render_summaries({name: summarize(iter_results(args.output))}, "table"))
-    print(f"Wrote {args.output}. Next: python summarize_results.py {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -17,6 +17,14 @@ what follows, so only ``ANSWER_HEADER[:-2]`` (up to the colon) may be forced on 
 ANSWER_FOOTER = '"\n}\n```'
 """Everything after the answer's last character."""
 
+ANSWER_SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"type": "string"}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
+"""JSON schema of the object, for servers that can hold a reply to one."""
+
 MALFORMED_PREDICTION = "\ufffdmalformed\ufffd"
 """What stands for a malformed reply in an official prediction file, where "" means no answer: a
 text that shares no word with any gold answer, so that it is exact 0 and F1 0 everywhere."""

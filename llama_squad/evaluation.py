@@ -12,19 +12,28 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from llama_squad.config import ModelArguments, TestArguments, provenance, write_json
+from llama_squad.generation import Reply
 from llama_squad.metrics import Plateau, ScoreTable, choose_threshold, score_answer
 from llama_squad.modeling import resolve_dtype, whole_model
-from llama_squad.predictors import Batch, Prediction, Predictor, Record, batch_paragraphs
+from llama_squad.predictors import (
+    Batch,
+    ConcurrentPredictor,
+    Prediction,
+    Predictor,
+    Record,
+    batch_paragraphs,
+)
 from llama_squad.results import (
     ResultsFile,
     check_writable,
@@ -34,6 +43,7 @@ from llama_squad.results import (
     one_line_errors,
     row_answer,
 )
+from llama_squad.rows import sample_paragraphs
 
 THRESHOLD_FILE = "na_prob_thresh.json"
 """The threshold tuned on the validation split, beside the adapter."""
@@ -43,13 +53,14 @@ AUDIT_BEAMS = 1000
 
 # What may change between two runs of one result file.
 _VOLATILE = ("output", "overwrite", "batch_size", "predictions_dir", "audit", "tune_threshold",
-             "tune_for", "versions", "commit")  # fmt: skip
+             "tune_for", "concurrency", "timeout", "max_tokens_name", "versions",
+             "commit")  # fmt: skip
 
 DEFAULT_THRESHOLD = 0.5
 
 # What a tuned threshold is good for: these move na_prob, or which span it is compared with.
 _TUNED_FOR = ("decoding", "num_beams", "dtype", "quantize", "bnb_4bit_quant_type", "prompt",
-              "system_prompt", "reasoning_tokens", "chat_template")  # fmt: skip
+              "system_prompt", "reasoning_tokens", "chat_template", "span_boundaries")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,10 +92,13 @@ class Processes:
 
 def choose_records(split: Any, args: TestArguments) -> list[Record]:
     """Return the questions to answer, as the flags choose them."""
+    columns = [name for name in split.column_names if name != "messages"]
+    if args.sample == "paragraphs":
+        chosen = sample_paragraphs(split, args.num_samples or 0, args.seed)
+        return list(chosen.select_columns(columns))
     indices = list(range(len(split)))
     if args.shuffle:
         random.Random(args.seed).shuffle(indices)
-    columns = [name for name in split.column_names if name != "messages"]
     return list(split.select(indices[: args.num_samples]).select_columns(columns))
 
 
@@ -120,16 +134,6 @@ def _resolved(args: TestArguments, model_args: ModelArguments) -> dict[str, Any]
     return settings | {"dtype": str(dtype).removeprefix("torch.")}
 
 
-def volatile_settings(settings: Mapping[str, Any]) -> set[str]:
-    """Return which settings may change between two runs of one result file.
-
-    In 16 bits a question's figures depend on what stands beside it in a batch, by rounding, and now
-    and then its answer does. So there the batch size may not change: one file, one set of figures.
-    """
-    half = settings.get("quantize") or settings.get("dtype") in ("bfloat16", "float16")
-    return {name for name in _VOLATILE if name != "batch_size" or not half}
-
-
 def check_outputs(args: TestArguments) -> None:
     """Find out, before a model is loaded, whether all that a run writes can be written.
 
@@ -140,12 +144,7 @@ def check_outputs(args: TestArguments) -> None:
     if args.predictions_dir:
         paths.append(Path(args.predictions_dir, "predictions.json"))
     if args.tune_threshold:
-        if not args.adapter_name or not Path(args.adapter_name).is_dir():
-            raise ValueError(
-                "--tune_threshold keeps the threshold in the adapter's folder: give a local "
-                "--adapter_name, or choose a threshold with --na_prob_thresh"
-            )
-        paths += [_validation_path(paths[0]), Path(args.adapter_name, THRESHOLD_FILE)]
+        paths += [_validation_path(paths[0]), Path(args.adapter_name or "", THRESHOLD_FILE)]
     for path in paths:
         check_writable(path)
 
@@ -192,13 +191,13 @@ def evaluate(
     processes = Processes.join()
     batches = list(batch_paragraphs(records, batch_size))
     order = [record["id"] for batch in batches for group in batch for record in group]
-    volatile = volatile_settings(settings)
     with contextlib.ExitStack() as stack:
         whole: ResultsFile | None = None
         done: set[str] | str = set()
         if processes.rank == 0:
+            _say_if_mixed(output, settings, overwrite)
             try:
-                file = ResultsFile(output, settings, volatile, overwrite)
+                file = ResultsFile(output, settings, _VOLATILE, overwrite)
                 whole = stack.enter_context(file)
                 _gather(whole, order, settings, overwrite)
                 done = set(whole.done)
@@ -215,7 +214,7 @@ def evaluate(
         if whole and not whole.failed:
             own: contextlib.AbstractContextManager[ResultsFile] = contextlib.nullcontext(whole)
         else:
-            own = ResultsFile(_shard_path(output, processes.rank), settings, volatile)
+            own = ResultsFile(_shard_path(output, processes.rank), settings, _VOLATILE)
         with own as results:
             for predictions in _progress(model, mine, done, processes):
                 new = [item for item in predictions if item.record["id"] not in done]
@@ -225,6 +224,25 @@ def evaluate(
             _gather(whole, order, settings)
             whole.check_complete(order)
         processes.share(None)
+
+
+def _say_if_mixed(output: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Say that a file's rows come from batches of several sizes, where that may show (16 bits)."""
+    path, size = config_path(output), settings.get("batch_size")
+    if overwrite or not path.is_file() or "dtype" not in settings:
+        return
+    exact = resolve_dtype(settings["dtype"]) == torch.float32 and not settings.get("quantize")
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")).get("batch_size")
+    except (OSError, ValueError, AttributeError):  # ResultsFile says so
+        return
+    if not exact and before not in (None, size):
+        print(
+            f"{output} was begun with batches of {before} questions, and goes on with {size}: in "
+            "16 bits the size of a batch shifts log-probabilities by rounding. For rows of one "
+            f"size give --batch_size {before}, or --overwrite.",
+            file=sys.stderr,
+        )
 
 
 def _shard_path(output: Path, rank: int) -> Path:
@@ -247,7 +265,7 @@ def _gather(
     shards = sorted(path for path in whole.path.parent.glob(".*") if name.fullmatch(path.name))
     with contextlib.ExitStack() as stack:
         for path in shards:  # each is checked and mended, and no one may be writing it
-            shard = ResultsFile(path, settings, volatile_settings(settings), overwrite)
+            shard = ResultsFile(path, settings, _VOLATILE, overwrite)
             stack.enter_context(shard)
         whole.gather(shards, order)
         for path in shards:
@@ -259,17 +277,33 @@ def _ids(batch: Batch) -> set[str]:
     return {record["id"] for group in batch for record in group}
 
 
+def _answers(
+    model: Predictor, batches: Sequence[Batch], done: set[str]
+) -> tuple[int, Iterable[list[Prediction]]]:
+    """Return how many questions will be answered, and the answers as they come.
+
+    Who takes batches is given them whole (see ``evaluate``); others get what is open in them.
+    """
+    if not isinstance(model, ConcurrentPredictor):
+        return sum(len(_ids(batch)) for batch in batches), map(model.answer, batches)
+    records = [record for batch in batches for group in batch for record in group]
+    todo = [record for record in records if record["id"] not in done]
+    return len(todo), model.answer_all(todo)
+
+
 def _progress(
-    model: Predictor, batches: Sequence[Batch], done: set[str], processes: Processes
+    model: Predictor,
+    batches: Sequence[Batch],
+    done: set[str],
+    processes: Processes,
 ) -> Iterator[list[Prediction]]:
     """Answer batches, with a bar: questions a second, time left, running exact match."""
-    total = sum(len(_ids(batch)) for batch in batches)
+    total, answers = _answers(model, batches, done)
     if done and processes.rank == 0:
         print(f"Going on: {len(done):,} questions are done, {total:,} to do.", file=sys.stderr)
     exact = count = 0
     with tqdm(total=total, unit=" questions", disable=processes.rank != 0) as bar:
-        for batch in batches:
-            predictions = model.answer(batch)
+        for predictions in answers:
             yield predictions
             exact += sum(prediction.row()["Exact match"] for prediction in predictions)
             count += len(predictions)
@@ -338,6 +372,7 @@ def tune_threshold(
     """
     present = load_threshold(args, model_args)
     records = choose_records(split, args)
+    assert args.batch_size is not None
     output = _validation_path(Path(args.output))
     settings = settings_of(args, model_args, 1.0, records) | {"split": "val", "n_best": 0}
     evaluate(model, records, output, settings, batch_size=args.batch_size, overwrite=args.overwrite)
@@ -347,7 +382,7 @@ def tune_threshold(
         table = ScoreTable()
         for row in iter_results(output):
             text, golds = row_answer(row).official, row["answers"]
-            table.add(bool(golds), text, score_answer(text, golds), row["na_prob"])
+            table.add(bool(golds), text, score_answer(text, golds), row["na_prob"] or 0.0)
         chosen = choose_threshold(table.curve(("exact", "f1").index(args.tune_for)), present)
         threshold = chosen.threshold
         path = Path(args.adapter_name or "", THRESHOLD_FILE)
@@ -381,17 +416,26 @@ def _describe(chosen: Plateau, score: str, questions: int, present: float, path:
 
 @dataclass(frozen=True)
 class Audit:
-    """How the search's answers compare with the best of all spans."""
+    """How the search's answers compare with the best of all spans.
+
+    ``noise``: log-probabilities that differ by no more are not told apart, in nats.
+    """
 
     questions: int
     best: int
     unproven: int
+    noise: float
 
     def __str__(self) -> str:
         text = (
             f"Audit of {self.questions:,} questions: the search found the best of all spans for "
             f"{self.best:,} ({100 * self.best / max(1, self.questions):.1f} %)."
         )
+        if self.noise > LEAST_NOISE:
+            text += (
+                f" The same tokens' log-probabilities differ by up to {self.noise:.2g} between its "
+                "passes: spans within that of the best one count as found."
+            )
         if self.unproven:
             text += (
                 f" For {self.unproven:,} of the others the best one is not known: the model is so "
@@ -400,25 +444,40 @@ class Audit:
         return text
 
 
+LEAST_NOISE = 1e-4
+"""Differences of log-probabilities that float32 makes."""
+
+
 def audit(
     model: Predictor, exhaustive: Predictor, records: Sequence[Record], args: TestArguments
 ) -> Audit:
     """Compare a model's best spans with the best of all spans, for a sample of the questions.
 
     ``exhaustive`` gives up next to nothing. Its answer counts where it is proven: every span that
-    it did not finish had already become less likely, which is as good as scoring each. Texts or,
-    where several are equally likely, log-probabilities must agree.
+    it did not finish had already become less likely, which is as good as scoring each. Texts must
+    agree, or log-probabilities to within the noise: that is how far the same tokens' differ between
+    the two searches, whose passes have other shapes (next to nothing in float32). Neither may
+    abstain (a threshold of 1).
     """
+    assert args.batch_size is not None
     sample = random.Random(args.seed).sample(list(records), min(args.audit, len(records)))
+    pairs: list[tuple[Reply, Reply]] = []
+    for batch in tqdm(list(batch_paragraphs(sample, args.batch_size)), "Audit", unit=" batches"):
+        answers = zip(model.answer(batch), exhaustive.answer(batch), strict=True)
+        pairs += [(found.reply, true.reply) for found, true in answers]
+    same = [
+        abs(a.score - b.score)
+        for a, b in pairs
+        if a.score is not None and b.score is not None and a.best and a.token_ids == b.token_ids
+    ]
+    noise = max([LEAST_NOISE, *same])
     best = unproven = 0
-    batches = list(batch_paragraphs(sample, args.batch_size))
-    for batch in tqdm(batches, desc="Audit", unit=" batches"):
-        for found, true in zip(model.answer(batch), exhaustive.answer(batch), strict=True):
-            ours, theirs = found.reply.best, true.reply.best
-            if ours is None or theirs is None:
-                best += ours is theirs
-            elif not true.reply.certain:
-                unproven += 1
-            else:
-                best += ours.text == theirs.text or abs(ours.log_prob - theirs.log_prob) < 1e-4
-    return Audit(len(sample), best, unproven)
+    for found, true in pairs:
+        ours, theirs = found.best, true.best
+        if ours is None or theirs is None:
+            best += ours is theirs
+        elif not true.certain:
+            unproven += 1
+        else:
+            best += ours.text == theirs.text or theirs.log_prob - ours.log_prob <= noise
+    return Audit(len(sample), best, unproven, noise)

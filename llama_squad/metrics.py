@@ -125,6 +125,17 @@ def score_predictions(
     na_prob_thresh: float = 1.0,
 ) -> dict[str, float]:
     """Compute the figures of ``evaluate_predictions`` from the gold answers themselves."""
+    table = score_table(golds, predictions, na_probs)
+    figures = table.averages(na_prob_thresh)
+    return figures if na_probs is None else figures | table.best()
+
+
+def score_table(
+    golds: Golds,
+    predictions: Mapping[str, str],
+    na_probs: Mapping[str, float] | None = None,
+) -> "ScoreTable":
+    """Score predictions in official form. Raises ValueError as ``evaluate_predictions`` does."""
     raw = raw_scores(golds, predictions)
     if na_probs is not None:
         _check_na_probs(golds, na_probs)
@@ -133,8 +144,7 @@ def score_predictions(
         if id_ in golds:
             na_prob = None if na_probs is None else na_probs[id_]
             table.add(bool(golds[id_]), predictions[id_], raw[id_], na_prob)
-    figures = table.averages(na_prob_thresh)
-    return figures if na_probs is None else figures | table.best()
+    return table
 
 
 @dataclass
@@ -233,33 +243,6 @@ def raw_scores(golds: Golds, predictions: Mapping[str, str]) -> Scores:
                 'where there is no answer, give ""'
             )
     return {id_: score_answer(predictions[id_], texts) for id_, texts in golds.items()}
-
-
-def threshold_curve(
-    golds: Golds,
-    predictions: Mapping[str, str],
-    scores: Scores,
-    na_probs: Mapping[str, float],
-    index: int,
-) -> list[tuple[float, float]]:
-    """Return the score at each threshold: [(threshold, percentage), ...].
-
-    The first point (0.0) takes every question as unanswerable; each later one also accepts the
-    prediction with the next higher na_prob. As in the official script, predictions of one na_prob
-    join one by one, in the order of ``na_probs``.
-
-    Args:
-        golds: question id → gold answers.
-        predictions: question id → answer.
-        scores: of ``raw_scores``.
-        na_probs: question id → probability; ids without a score are passed over.
-        index: 0 for exact, 1 for F1.
-    """
-    table = ScoreTable()
-    for id_, na_prob in na_probs.items():
-        if id_ in scores:
-            table.add(bool(golds[id_]), predictions[id_], scores[id_], na_prob)
-    return list(table.curve(index))
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,16 @@
-"""Who answers: a chat model loaded here, one behind a server, or an extractive encoder.
+"""Who answers: a chat model loaded here, or an extractive encoder; see also ``llama_squad.server``.
 
-All take records by paragraph, a batch at a time, and give the replies from which the rows of the
-result file are made. Chat models are called turn by turn where the prompt style has several turns.
+All give the replies from which the rows of the result file are made; those here take records by
+paragraph, a batch at a time. Chat models are called turn by turn where the prompt style has several
+turns.
 """
 
 import itertools
 import math
-import os
-import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from queue import Queue
-from threading import Thread
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,13 +20,24 @@ from llama_squad.collator import ConversationEncoder
 from llama_squad.generation import Generator, Paragraph, Reply, Span
 from llama_squad.prompts import SYSTEM_PROMPT, Message, build_messages
 from llama_squad.results import Row, make_row
+from llama_squad.windows import cut_windows, merge_windows
 
 Record = Mapping[str, Any]
 
 TURN_TOKENS = 256
 """Length limit of a reply before the last one of a multi-turn prompt."""
 
-OPENAI_URL = "https://api.openai.com/v1"
+REPLY_ROOM = 64
+"""Tokens that a prompt must leave for the reply (fewer where --max_new_tokens is lower)."""
+
+TEMPLATE_TOKENS = 64
+"""A chat template adds fewer to a message."""
+
+WINDOW_OVERLAP = 128
+"""Tokens that two windows of a long context share, at most."""
+
+LEAST_WINDOW = 32
+"""Tokens of context that a window must hold to be of use."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +95,20 @@ Batch = list[list[Record]]
 """Records by paragraph."""
 
 
+PARAGRAPH_QUESTIONS = 64
+"""A paragraph of more questions is parted, whatever the batch size."""
+
+
 def batch_paragraphs(records: Sequence[Record], batch_size: int) -> Iterator[Batch]:
-    """Yield whole paragraphs, as many as hold ``batch_size`` questions; a larger one is parted."""
+    """Yield whole paragraphs, as many as hold ``batch_size`` questions, one at least.
+
+    Which questions of a paragraph are answered together does not depend on ``batch_size``: in 16
+    bits that would change the answers.
+    """
     batch: Batch = []
-    groups = group_paragraphs(records)
-    for group in groups:
-        for start in range(0, len(group), batch_size):
-            part = list(group[start : start + batch_size])
+    for group in group_paragraphs(records):
+        for start in range(0, len(group), PARAGRAPH_QUESTIONS):
+            part = list(group[start : start + PARAGRAPH_QUESTIONS])
             if batch and sum(map(len, batch)) + len(part) > batch_size:
                 yield batch
                 batch = []
@@ -108,6 +124,25 @@ class Predictor(Protocol):
         """Answer the records of several paragraphs, in order."""
 
 
+@runtime_checkable
+class ConcurrentPredictor(Predictor, Protocol):
+    """Whoever can answer many records at once, with no need to wait for the rest of a batch."""
+
+    def answer_all(self, records: Sequence[Record]) -> Iterator[list[Prediction]]:
+        """Answer records, and yield the predictions as they are known, in whatever order."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Questions of a paragraph that are put to all of its context, or to one window of it."""
+
+    places: list[int]
+    """Which questions of the batch they are."""
+    records: list[Record]
+    start: int = 0
+    """The character of the context at which the window begins."""
+
+
 class LocalModel:
     """A causal language model that answers records.
 
@@ -117,7 +152,7 @@ class LocalModel:
         prompt: a key of ``PROMPTS``.
         system_prompt: "" for none.
         options: what ``Generator`` takes: decoding, num_beams, max_new_tokens, na_prob_thresh,
-            n_best.
+            n_best, length_penalty, span_boundaries.
     """
 
     def __init__(
@@ -132,19 +167,123 @@ class LocalModel:
         self._encoder = encoder
         self._prompt, self._system_prompt = prompt, system_prompt
         self._generator = Generator(model, encoder, **options)
+        self._max_new_tokens: int = self._generator.max_new_tokens
+        self._n_best: int = self._generator.n_best
         self._turns = Generator(model, encoder, decoding="free", max_new_tokens=TURN_TOKENS)
 
+    @property
+    def batch_size(self) -> int:
+        """How many questions to answer at once, unless told."""
+        return self._generator.batch_size()
+
     def answer(self, batch: Batch) -> list[Prediction]:
-        """Answer the records of several paragraphs at once, in order."""
+        """Answer the records of several paragraphs at once, in order.
+
+        A context that is too long for the model is read in windows in span decoding; in free
+        decoding, or where the question itself is too long, the prediction is a failure.
+        """
+        failures: dict[int, str] = {}
+        parts: list[_Part] = []
+        first = 0
+        for group in batch:
+            parts += self._parts(group, first, failures)
+            first += len(group)
+        replies = self._reply(parts)
+        predictions = []
+        for index, record in enumerate(itertools.chain.from_iterable(batch)):
+            if index in failures:
+                failed = Prediction(record, "", Reply("", [], None), failures[index])
+                predictions.append(failed)
+                continue
+            found = replies[index]
+            merged = found[0][2]
+            if len(found) > 1:
+                merged = merge_windows([(at, reply) for at, _, reply in found], self._n_best)
+            prompts = [str(self._encoder.tokenizer.decode(ids)) for _, ids, _ in found]
+            predictions.append(Prediction(record, "\n\n".join(prompts), merged))
+        return predictions
+
+    def _reply(self, parts: Sequence["_Part"]) -> dict[int, list[tuple[int, list[int], Reply]]]:
+        """Answer parts of paragraphs: by place in the batch, each window's start, prompt, reply."""
+        found: dict[int, list[tuple[int, list[int], Reply]]] = defaultdict(list)
+        if not parts:
+            return found
+        batch = [part.records for part in parts]
         conversations = [[self._messages(record) for record in group] for group in batch]
         self._talk(batch, conversations)
         prompts = [self._encoder.encode_prompts(group) for group in conversations]
         replies = self._generator.reply(_paragraphs(batch, prompts))
-        return [
-            Prediction(record, str(self._encoder.tokenizer.decode(ids)), reply)
-            for triples in map(zip, batch, prompts, replies)
-            for record, ids, reply in triples
+        for part, asked, answers in zip(parts, prompts, replies, strict=True):
+            for place, ids, reply in zip(part.places, asked, answers, strict=True):
+                found[place].append((part.start, ids, reply))
+        return found
+
+    def _parts(
+        self, group: Sequence[Record], first: int, failures: dict[int, str]
+    ) -> list["_Part"]:
+        """Part a paragraph into questions that its context fits with, and windows for the others.
+
+        ``first`` is the first record's place in the batch. Those that cannot be asked are added to
+        ``failures``.
+        """
+        places = list(range(first, first + len(group)))
+        room = self._generator.room(min(REPLY_ROOM, self._max_new_tokens))
+        lengths = self._prompt_lengths(group, room)
+        fit = [place for place in places if lengths[place - first] <= room]
+        parts = [_Part(fit, [group[place - first] for place in fit])] if fit else []
+        if len(fit) == len(places):
+            return parts
+        context = group[0]["context"]
+        tokenizer = self._encoder.tokenizer
+        size = len(tokenizer.backend_tokenizer.encode(context, add_special_tokens=False).ids)
+        rest = [place for place in places if place not in fit]
+        sizes = {place: room - lengths[place - first] + size for place in rest}
+        for place in rest:
+            if not self._generator.vocabulary or sizes[place] < LEAST_WINDOW:
+                failures[place] = (
+                    f"the prompt is {lengths[place - first]:,} tokens long, and with "
+                    f"{min(REPLY_ROOM, self._max_new_tokens)} for the reply the model reads "
+                    f"{self._generator.positions:,}"
+                )
+        asked = [place for place in rest if place not in failures]
+        return parts + (self._windows(group, asked, first, room, sizes) if asked else [])
+
+    def _windows(
+        self, group: Sequence[Record], places: Sequence[int], first: int, room: float,
+        sizes: Mapping[int, float],
+    ) -> list["_Part"]:  # fmt: skip
+        """Put questions to windows of their context: as large as fit with all of them."""
+        context = group[0]["context"]
+        size = int(min(sizes[place] for place in places))
+        while True:
+            windows = cut_windows(self._encoder.tokenizer, context, size, WINDOW_OVERLAP)
+            parts = [
+                _Part(
+                    list(places),
+                    [{**group[place - first], "context": context[start:end]} for place in places],
+                    start,
+                )
+                for start, end in windows
+            ]
+            longest = max(max(self._prompt_lengths(part.records, room)) for part in parts)
+            if longest <= room or size <= LEAST_WINDOW:
+                return parts
+            size = max(LEAST_WINDOW, size - int(longest - room))  # ends moved to whole words
+
+    def _prompt_lengths(self, group: Sequence[Record], room: float) -> list[int]:
+        """Return the tokens of each prompt, at most where several turns are still to be filled.
+
+        Where a prompt has fewer bytes than there is room for tokens, they stand for the tokens.
+        """
+        conversations = [self._messages(record) for record in group]
+        turns = TURN_TOKENS * sum(m["role"] == "assistant" for m in conversations[0])
+        sizes = [
+            turns + sum(len(m["content"].encode()) + TEMPLATE_TOKENS for m in messages)
+            for messages in conversations
         ]
+        if max(sizes) <= room:
+            return sizes
+        return [turns + len(ids) for ids in self._encoder.encode_prompts(conversations)]
 
     def _messages(self, record: Record) -> list[Message]:
         return build_messages(record, self._prompt, self._system_prompt, answer=False)
@@ -169,120 +308,6 @@ def _paragraphs(
     batch: Sequence[Sequence[Record]], prompts: Sequence[Sequence[list[int]]]
 ) -> list[Paragraph]:
     return [Paragraph(group[0]["context"], ids) for group, ids in zip(batch, prompts, strict=True)]
-
-
-class ServerModel:
-    """A chat model behind an OpenAI-compatible server: OpenAI, vLLM, llama.cpp, ...
-
-    The key is read from the environment variable OPENAI_API_KEY. A batch's questions are asked at
-    once, each in its own thread; rate limits and lost connections are waited out by the client.
-
-    Args:
-        model_name: the server's name of the model.
-        base_url: such as http://localhost:8000/v1; None for OpenAI's.
-        prompt, system_prompt: as ``LocalModel`` has them.
-        max_new_tokens: length limit of a reply.
-        timeout: seconds to wait for a reply.
-        retries: how often a request is repeated, ever more slowly, before the run ends.
-
-    Raises:
-        ValueError: the openai package is not installed; OpenAI is asked without a key. In
-            ``answer``: the server refuses, cannot be reached, or answers something else.
-    """
-
-    def __init__(
-        self,
-        model_name: str,
-        base_url: str | None = None,
-        *,
-        prompt: str = "single_turn",
-        system_prompt: str = SYSTEM_PROMPT,
-        max_new_tokens: int = 256,
-        timeout: float = 600,
-        retries: int = 8,
-    ) -> None:
-        try:
-            from openai import OpenAI
-        except ImportError as error:
-            raise ValueError(
-                "--predictor server needs its client: pip install -r requirements-predictors.txt"
-            ) from error
-        key = os.environ.get("OPENAI_API_KEY")
-        if not key and not base_url:
-            raise ValueError(
-                "OpenAI asks for a key: set OPENAI_API_KEY, or name another server with --base_url"
-            )
-        if key and not (key.isascii() and key.isprintable()):
-            raise ValueError("OPENAI_API_KEY holds a character that no key has: copy it again")
-        self._url = base_url or OPENAI_URL  # given, so that no variable redirects it unseen
-        self._client = OpenAI(
-            api_key=key or "none", base_url=self._url, timeout=timeout, max_retries=retries
-        )
-        limit = "max_tokens" if base_url else "max_completion_tokens"  # OpenAI's newer name
-        self._options: dict[str, Any] = {
-            "model": model_name, "temperature": 0, limit: max_new_tokens
-        }  # fmt: skip
-        self._prompt, self._system_prompt = prompt, system_prompt
-        self._warned = False
-
-    def answer(self, batch: Batch) -> list[Prediction]:
-        """Answer the records of several paragraphs at once, in order."""
-        records = list(itertools.chain.from_iterable(batch))
-        replies: Queue[tuple[int, Prediction | Exception]] = Queue()
-
-        def ask(index: int) -> None:
-            try:
-                replies.put((index, self._ask(records[index])))
-            except Exception as error:
-                replies.put((index, error))
-
-        # Daemons: at the first failure, or at Ctrl-C, nothing waits for the others' retries.
-        for index in range(len(records)):
-            Thread(target=ask, args=(index,), daemon=True).start()
-        predictions: dict[int, Prediction] = {}
-        for _ in records:
-            index, reply = replies.get()
-            if isinstance(reply, Exception):
-                raise reply
-            predictions[index] = reply
-        return [predictions[index] for index in range(len(records))]
-
-    def _ask(self, record: Record) -> Prediction:
-        messages = build_messages(record, self._prompt, self._system_prompt, answer=False)
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant":
-                message["content"] = self._reply(messages[:turn]).strip()
-        text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-        return Prediction(record, text, Reply(self._reply(messages), [], 0.0))
-
-    def _reply(self, messages: Any) -> str:
-        from openai import APITimeoutError, OpenAIError
-
-        kept = "Finished batches are kept: the same command goes on from there"
-        who = f"{self._url} (model {self._options['model']!r})"
-        try:
-            done = self._client.chat.completions.create(messages=messages, **self._options)
-            choice = done.choices[0]
-            content = choice.message.content or ""
-            if not isinstance(content, str):
-                raise TypeError(f"content is of type {type(content).__name__}")
-        except OpenAIError as error:
-            cause = f"{str(error).rstrip('.')} ({error.__cause__ or type(error).__name__})"
-            if isinstance(error, APITimeoutError):
-                cause += "; a smaller --batch_size asks for less at once"
-            raise ValueError(f"{who} does not answer: {cause}. {kept}") from error
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{who} answers with something that is no chat completion ({error}): does "
-                f"--base_url end where the API begins, as in http://localhost:8000/v1? {kept}"
-            ) from error
-        if choice.finish_reason == "length" and not self._warned:
-            self._warned = True
-            print(
-                "A reply was cut off at --max_new_tokens: give more if the model thinks first.",
-                file=sys.stderr,
-            )
-        return content
 
 
 class Encoder:
@@ -358,7 +383,9 @@ class Encoder:
             found = self._best_span(starts[index], ends[index], texts)
             if found and (owner not in best or found[2] > best[owner].log_prob):
                 begin, end = int(offsets[index, found[0], 0]), int(offsets[index, found[1], 1])
-                best[owner] = Span(context[begin:end].strip(), found[2])  # "▁" includes its space
+                text = context[begin:end]  # of which "▁" includes its space
+                start = begin + len(text) - len(text.lstrip())
+                best[owner] = Span(text.strip(), found[2], start)
         return [
             self._prediction(record, best.get(number), nothing[number])
             for number, record in enumerate(records)

@@ -125,11 +125,13 @@ def best_answer(row: Row) -> Answer | None:
 
 
 def rethreshold(row: Row, threshold: float) -> Row:
-    """Return the row that another threshold would have made.
+    """Return the row that another threshold would have made: of a failed question, the same.
 
     Raises:
         ValueError: the row has no na_prob, or does not tell its best span.
     """
+    if row["state"] == "failed":
+        return row
     best = best_answer(row)
     if row["na_prob"] is None:
         raise ValueError(
@@ -685,7 +687,62 @@ def official_predictions(
         predictions[row["id"]] = row_answer(row).official
         if row["na_prob"] is not None:
             na_probs[row["id"]] = row["na_prob"]
+        elif row["state"] == "failed":  # an answer that is wrong at every threshold
+            na_probs[row["id"]] = 0.0
     return predictions, na_probs if len(na_probs) == len(predictions) else None
+
+
+class Tally:
+    """What is kept of the rows of one file for its figures: some bytes of each row.
+
+    The predictions are those of the file, where a threshold has been applied already. Beside them
+    the rows' best spans are scored, so that best_exact and best_f1 are the same whatever the
+    threshold was. A failed question, which has no na_prob, is wrong at every threshold.
+    """
+
+    def __init__(self) -> None:
+        self._outcomes, self._states = Counter[Outcome](), Counter[str]()
+        self._given, self._best = ScoreTable(), ScoreTable()
+        self._tells = self._weighs = True
+
+    def add(self, row: Row) -> None:
+        """Count a row in."""
+        golds, answer, best = row["answers"], row_answer(row), best_answer(row)
+        na_prob = 0.0 if answer.state == "failed" else row["na_prob"]
+        self._states[answer.state] += 1
+        self._outcomes[strict_outcome(answer, golds)] += 1
+        score = score_answer(answer.official, golds)
+        self._given.add(bool(golds), answer.official, score, na_prob)
+        self._weighs = self._weighs and na_prob is not None
+        self._tells = self._tells and self._weighs and best is not None
+        if self._tells and best is not None:
+            best_score = score if best == answer else score_answer(best.official, golds)
+            self._best.add(bool(golds), best.official, best_score, na_prob)
+
+    def weighed(self) -> ScoreTable | None:
+        """Return what can be compared with a threshold; None where a row has no na_prob.
+
+        Those are the best spans, or in older files, which do not tell them, the predictions.
+        """
+        return None if not self._weighs else self._best if self._tells else self._given
+
+    def figures(self) -> dict[str, Any]:
+        """Return the figures of ``summarize``."""
+        figures: dict[str, Any] = {}
+        intervals: dict[str, Interval] = {}
+        for name, (successes, trials) in strict_counts(self._outcomes).items():
+            figures[name] = 100.0 * successes / trials if trials else None
+            if trials:
+                intervals[name] = wilson_interval(successes, trials)
+        intervals |= _official_intervals(self._given)
+        return {
+            "n": len(self._given),
+            "states": {state: self._states[state] for state in _STATES},
+            **figures,
+            **self._given.averages(),
+            **(self._best.best() if self._tells else {}),
+            "intervals": {name: list(ends) for name, ends in intervals.items()},
+        }
 
 
 def summarize(rows: Iterable[Row]) -> dict[str, Any]:
@@ -693,40 +750,15 @@ def summarize(rows: Iterable[Row]) -> dict[str, Any]:
 
     Returns:
         "n"; "states" (count of each); ``STRICT_COLUMNS`` (None where no question counts for one);
-        the official figures of ``evaluate_predictions`` over the rows' own gold answers; and
+        the official figures of ``evaluate_predictions`` over the rows' own gold answers, best_*
+        only where all rows tell their best span (``best_answer``) and have a na_prob; and
         "intervals": figure → [low, high] at 95 %, Wilson's for proportions and the normal one for
         F1 (see ``llama_squad.metrics``).
-
-    The predictions are those of the file, where a threshold has been applied already. best_* are
-    computed on the rows' best spans, so that they are the same whatever the threshold was, and
-    only where all rows tell them (``best_answer``) and have a na_prob.
     """
-    outcomes, states = Counter[Outcome](), Counter[str]()
-    given, best_spans, tell = ScoreTable(), ScoreTable(), True
+    tally = Tally()
     for row in rows:
-        golds, answer, best = row["answers"], row_answer(row), best_answer(row)
-        states[answer.state] += 1
-        outcomes[strict_outcome(answer, golds)] += 1
-        score = score_answer(answer.official, golds)
-        given.add(bool(golds), answer.official, score)
-        tell = tell and best is not None and row["na_prob"] is not None
-        if tell and best is not None:
-            best_score = score if best == answer else score_answer(best.official, golds)
-            best_spans.add(bool(golds), best.official, best_score, row["na_prob"])
-    figures: dict[str, Any] = {}
-    intervals: dict[str, Interval] = {}
-    for name, (successes, trials) in strict_counts(outcomes).items():
-        figures[name] = 100.0 * successes / trials if trials else None
-        if trials:
-            intervals[name] = wilson_interval(successes, trials)
-    return {
-        "n": len(given),
-        "states": {state: states[state] for state in _STATES},
-        **figures,
-        **given.averages(),
-        **(best_spans.best() if tell else {}),
-        "intervals": {k: list(v) for k, v in (intervals | _official_intervals(given)).items()},
-    }
+        tally.add(row)
+    return tally.figures()
 
 
 def _official_intervals(table: ScoreTable) -> dict[str, Interval]:
