@@ -643,10 +643,13 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON aside, then rename: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(
-        json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
-    )
-    aside.replace(path)
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError:  # such as a full disk
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def save_run_config(folder: str | Path, stage: str, **settings: Any) -> None:

@@ -346,7 +346,7 @@ def load_threshold(args: TestArguments, model_args: ModelArguments) -> float:
     wanted = _tuning_settings(args, model_args)
     if tuned_for == wanted:
         return threshold
-    if Processes.join().rank == 0:
+    if Processes.join().rank == 0 and not args.tune_threshold:
         what = "does not say what it was tuned for"
         if isinstance(tuned_for, dict):
             what = f"was tuned for other settings ({'; '.join(differences(tuned_for, wanted))})"

@@ -268,16 +268,17 @@ def choose_threshold(curve: Iterable[tuple[float, float]], present: float) -> Pl
     steps = dict(curve)  # predictions of one na_prob join together: the last of them counts
     best = max(steps.values())
     ranges: list[tuple[float, float]] = []
-    for (low, score), high in zip(steps.items(), [*list(steps)[1:], 1.0], strict=True):
+    for (low, score), high in zip(steps.items(), [*list(steps)[1:], math.inf], strict=True):
         if score < best - 1e-9:  # sums of F1 are rounded
             continue
         if ranges and ranges[-1][1] == low:
             low = ranges.pop()[0]
         ranges.append((low, high))
     for low, high in ranges:
-        if low <= present < high or present == high == 1.0:
-            return Plateau(present, best, low, high)
-    low, high = max(ranges, key=lambda ends: ends[1] - ends[0])
+        if low <= present < high:
+            return Plateau(present, best, low, min(high, 1.0))
+    ends = ((low, min(high, 1.0)) for low, high in ranges)
+    low, high = max(ends, key=lambda pair: pair[1] - pair[0])
     return Plateau((low + high) / 2, best, low, high)
 
 

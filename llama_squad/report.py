@@ -56,7 +56,16 @@ def render_summaries(summaries: Summaries, form: Format, intervals: bool = False
             cells = [_cell(summary, column, between if intervals else "") for column in columns]
             lines.append([name, f"{summary['n']:,}", *cells])
         tables.append(_terminal_table(lines) if form == "table" else _render_table(lines, form))
-    return "\n".join([*tables, *[_NOTE] * intervals])
+    return "\n".join([*tables, *_failed_note(summaries), *[_NOTE] * intervals])
+
+
+def _failed_note(summaries: Summaries) -> list[str]:
+    failed = [f"{s['states']['failed']:,} of {name}" for name, s in summaries.items()
+              if s["states"]["failed"]]  # fmt: skip
+    if not failed:
+        return []
+    text = f"Questions without a reply, which count as wrong: {'; '.join(failed)}."
+    return [textwrap.fill(text, _WIDTH, break_on_hyphens=False) + "\n"]
 
 
 def describe_differing(questions: Mapping[str, tuple[int, str]]) -> str:

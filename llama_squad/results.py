@@ -326,9 +326,9 @@ class ResultsFile:
             ValueError: a file is damaged, or holds an id that is not in ``order``; the disk is
                 full.
         """
-        here = {place.id: place for place in _places(self.path)}
-        places = dict(here)
-        for place in itertools.chain.from_iterable(map(_places, shards)):
+        here = list(_places(self.path))
+        places: dict[str, _Place] = {}
+        for place in itertools.chain(here, *map(_places, shards)):
             if place.id not in places or places[place.id].failed:
                 places[place.id] = place
         strangers = places.keys() - set(order)
@@ -339,7 +339,7 @@ class ResultsFile:
                 "another --output"
             )
         wanted = [places[id_] for id_ in order if id_ in places]
-        if wanted != list(here.values()):
+        if wanted != here:
             with one_line_errors(self.path):
                 self._replace(_copy(wanted))
         self.done, self.failed = set(), set()
@@ -430,8 +430,9 @@ def _open_locked(path: Path) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
-                return fd
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), path.stat()):
+                    return fd
         except BlockingIOError as error:
             os.close(fd)
             raise ValueError(
