@@ -1,7 +1,9 @@
 """The result file: what it survives, when it refuses, and the figures that come out of it."""
 
 import csv
+import errno
 import json
+import math
 import os
 import random
 import signal
@@ -13,15 +15,17 @@ from typing import Any
 
 import pytest
 
-from llama_squad.answers import MALFORMED_PREDICTION, Answer, extract_answer, format_answer
+from llama_squad.answers import FAILED, MALFORMED_PREDICTION, Answer, extract_answer, format_answer
 from llama_squad.results import (
     COLUMNS,
     SEED_COLUMNS,
     ResultsFile,
     Row,
+    check_writable,
     config_path,
     make_row,
     read_results,
+    rethreshold,
     summarize,
     write_official,
 )
@@ -47,6 +51,13 @@ def row(id_: str = "q1", reply: str = "x", golds: tuple[str, ...] = ("x",), **mo
     record = {"id": id_, "title": "T", "question": "Q?", "answers": {"text": list(golds)}}
     completion = format_answer(reply) if reply else "I do not know."
     return make_row(record, completion, extract_answer(completion), "prompt", **more)
+
+
+def failed(id_: str, golds: tuple[str, ...] = ("x",)) -> Row:
+    """Make the row of a question that was refused."""
+    return row(id_, "", golds) | {
+        "completion": "400: too long", "Full response": "400: too long", "state": FAILED.state
+    }  # fmt: skip
 
 
 def write(path: Path, rows: list[Row], **settings: Any) -> None:
@@ -288,6 +299,20 @@ def test_seed_file_with_python_lists_and_json(tmp_path: Path) -> None:
             "not a list of strings",
         ),
         (b"Prompt,Correct answers,Model answer,Full response,Exact match\n", "holds no results"),
+        (
+            b"Prompt,Correct answers,Model answer,Full response,Exact match,note\na,[],c,d,e,f\n",
+            "no result file: nobody knows its column 'note'",
+        ),
+        (b"Prompt,Prompt,Model answer\n", "it has the column 'Prompt' twice"),
+        (",".join([*COLUMNS, "rank"]).encode() + b"\n", "nobody knows its column 'rank'"),
+        (
+            ",".join(c for c in COLUMNS if c != "question").encode() + b"\n",
+            "no result file: it has no column question$",
+        ),
+        (
+            ",".join("qestion" if c == "question" else c for c in COLUMNS).encode() + b"\n",
+            "it has no column question; nobody knows its column 'qestion'",
+        ),
     ],
 )
 def test_a_file_that_is_not_ours(tmp_path: Path, content: bytes, message: str) -> None:
@@ -338,6 +363,189 @@ def test_gather(tmp_path: Path) -> None:
     ):
         file.gather(shards, ["a", "b", "c"])
     assert path.read_bytes() == single.read_bytes()
+
+
+def test_a_failed_row_stays_until_a_reply_takes_its_place(tmp_path: Path) -> None:
+    path, shard = tmp_path / "results.csv", tmp_path / "shard"
+    with ResultsFile(path, SETTINGS) as file:
+        file.append([row("a"), failed("b"), row("c"), failed("d")])
+        assert (file.done, file.failed) == ({"a", "c"}, {"b", "d"})
+        with pytest.raises(ValueError, match="already has a row for question b"):
+            file.append([row("b")])
+    write(shard, [row("b"), failed("d")])
+    with ResultsFile(path, SETTINGS) as file:
+        assert (file.done, file.failed) == ({"a", "c"}, {"b", "d"})
+        file.gather([shard], ["a", "b", "c", "d"])
+        assert (file.done, file.failed) == ({"a", "b", "c"}, {"d"})
+        file.check_complete(["a", "b", "c", "d"])
+    assert read_results(path) == [row("a"), row("b"), row("c"), failed("d")]
+
+
+def test_the_lock_stays_where_a_file_takes_the_place_of_another(tmp_path: Path) -> None:
+    path, shard = tmp_path / "results.csv", tmp_path / "shard"
+    write(shard, [row("b")])
+    with ResultsFile(path, SETTINGS) as file:
+        file.append([row("a")])
+        before = path.stat().st_ino
+        file.gather([shard], ["b", "a"])
+        assert path.stat().st_ino != before
+        with pytest.raises(ValueError, match="another process is writing"):
+            ResultsFile(path, SETTINGS).__enter__()
+        file.append([row("c")])
+    assert [r["id"] for r in read_results(path)] == ["b", "a", "c"]
+
+
+def test_files_that_differ_behind_a_dot_share_nothing(tmp_path: Path) -> None:
+    for name in ("v1.0", "v1.1"):
+        with ResultsFile(tmp_path / name, {"name": name}) as file:
+            file.append([row(name)])
+    for name in ("v1.0", "v1.1"):
+        with ResultsFile(tmp_path / name, {"name": name}) as file:
+            assert file.done == {name}
+
+
+LIMITED = """
+import resource, sys
+from llama_squad.answers import extract_answer
+from llama_squad.results import ResultsFile, check_writable, make_row
+
+record = {"id": "", "title": "", "question": "", "answers": {"text": []}}
+row = make_row(record, "x" * 500, extract_answer("x"), "p")
+with ResultsFile(sys.argv[1], {}) as file:
+    file.append([row | {"id": "a"}])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+    try:
+        file.append([row | {"id": "b"}])
+    except ValueError as error:
+        print(error)
+try:
+    check_writable(sys.argv[1])
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_one_line_and_loses_no_whole_row(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    command = [sys.executable, "-c", LIMITED, path]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    line = f"cannot write {path}: File too large; make room, and the same command goes on"
+    assert [said.startswith(line) for said in done.stdout.splitlines()] == [True, True]
+    assert path.stat().st_size == 1500
+    with ResultsFile(path, {}) as file:
+        assert file.done == {"a"}
+        file.append([row("b")])
+    assert [r["id"] for r in read_results(path)] == ["a", "b"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["results.csv", "results.csv.config.json"]
+
+
+def test_a_full_disk_while_files_are_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, shard = tmp_path / "results.csv", tmp_path / "shard"
+    write(path, [row("b")])
+    write(shard, [row("a")])
+    before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with ResultsFile(path, SETTINGS) as file:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(ValueError, match=r"results\.csv: No space left on device; make room"):
+            file.gather([shard], ["a", "b"])
+        monkeypatch.undo()
+    assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == before
+
+
+def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for path, reason in [
+        (tmp_path / "folder", "it is no regular file; choose another place"),
+        (tmp_path / "file" / "results.csv", "(Not a directory|File exists); choose another place"),
+    ]:
+        with pytest.raises(ValueError, match=f"^cannot write {path}: {reason}"):
+            check_writable(path)
+        with pytest.raises(ValueError, match=f"^cannot write {path}: .*another place"):
+            ResultsFile(path, SETTINGS).__enter__()
+    write(tmp_path / "results.csv", [row("a")])
+    before = sorted(tmp_path.iterdir())
+    check_writable(tmp_path / "results.csv")
+    check_writable(tmp_path / "new" / "results.csv")
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "new"])
+    assert read_results(tmp_path / "results.csv") == [row("a")]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anything
+    with pytest.raises(ValueError, match=r"cannot write .*results\.csv: Permission denied"):
+        check_writable(tmp_path / "results.csv")
+
+
+def span_row(id_: str, text: str, golds: tuple[str, ...], margin: float, threshold: float) -> Row:
+    """Make the row of a best span whose log-probability is ``margin`` above that of "?"."""
+    na_prob = 1 / (1 + math.exp(margin))
+    given = "?" if na_prob > threshold else text
+    return row(
+        id_, given, golds, na_prob=na_prob, score=-5.0 if given == "?" else margin - 5.0, best_span=text,
+        best_span_log_prob=margin - 5.0, no_answer_log_prob=-5.0,
+    )  # fmt: skip
+
+
+def span_rows(threshold: float) -> list[Row]:
+    return [
+        span_row("a", "x", ("x",), 2.0, threshold),
+        span_row("b", "y", ("x",), 1.0, threshold),
+        span_row("c", "z", (), -1.0, threshold),
+        span_row("d", "x", ("x",), -2.0, threshold),
+    ]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 0.8, 1.0])
+def test_another_threshold_and_best_exact_whatever_the_threshold(
+    tmp_path: Path, threshold: float
+) -> None:
+    path = tmp_path / "results.csv"
+    write(path, span_rows(threshold))
+    rows = read_results(path)
+    for other in (0.0, 0.2, 0.5, 0.8, 1.0):
+        assert [rethreshold(r, other) for r in rows] == span_rows(other)
+    figures = summarize(rows)
+    # a is right from 0.12 on, c (without an answer) up to 0.73, d from 0.88 on.
+    assert (figures["best_exact"], figures["best_f1"]) == (50.0, 50.0)
+    assert figures["best_exact_thresh"] == pytest.approx(1 / (1 + math.exp(2)))
+
+
+def test_a_failed_question_is_wrong_at_every_threshold(tmp_path: Path) -> None:
+    rows = [*span_rows(0.5), failed("e", ())]
+    figures = summarize(rows)
+    assert figures["states"]["failed"] == 1
+    assert (figures["% Valid JSON"], figures["NoAns_exact"]) == (80.0, 50.0)
+    assert figures["best_exact"] == 40.0
+    assert rethreshold(rows[4], 0.0) == rows[4]
+    write_official(rows, tmp_path)
+    assert json.loads((tmp_path / "predictions.json").read_text())["e"] == MALFORMED_PREDICTION
+    assert json.loads((tmp_path / "na_prob.json").read_text())["e"] == 0.0
+
+
+def test_a_file_from_before_rows_kept_their_best_span(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    write(path, [row("a", na_prob=0.25), row("b", "?", (), na_prob=0.75)])
+    with path.open(newline="", encoding="utf-8") as file:
+        older = [{k: v for k, v in r.items() if k not in NEW} for r in csv.DictReader(file)]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, older[0], quoting=csv.QUOTE_ALL, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(older)
+    rows = read_results(path)
+    assert rows == [row("a", na_prob=0.25), row("b", "?", (), na_prob=0.75)]
+    assert "best_exact" not in summarize(rows)
+    assert rethreshold(rows[0], 0.2)["state"] == "no_answer"
+    with pytest.raises(ValueError, match="question b abstains, and this older file does not hold"):
+        rethreshold(rows[1], 0.9)
+    with pytest.raises(ValueError, match=r"earlier version, .*summarised, but not resumed"):
+        ResultsFile(path, SETTINGS).__enter__()
+
+
+NEW = ("best_span", "best_span_log_prob", "no_answer_log_prob", "n_best")
 
 
 def test_write_official(tmp_path: Path) -> None:
