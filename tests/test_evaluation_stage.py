@@ -101,7 +101,7 @@ def test_rows_hold_spans_or_abstain(run, capsys):
         row["id"]: row["na_prob"] for row in rows
     }
     out = capsys.readouterr()
-    assert "% Exact Match" in out.out
+    assert "strict equality" in out.out
     assert "Next: python summarize_results.py results/results.csv" in out.out
     assert out.err.count("running on the CPU") <= 1
 

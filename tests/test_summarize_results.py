@@ -164,6 +164,31 @@ def test_csv_and_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     assert [cell.strip() for cell in markdown[7].split("|")][-3:] == ["–", "–", ""]
 
 
+def test_another_threshold(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results("tuned.csv", TUNED)
+    keys = ("exact", "NoAns_exact", "best_exact", "best_exact_thresh")
+    seen = {}
+    for threshold in ("0.05", "0.5", "0.95"):
+        out = run(capsys, "tuned.csv", "--na_prob_thresh", threshold, "--format=json")
+        seen[threshold] = [json.loads(out)[0][key] for key in keys]
+    assert seen == {
+        "0.05": [50.0, 100.0, 100.0, 0.1],
+        "0.5": [100.0, 100.0, 100.0, 0.1],
+        "0.95": [50.0, 0.0, 100.0, 0.1],
+    }
+
+
+def test_failed_questions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results("server.csv", BASE)
+    text = Path("server.csv").read_text().replace('"malformed"', '"failed"')
+    Path("server.csv").write_text(text)
+    note = "Questions without a reply, which count as wrong: 1 of server.\n"
+    assert run(capsys, "server.csv").endswith(note)
+    assert json.loads(run(capsys, "server.csv", "--format=json"))[0]["states"]["failed"] == 1
+    write_results("base.csv", BASE)
+    assert "without a reply" not in run(capsys, "base.csv")
+
+
 def test_files_of_one_name_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     for folder in ("one", "two"):
         write_results(f"{folder}/run.csv", BASE)
