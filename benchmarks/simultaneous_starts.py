@@ -71,8 +71,8 @@ def start(records: Sequence[Record], path: Path, delay: float, seconds: float, b
         evaluation.evaluate(model, records, path, SETTINGS, batch_size=BATCH_SIZE)
         rows = read_results(path)
         box.put("complete" if len(rows) == len(records) else f"success with {len(rows)} rows")
-    except ValueError as error:
-        refused = "another process is writing" in str(error)
+    except Exception as error:  # whatever it is, it is told
+        refused = isinstance(error, ValueError) and "another process is writing" in str(error)
         box.put("refused" if refused else f"{type(error).__name__}: {error}")
 
 
