@@ -256,7 +256,12 @@ class TestArguments:
     tune_threshold: bool = _option(
         False, "Pick the threshold on the validation split first, and keep it with the adapter."
     )
-    n_best: int = _option(0, "Also write this many best spans a question, as JSON lines.")
+    tune_for: Literal["exact", "f1"] = _option(
+        "exact", "Which official score --tune_threshold makes as high as it can."
+    )
+    n_best: int = _option(
+        0, "Find this many best spans of each question: JSON, in a column of the result file."
+    )
     audit: int = _option(
         0, "Score every span for this many questions, and say how often the search found the best."
     )
@@ -642,10 +647,13 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON aside, then rename: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(
-        json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
-    )
-    aside.replace(path)
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError:  # such as a full disk
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def save_run_config(folder: str | Path, stage: str, **settings: Any) -> None:
