@@ -12,6 +12,7 @@ import html
 import itertools
 import random
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from functools import partial
 from typing import Any
 
 from llama_squad.answers import NO_ANSWER, Answer, extract_answer
-from llama_squad.config import AppArguments, ModelArguments, parse_stage
+from llama_squad.config import AppArguments, ModelArguments, check_at_least, parse_stage
+from llama_squad.folders import check_file, check_weights
 from llama_squad.metrics import is_exact_match, score_answer
 from llama_squad.prompts import Message
+from llama_squad.stage import if_interrupted, next_command, run_stage
 
 VISITORS = 8
 """Replies under way at a time, each with a key/value cache of its own; more wait in a queue."""
@@ -48,24 +51,50 @@ CSS = """
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the model and serve the page until interrupted."""
-    args, model_args = parse_stage(
-        "app", (AppArguments, ModelArguments), argv, saved=_adapter_settings, description=__doc__
-    )
+    types = (AppArguments, ModelArguments)
+    check = partial(check_flags, argv)
+    try:
+        with if_interrupted("the page is closed: the same command opens it again"):
+            args, model_args = parse_stage(
+                "app", types, argv, saved=_adapter_settings, description=__doc__, check=check
+            )
+            run(args, model_args)
+    except ValueError as error:
+        sys.exit(f"app.py: {error}")
+    except OSError as error:  # the loaders' own are ValueErrors
+        sys.exit(f"app.py: cannot serve {args.host}:{args.port}: give another --port ({error})")
+
+
+def check_flags(argv: Sequence[str] | None, parsed: Sequence[Any]) -> None:
+    """Check what can be checked before anything is loaded. Raises ValueError."""
+    args, model_args = parsed
+    check_at_least(0, args, "reasoning_tokens", "port")
+    check_at_least(1, args, "max_new_tokens")
+    train = next_command("train", argv, dataset_name=args.dataset_name)
+    check_weights("--adapter_name", args.adapter_name, f"train one with `{train}`, or name another")
+    check_file("--chat_template", model_args.chat_template)
+    if not args.adapter_name:
+        cure = "give another folder, or a name on the Hub"
+        check_weights("--model_name", model_args.model_name, cure)
+
+
+def run(args: AppArguments, model_args: ModelArguments) -> None:
+    """Load the model and serve the page."""
     import gradio
 
     from llama_squad import modeling
     from llama_squad.chat import Talker
 
     modeling.say_device()
-    try:
-        encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)
-        model = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
-        page = build(args, Talker(model, encoder, args, gradio.Info), model_args.model_name)
-        serve(page, server_name=args.host, server_port=args.port, share=args.share)
-    except ValueError as error:
-        sys.exit(f"app.py: {error}")
-    except OSError as error:  # the loaders' own are ValueErrors
-        sys.exit(f"app.py: cannot serve {args.host}:{args.port}: give another --port ({error})")
+    encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)
+    model = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
+    page = build(args, Talker(model, encoder, args, gradio.Info), model_args.model_name)
+    serve(
+        page, server_name=args.host, server_port=args.port, share=args.share,
+        prevent_thread_lock=True,
+    )  # fmt: skip
+    while page.is_running:  # gradio's own wait would take Ctrl-C for a normal end
+        time.sleep(0.2)
 
 
 def _adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
@@ -343,4 +372,4 @@ def serve(page: Any, **options: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -1,6 +1,6 @@
 """Build the dataset: SQuAD records → chat messages, split into train, val and test.
 
-Reads SQuAD v2 from the Hub, or files in the official JSON format, or the bundled sample.
+Reads SQuAD v2 from the Hub, or your own files (docs/own-data.md), or the bundled sample.
 Writes the folder ``--dataset_name`` (default data/squad_v2), and the counts to the terminal.
 
     python create_squad_dataset.py
@@ -9,9 +9,15 @@ Writes the folder ``--dataset_name`` (default data/squad_v2), and the counts to 
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llama_squad.config import CreateArguments, parse_stage
+from llama_squad.stage import if_interrupted, next_command, run_stage
+
+if TYPE_CHECKING:
+    from llama_squad.cleaning import Cleaner
+    from llama_squad.records import Record
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -19,19 +25,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args,) = parse_stage(
         "create", (CreateArguments,), argv, saved=files_for_sample, description=__doc__
     )
-    from tqdm import tqdm
-
     from llama_squad import data
+    from llama_squad.cleaning import Cleaner
 
+    cleaner = Cleaner(mend=args.mend, skip_bad=args.skip_bad)
     try:
-        splits = data.read_source(args)
-        if "train" in splits:
-            train, val = data.split_by_title(splits["train"], args.validation_ratio, args.seed)
-            splits = {"train": train, **({"val": val} if val else {}), **splits | {"train": train}}
-        _warn_of_shared_contexts(splits)
-        total = sum(map(len, splits.values()))
-        with tqdm(total=total, unit=" questions", desc="Writing messages") as progress:
-            data.write_dataset(splits, args, progress)
+        data.check_target(args.dataset_name)
+        data.check_ratio(args.validation_ratio)
+        with if_interrupted(f"{args.dataset_name} is as it was: the same command starts anew"):
+            splits = build(args, cleaner)
     except ValueError as error:
         sys.exit(f"create_squad_dataset.py: {error}")
 
@@ -45,7 +47,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "val" in splits:
         read = len(splits["train"]) + len(splits["val"])
         print(f"train and val hold the {read:,} questions of the training source.")
-    print(f"\nWrote {args.dataset_name} ({args.prompt}). Next: python train_llama_squad.py")
+    summary = cleaner.summary(str(Path(args.dataset_name) / data.DROPPED))
+    if summary:
+        print(f"\n{summary}")
+    _warn_of_shared_contexts(splits)
+    following = next_command(
+        "train" if "train" in splits else "test", argv, dataset_name=args.dataset_name
+    )
+    print(f"\nWrote {args.dataset_name} ({args.prompt}). Next: {following}")
+
+
+def build(args: CreateArguments, cleaner: "Cleaner") -> dict[str, list["Record"]]:
+    """Read the records, split them and write the dataset; return the splits."""
+    from tqdm import tqdm
+
+    from llama_squad import data
+
+    splits = data.read_source(args, cleaner)
+    if "train" in splits:
+        train, val = data.split_by_title(splits["train"], args.validation_ratio, args.seed)
+        splits = {"train": train, **({"val": val} if val else {}), **splits | {"train": train}}
+    total = sum(map(len, splits.values()))
+    with tqdm(total=total, unit=" questions", desc="Writing messages") as progress:
+        data.write_dataset(splits, args, progress, cleaner)
+    return splits
 
 
 def files_for_sample(parsed: Sequence[CreateArguments]) -> Mapping[str, Any]:
@@ -54,9 +79,11 @@ def files_for_sample(parsed: Sequence[CreateArguments]) -> Mapping[str, Any]:
     return {"sample": False} if args.sample and (args.train_files or args.test_files) else {}
 
 
-def _warn_of_shared_contexts(splits: dict) -> None:
-    contexts = {record["context"] for record in splits.get("test", [])}
-    shared = sum(r["context"] in contexts for n in ("train", "val") for r in splits.get(n, []))
+def _warn_of_shared_contexts(splits: Mapping[str, Sequence["Record"]]) -> None:
+    from llama_squad import data
+
+    test = splits.get("test", [])
+    shared = sum(data.count_shared(splits[n], test) for n in ("train", "val") if n in splits)
     if shared:
         print(
             f"Warning: {shared:,} training questions are about a context of the test split; "
@@ -66,4 +93,4 @@ def _warn_of_shared_contexts(splits: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -7,7 +7,9 @@ set -euo pipefail
 cd "$(dirname "$0")"
 # shellcheck source=quickstart/venv.sh
 . quickstart/venv.sh
+trap 'echo "quickstart.sh: interrupted: the same command goes on with the installation." >&2; exit 130' INT
 set_up_venv requirements.txt
+trap 'exit 130' INT # the stage has said what is kept
 
 config=configs/quickstart.yaml
 out=results/quickstart

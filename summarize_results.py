@@ -10,6 +10,7 @@ Writes:  the table to the terminal, to ``--output``, and plots to ``--plot``.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import sys
@@ -20,8 +21,15 @@ from typing import Any
 
 from llama_squad.config import parse_stage
 from llama_squad.metrics import gold_texts, score_predictions
-from llama_squad.report import Format, plot_na_probs, render_figures, render_summaries
-from llama_squad.results import official_predictions, read_results, summarize
+from llama_squad.report import (
+    Format,
+    describe_differing,
+    plot_na_probs,
+    render_figures,
+    render_summaries,
+)
+from llama_squad.results import Row, official_predictions, read_results, summarize
+from llama_squad.stage import run_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,13 @@ class SummarizeArguments:
         },
     )
     format: Format = dataclasses.field(default="table", metadata={"help": "Form of the summary."})
+    intervals: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Show 95 %% confidence intervals below the figures, too (csv and json always "
+            "hold them)."
+        },
+    )
     data: str | None = dataclasses.field(
         default=None,
         metadata={"help": "Dataset in the official SQuAD JSON form, to score --predictions on."},
@@ -91,18 +106,48 @@ def summarize_files(args: SummarizeArguments) -> str:
     """Summarise result files, one row each."""
     if args.data or args.na_prob or args.na_prob_thresh is not None:
         raise ValueError("--data, --na_prob and --na_prob_thresh need --predictions FILE")
-    summaries = {}
+    summaries, questions, unplotted = {}, {}, []
     for name, path in name_files(args.results).items():
         rows = read_results(path)
         summaries[name] = summarize(rows)
-        if args.plot:
-            predictions, na_probs = official_predictions(rows)
-            if na_probs is None:
-                raise ValueError(f"{path} has rows without a na_prob: there is nothing to --plot")
-            golds = {row["id"]: row["answers"] for row in rows}
-            picture = Path(args.plot, f"{name.replace('/', '_')}.png")
-            plot_na_probs(golds, predictions, na_probs, picture, name)
-    return render_summaries(summaries, args.format)
+        questions[name] = len(rows), digest_questions(rows)
+        if args.plot and not plot_file(rows, args.plot, name):
+            unplotted.append(str(path))
+    if unplotted and len(unplotted) == len(summaries):
+        raise ValueError(f"no --plot of {', '.join(unplotted)}: some rows have no na_prob")
+    if unplotted:
+        print(f"No plot of {', '.join(unplotted)}: some rows have no na_prob.", file=sys.stderr)
+    summary = render_summaries(summaries, args.format, args.intervals)
+    note = describe_differing(questions)
+    if note and args.format in ("csv", "json"):  # which have no place for it
+        print(note, end="", file=sys.stderr)
+        return summary
+    return f"{summary}\n{note}" if note else summary
+
+
+def digest_questions(rows: Sequence[Row]) -> str:
+    """Return a digest of the questions and their right answers, in any order; "" if not named.
+
+    The original's files number their rows, and do not name the questions.
+    """
+    if not any(row["question"] for row in rows):
+        return ""
+    digest = 0
+    for row in rows:
+        text = json.dumps([row["id"], row["question"], row["answers"]])
+        digest ^= int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
+    return f"{digest:032x}"
+
+
+def plot_file(rows: Sequence[Row], folder: str, name: str) -> bool:
+    """Draw one file's picture; False where a row has no na_prob."""
+    predictions, na_probs = official_predictions(rows)
+    if na_probs is None:
+        return False
+    golds = {row["id"]: row["answers"] for row in rows}
+    picture = Path(folder, f"{name.replace('/', '_')}.png")
+    plot_na_probs(golds, predictions, na_probs, picture, name)
+    return True
 
 
 def score_official(args: SummarizeArguments) -> str:
@@ -130,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "summarize",
         (SummarizeArguments,),
         [*flags, *argv[len(files) :]],
-        description=(__doc__ or "").splitlines()[0],
+        description=__doc__,
     )
     try:
         summary = score_official(args) if args.predictions else summarize_files(args)
@@ -143,4 +188,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

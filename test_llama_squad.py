@@ -12,6 +12,7 @@ as it is known, so that a killed run goes on where it stopped. Several processes
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from llama_squad.config import ModelArguments, TestArguments, parse_stage
+from llama_squad.config import ModelArguments, TestArguments, parse_stage, resolve_beams
+from llama_squad.folders import check_dataset, check_file, check_weights
+from llama_squad.stage import if_interrupted, next_command, run_stage
 
 if TYPE_CHECKING:
     from llama_squad.predictors import Predictor
@@ -31,16 +34,42 @@ SERVER_FLAGS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
-    args, model_args = parse_stage(
-        "test", (TestArguments, ModelArguments), argv, saved=adapter_settings, description=__doc__
-    )
-    if args.predictor == "server":
-        args = dataclasses.replace(args, decoding="free")  # it knows nothing of spans
+    types = (TestArguments, ModelArguments)
+    check = partial(check_all, argv)
     try:
+        args, model_args = parse_stage(
+            "test", types, argv, saved=adapter_settings, description=__doc__, check=check
+        )
+        if args.predictor == "server":
+            args = dataclasses.replace(args, decoding="free")  # it knows nothing of spans
+        args = resolve_beams(args)
         check_flags(args, model_args)
-        run(args, model_args)
+        again = "the same command without --overwrite" if args.overwrite else "the same command"
+        with if_interrupted(f"the rows so far are kept in {args.output}: {again} goes on"):
+            run(args, model_args)
     except ValueError as error:
         sys.exit(f"test_llama_squad.py: {error}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"Wrote {args.output}. Next: {next_command('summarize', argv, args.output)}")
+
+
+def check_all(argv: Sequence[str] | None, parsed: Sequence[Any]) -> None:
+    """Check what can be checked before anything is loaded. Raises ValueError."""
+    args, model_args = parsed
+    if args.predictor == "server":
+        args = dataclasses.replace(args, decoding="free")
+    args = resolve_beams(args)
+    check_flags(args, model_args)
+    create = next_command("create", argv, dataset_name=args.dataset_name)
+    check_dataset(args.dataset_name, [args.split, *["val"] * args.tune_threshold], create)
+    if args.predictor == "server":
+        return
+    train = next_command("train", argv, dataset_name=args.dataset_name)
+    check_weights("--adapter_name", args.adapter_name, f"train one with `{train}`, or name another")
+    check_file("--chat_template", model_args.chat_template)
+    if not args.adapter_name:
+        cure = "give another folder, or a name on the Hub"
+        check_weights("--model_name", model_args.model_name, cure)
 
 
 def adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
@@ -58,6 +87,8 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
         "--adapter_name": args.adapter_name,
         "--quantize": args.quantize,
         "--num_beams": args.num_beams != 1,
+        "--length_penalty": args.length_penalty,
+        "--span_boundaries": args.span_boundaries != "word",
         "--reasoning_tokens": args.reasoning_tokens,
         "--tune_threshold": args.tune_threshold,
         "--n_best": args.n_best,
@@ -80,19 +111,30 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
         "--na_prob_thresh": args.na_prob_thresh is not None,
         "--n_best": args.n_best,
         "--audit": args.audit,
+        "--span_boundaries": args.span_boundaries != "word",
     }
     for flag, given in needs_spans.items():
         if given and args.decoding == "free":
             raise ValueError(f"{flag} needs --decoding span: free decoding weighs no spans")
+    if args.length_penalty and (args.decoding == "span" or args.num_beams == 1):
+        raise ValueError(
+            "--length_penalty needs --decoding free and several --num_beams: nothing else weighs "
+            "replies by their length"
+        )
     if args.tune_threshold and args.na_prob_thresh is not None:
         raise ValueError("--tune_threshold chooses what --na_prob_thresh sets: give one of them")
     for name in ("num_beams", "batch_size", "max_new_tokens", "num_samples", "concurrency"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, not {value}")
-    for name in ("n_best", "audit"):
+    for name in ("n_best", "audit", "reasoning_tokens"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must not be negative: 0 does without")
+    if args.sample == "paragraphs" and (args.shuffle or args.num_samples is None):
+        raise ValueError(
+            "--sample paragraphs takes --num_samples questions at random: give their number, and "
+            "leave --shuffle out"
+        )
     if args.na_prob_thresh is not None and not 0 <= args.na_prob_thresh <= 1:
         raise ValueError(f"--na_prob_thresh is a probability, not {args.na_prob_thresh}")
 
@@ -132,15 +174,14 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
     from llama_squad.data import load_squad
 
     dataset = load_squad(args.dataset_name)
-    for name in [args.split, *["val"] * args.tune_threshold]:
-        if name not in dataset:
-            raise ValueError(
-                f"{args.dataset_name} has no split {name!r}, only {', '.join(dataset)}"
-            )
     from llama_squad import evaluation
 
     threshold = 1.0 if args.tune_threshold else evaluation.load_threshold(args)
     model = load_predictor(args, model_args)
+    if args.batch_size is None:
+        size = getattr(model(na_prob_thresh=threshold), "batch_size", 32)
+        args = dataclasses.replace(args, batch_size=evaluation.Processes.join().share(size))
+    assert args.batch_size is not None
     if args.tune_threshold:
         judge = model(na_prob_thresh=threshold)
         threshold = evaluation.tune_threshold(judge, dataset["val"], args, model_args)
@@ -158,8 +199,8 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
         return
     report(args)
     if args.audit:
-        exhaustive = model(num_beams=evaluation.AUDIT_BEAMS)
-        print(evaluation.audit(model(), exhaustive, records, args))
+        exhaustive = model(na_prob_thresh=1.0, num_beams=evaluation.AUDIT_BEAMS)
+        print(evaluation.audit(model(na_prob_thresh=1.0), exhaustive, records, args))
 
 
 def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable[..., Predictor]":
@@ -192,12 +233,13 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
     encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)
     weights = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
     return partial(
-        LocalModel, weights, encoder, decoding=args.decoding, num_beams=args.num_beams, **chat
-    )
+        LocalModel, weights, encoder, decoding=args.decoding, num_beams=args.num_beams,
+        length_penalty=args.length_penalty, span_boundaries=args.span_boundaries, **chat,
+    )  # fmt: skip
 
 
 def report(args: TestArguments) -> None:
-    """Print the row of the table and the next command; write the official files if asked."""
+    """Print the row of the table; write the official files if asked."""
     from llama_squad.report import render_summaries
     from llama_squad.results import read_results, summarize, write_official
 
@@ -206,8 +248,7 @@ def report(args: TestArguments) -> None:
         write_official(rows, args.predictions_dir)
     name = Path(args.adapter_name or args.output).name
     print("\n" + render_summaries({name: summarize(rows)}, "table"))
-    print(f"Wrote {args.output}. Next: python summarize_results.py {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -11,27 +11,74 @@ Reads the dataset folder and the base model; writes checkpoints and logs to ``--
 """
 
 import sys
-import warnings
+import time
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from llama_squad.config import ModelArguments, TrainArguments, parse_stage
+from llama_squad.config import (
+    ModelArguments,
+    TrainArguments,
+    TrainerArguments,
+    check_adapter_flags,
+    check_training_numbers,
+    parse_stage,
+)
+from llama_squad.flags import sft_config_fields
+from llama_squad.folders import check_dataset, check_file, check_weights
+from llama_squad.stage import if_interrupted, next_command, run_stage
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
-    from llama_squad.training import SquadSFTConfig, check_flags
+    argv = sys.argv[1:] if argv is None else argv
+    own = (TrainArguments, ModelArguments, TrainerArguments)
+    try:  # before TRL is loaded, which takes ten seconds
+        check = partial(check_flags, argv)
+        later = sft_config_fields()
+        parse_stage("train", own, argv, description=__doc__, check=check, later=later)
+        from llama_squad.training import REPLACED, SquadSFTConfig
 
-    types = (TrainArguments, ModelArguments, SquadSFTConfig)
-    args, model_args, sft_args = parse_stage("train", types, argv, description=__doc__)
-    try:
-        check_flags(args, sys.argv[1:] if argv is None else argv)
+        args, model_args, sft_args = parse_stage(
+            "train", (*own[:2], SquadSFTConfig), argv, description=__doc__, hidden=REPLACED
+        )
         if args.show_mask:
             show_mask(args, model_args)
-        else:
-            train(args, model_args, sft_args)
+            return
+        with if_interrupted(partial(what_is_kept, sft_args, time.time())):
+            final = train(args, model_args, sft_args)
     except ValueError as error:
         sys.exit(f"train_llama_squad.py: {error}")
+    if sft_args.process_index == 0:
+        test = next_command("test", argv, adapter_name=str(final), dataset_name=args.dataset_name)
+        print(f"Next: {test}")
+
+
+def check_flags(argv: Sequence[str], parsed: Sequence[Any]) -> None:
+    """Check what can be checked before anything is loaded. Raises ValueError."""
+    args, model_args, trainer = parsed
+    check_training_numbers(args, trainer)
+    check_adapter_flags(args, argv)
+    create = next_command("create", argv, dataset_name=args.dataset_name)
+    check_dataset(args.dataset_name, ["train"], create)
+    check_weights(
+        "--model_name", model_args.model_name, "give another folder, or a name on the Hub"
+    )
+    check_file("--chat_template", model_args.chat_template)
+
+
+def what_is_kept(sft_args: Any, started: float) -> str:
+    """Say what an interrupted run leaves, and how to go on with it."""
+    from llama_squad.training import newest_checkpoint
+
+    checkpoint = newest_checkpoint(sft_args.output_dir, started) or sft_args.resume_from_checkpoint
+    if not checkpoint:
+        return "no checkpoint is written yet (see --save_steps): the same command starts anew"
+    return (
+        f"{checkpoint} is kept: the same command with --resume_from_checkpoint {checkpoint} goes "
+        "on from there"
+    )
 
 
 def show_mask(args: TrainArguments, model_args: ModelArguments) -> None:
@@ -40,13 +87,7 @@ def show_mask(args: TrainArguments, model_args: ModelArguments) -> None:
     from llama_squad.collator import colour_labels
     from llama_squad.data import load_squad
 
-    dataset = load_squad(args.dataset_name)
-    if "train" not in dataset:
-        raise ValueError(
-            f"{args.dataset_name} has no train split, only {', '.join(dataset)}: build it with "
-            "create_squad_dataset.py --train_files"
-        )
-    split = dataset["train"]
+    split = load_squad(args.dataset_name)["train"]
     encoder = modeling.load_encoder(model_args, args.reasoning_tokens)
     for row in split.select(range(min(args.show_mask, len(split)))):
         (example,) = encoder.encode([row["messages"]])
@@ -54,19 +95,17 @@ def show_mask(args: TrainArguments, model_args: ModelArguments) -> None:
     print("The tokens in green are trained; the others are read only.")
 
 
-def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> None:
-    """Train, save the adapter, and merge and push it where asked."""
+def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Path:
+    """Train, save the adapter, and merge and push it where asked; return the adapter's folder."""
     from transformers import set_seed
 
-    from llama_squad import modeling, publishing, rows, training
+    from llama_squad import modeling, preflight, publishing, rows, training
     from llama_squad.collator import SquadDataCollator
     from llama_squad.data import load_squad
+    from llama_squad.merge_error import Sample
 
-    # TRL and PEFT still use names that transformers 5 renames
-    warnings.filterwarnings("ignore", message=".*will be removed in v6.*", category=FutureWarning)
-    # and warns of what label smoothing costs in its own loss, which is not ours
-    warnings.filterwarnings("ignore", message=".*label_smoothing_factor.*", category=FutureWarning)
     publishing.check_output(model_args.model_name, sft_args.output_dir)
+    preflight.check_hub(sft_args)
     modeling.say_device()
     settings = publishing.run_settings(args, model_args, sft_args.to_dict())
     set_seed(sft_args.seed)
@@ -98,8 +137,11 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> No
     first = trainer.is_world_process_zero()
     del trainer, model
     if args.merge_and_push and first:
-        publishing.merge_and_push(final, args, model_args, sft_args)
+        sample = Sample.take(features.get("val", features["train"]), collator)
+        with if_interrupted(f"{final} is complete, but neither merged nor pushed"):
+            publishing.merge_and_push(final, args, model_args, sft_args, sample)
+    return final
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -14,6 +14,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
@@ -36,15 +37,20 @@ BATCH = 500
 
 
 def load_tokenizer(name: str, template: str) -> Any:
-    """Load a tokenizer of the shared data with a template of this repository or of TRL."""
-    import trl
+    """Load a tokenizer of the shared data with a chat template."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(SHARED / "tokenizers" / name))
-    own = ROOT / "configs" / "chat_templates" / f"{template}.jinja"
-    trls = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
-    tokenizer.chat_template = (own if own.is_file() else trls).read_text(encoding="utf-8")
+    tokenizer.chat_template = chat_template(template)
     return tokenizer
+
+
+def chat_template(name: str) -> str:
+    """Read a template of this repository or of TRL."""
+    folder = find_spec("trl").submodule_search_locations[0]  # type: ignore[union-attr, index]
+    own = ROOT / "configs" / "chat_templates" / f"{name}.jinja"
+    trls = Path(folder) / "chat_templates" / f"{name}.jinja"
+    return (own if own.is_file() else trls).read_text(encoding="utf-8")
 
 
 def batches(records: Sequence[dict]) -> Iterator[Sequence[dict]]:
@@ -92,7 +98,7 @@ def check(job: tuple[str, str, str, str, int | None]) -> tuple[str, int, list[st
 
     name, template, end, prompt, limit = job
     started = time.perf_counter()
-    records = read_files([str(SHARED / "squad_v2" / "train-*.json")], set())[:limit]
+    records = read_files([str(SHARED / "squad_v2" / "train-*.json")])[:limit]
     encoder = ConversationEncoder(load_tokenizer(name, template))
     found = [fault for batch in batches(records) for fault in faults(encoder, batch, prompt, end)]
     label = f"{name} + {template}, {prompt}"

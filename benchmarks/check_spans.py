@@ -16,7 +16,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(ROOT))
 from llama_squad.answers import escape_answer, format_answer
 from llama_squad.collator import IGNORE, ConversationEncoder
-from llama_squad.data import read_squad_file
+from llama_squad.data import read_files
 from llama_squad.predictors import (
     LocalModel,
     Record,
@@ -162,7 +161,7 @@ def main() -> None:
     parser.add_argument("--num_beams", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=32)
     args = parser.parse_args()
-    records: list[Any] = list(read_squad_file(Path(SHARED / "squad_v2" / "dev.json")))[: args.limit]
+    records: list[Any] = read_files([str(SHARED / "squad_v2" / "dev.json")])[: args.limit]
     bad = 0
     for name, template in CASES:
         encoder = ConversationEncoder(load_tokenizer(name, template))

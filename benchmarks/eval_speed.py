@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama_squad import generation
 from llama_squad.answers import extract_answer
 from llama_squad.collator import IGNORE, ConversationEncoder, SquadDataCollator
-from llama_squad.data import read_squad_file
+from llama_squad.data import read_files
 from llama_squad.generation import Generator, Paragraph
 from llama_squad.predictors import Record, group_paragraphs
 from llama_squad.prompts import build_messages, gold_answer
@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
 
 def read_questions(args: argparse.Namespace) -> list[list[Record]]:
     """Return the questions of some paragraphs, taken evenly from the file."""
-    groups = group_paragraphs(list(read_squad_file(Path(args.data))))
+    groups = group_paragraphs(read_files([args.data]))
     step = len(groups) // args.paragraphs
     return [group[: args.questions] for group in groups[::step][: args.paragraphs]]
 

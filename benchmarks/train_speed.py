@@ -98,7 +98,7 @@ def encode_sample(args: argparse.Namespace) -> tuple[Any, Any, float]:
     from llama_squad.data import read_files
     from llama_squad.prompts import build_messages
 
-    records = read_files([args.train_files], set())
+    records = read_files([args.train_files])
     members: dict[tuple[str, str], list[dict]] = {}
     for record in records:
         members.setdefault((record["title"], record["context"]), []).append(record)

@@ -13,11 +13,11 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -28,6 +28,10 @@ RUN_CONFIG = "llama_squad.json"
 """The resolved configuration that every dataset and adapter carries beside its files."""
 
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
+
+
+SPAN_BEAMS = 4
+"""Beams of span decoding where none are given; benchmarks/RESULTS.md says why so many."""
 
 
 def _option(default: Any, help_text: str, **metadata: Any) -> Any:
@@ -50,10 +54,18 @@ class CreateArguments:
     dataset_name: str = _option("data/squad_v2", "Folder to write the dataset to.")
     source: str = _option("rajpurkar/squad_v2", "SQuAD v2 dataset on the Hub, or a local copy.")
     train_files: list[str] | None = _option(
-        None, "Training files in the official SQuAD JSON format; globs allowed. Replaces --source."
+        None,
+        "Training files: SQuAD's JSON, or rows with context, question, answer as JSON, JSON lines, "
+        "CSV or parquet (docs/own-data.md); globs allowed. Replaces --source.",
     )
-    test_files: list[str] | None = _option(
-        None, "Test files in the official SQuAD JSON format; globs allowed. Replaces --source."
+    test_files: list[str] | None = _option(None, "Test files, of the same forms.")
+    mend: bool = _option(
+        False,
+        "Take the best guess for questions that can be read in several ways: the nearest place of "
+        "an answer whose offset is wrong, a number added to an id that another question has.",
+    )
+    skip_bad: bool = _option(
+        False, "Leave out questions that cannot be used, and list them beside the dataset."
     )
     sample: bool = _option(False, "Use the small world bundled in quickstart/data.")
     prompt: Literal["single_turn", "multi_turn"] = _option("single_turn", _PROMPT_HELP)
@@ -71,7 +83,9 @@ class ModelArguments:
     model_name: str = _option(DEFAULT_MODEL, "Base model: a name on the Hub, or a folder.")
     chat_template: str | None = _option(None, _TEMPLATE_HELP)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "auto", "Weights' type: auto is bfloat16 on CUDA and float32 on a CPU."
+        "auto",
+        "Weights' type: auto is bfloat16 on CUDA and float32 on a CPU, or float32 where a model "
+        "trained here was saved so.",
     )
     attn_implementation: str | None = _option(
         None, "Attention: sdpa, eager, flash_attention_2... (default: the library's choice)."
@@ -118,8 +132,64 @@ class TrainArguments:
         "At the end merge the adapter into the model, and push both where --hub_model_id "
         "and a token are given.",
     )
+    merged_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto",
+        "Type of the merged model's weights: auto is the base's as it was loaded (--dtype). In 16 "
+        "bits they are rounded at random, so that small updates survive on average; in float32 "
+        "nothing is lost, in a file of twice the size.",
+    )
     show_mask: int = _option(
         0, "Print this many examples with their supervised tokens in colour, and exit."
+    )
+
+
+@dataclasses.dataclass
+class TrainerArguments:
+    """The fields of TRL's ``SFTConfig`` that matter most, with this project's defaults.
+
+    ``llama_squad.training.SquadSFTConfig`` adds all others. These stand here so that a command line
+    can be checked, and ``--help`` shown, without the seconds that importing TRL takes.
+    """
+
+    output_dir: str | None = _option("results", "Folder of checkpoints, logs and the final model.")
+    per_device_train_batch_size: int = _option(
+        8, "Questions at once on each device, also where they share contexts."
+    )
+    per_device_eval_batch_size: int = _option(8, "The same for validation.")
+    gradient_accumulation_steps: int = _option(1, "Batches before the weights are updated.")
+    num_train_epochs: float = _option(3.0, "Epochs to train.")
+    max_steps: int = _option(-1, "Steps to train, in place of epochs (-1: go by epochs).")
+    learning_rate: float = _option(
+        2e-7,
+        "Peak learning rate. Low on purpose: at 2e-4 Llama 2 learned the task quickly and forgot "
+        "English as quickly; 2e-7 keeps the chat ability.",
+    )
+    bf16: bool = _option(
+        None,  # resolved by SquadSFTConfig, so that one given is told apart
+        "Compute in bfloat16 (default: on GPUs that can; a CPU may crawl).",
+    )
+    max_length: int | None = _option(
+        4096,
+        "Longest example and row in tokens; longer examples are left out and counted.",
+        aliases=["--max_seq_length"],
+    )
+    train_sampling_strategy: str = _option(
+        "group_by_length",
+        "Order of plain batches (--no_share_context): random, sequential or group_by_length. Rows "
+        "that share contexts are balanced, and shuffled.",
+    )
+    eval_strategy: str = _option("steps", "When to validate: no, steps or epoch.")
+    eval_steps: float | None = _option(500, "Validate every so many steps (a ratio if below 1).")
+    logging_steps: float = _option(10, "Log every so many steps.")
+    save_steps: float = _option(500, "Save a checkpoint every so many steps.")
+    report_to: None | str | list[str] = _option(  # noqa: RUF036 - the parser takes this order only
+        "auto", "Trackers; auto: TensorBoard, and W&B where you are logged in to it."
+    )
+    resume_from_checkpoint: str | None = _option(
+        None, "A checkpoint's folder, or `latest` for the newest."
+    )
+    hub_model_id: str | None = _option(
+        None, "Repository on the Hub to push to (USER/NAME); the merged model goes to NAME-merged."
     )
 
 
@@ -157,8 +227,24 @@ class TestArguments:
     decoding: Literal["span", "free"] = _option(
         "span", "span: only substrings of the context, or no answer. free: whatever is likeliest."
     )
-    num_beams: int = _option(1, "Beams of the search.")
-    batch_size: int = _option(32, "Questions at once; halved by itself on out-of-memory.")
+    span_boundaries: Literal["word", "any"] = _option(
+        "word",
+        "Where spans may begin and end: word: at word boundaries, and they hold a letter or digit. "
+        "any: at any character.",
+    )
+    num_beams: int | None = _option(
+        None, f"Beams of the search (default: {SPAN_BEAMS} for spans, 1 for free decoding)."
+    )
+    length_penalty: float = _option(
+        0.0,
+        "Free decoding with several beams: a reply counts log P / tokens ** this, as in generate "
+        "(0: the likeliest reply).",
+    )
+    batch_size: int | None = _option(
+        None,
+        "Questions at once, in whole paragraphs; halved by itself on out-of-memory "
+        "(default: 32, more on a GPU with room for them).",
+    )
     max_new_tokens: int = _option(256, "Length limit of a reply.")
     na_prob_thresh: float | None = _option(
         None, "Abstain where na_prob is above this (default: the adapter's tuned one, else 0.5)."
@@ -172,12 +258,26 @@ class TestArguments:
     )
     num_samples: int | None = _option(None, "Answer only this many questions.")
     shuffle: bool = _option(False, "Take the questions in random order (see --seed).")
-    seed: int = _option(42, "Seed of --shuffle.")
+    sample: Literal["questions", "paragraphs"] = _option(
+        "questions",
+        "What --num_samples counts out: questions, or whole paragraphs at random until they hold "
+        "so many: faster, as their questions share the context, but those of one paragraph are "
+        "alike, so the figures vary more.",
+    )
+    seed: int = _option(42, "Seed of --shuffle and --sample paragraphs.")
     output: str = _option("results/results.csv", "Result file, appended to and resumable.")
     predictions_dir: str | None = _option(
         None, "Also write the official predictions.json and na_prob.json into this folder."
     )
     overwrite: bool = _option(False, "Start the result file anew.")
+
+
+def resolve_beams(args: TestArguments) -> TestArguments:
+    """Return the arguments with the number of beams that they mean."""
+    if args.num_beams is not None:
+        return args
+    spans = args.predictor == "local" and args.decoding == "span"
+    return dataclasses.replace(args, num_beams=SPAN_BEAMS if spans else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +294,83 @@ class AppArguments:
     host: str = _option("127.0.0.1", "Address to listen on.")
     port: int = _option(7860, "Port to listen on.")
     share: bool = _option(False, "Open a public Gradio link.")
+
+
+# Checks --------------------------------------------------------------------------------------
+# Beside the flags, and without torch: what is wrong with a command line is said at once.
+
+_OF_ADAPTERS = {
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora"),
+    *("quantize", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "merged_dtype"),
+}
+
+
+def check_at_least(least: float, args: Any, *names: str) -> None:
+    """Refuse a number that is too small; one that is None was not given.
+
+    Raises:
+        ValueError: the flag, the least it takes, and what was given.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value >= least:  # also refuses nan
+            raise ValueError(f"--{name} must be at least {least}, not {value}")
+
+
+def check_above_zero(args: Any, *names: str) -> None:
+    """Refuse zero and less. Raises ValueError."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} must be above 0, not {value}")
+
+
+def check_training_numbers(args: TrainArguments, trainer: TrainerArguments) -> None:
+    """Refuse numbers that no training can be run with. Raises ValueError."""
+    check_at_least(0, args, "reasoning_tokens", "eval_samples", "show_mask")
+    check_at_least(1, args, "lora_r", "row_tokens")
+    check_above_zero(args, "lora_alpha")
+    if not 0 <= args.lora_dropout < 1:
+        raise ValueError(f"--lora_dropout must be at least 0 and below 1, not {args.lora_dropout}")
+    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
+    check_at_least(1, trainer, *sizes, "gradient_accumulation_steps", "max_length")
+    check_at_least(0, trainer, "learning_rate")
+    if trainer.max_steps < 1 and trainer.max_steps != -1:
+        raise ValueError(
+            f"--max_steps must be at least 1, or -1 to go by epochs, not {trainer.max_steps}"
+        )
+    if trainer.max_steps == -1:
+        check_above_zero(trainer, "num_train_epochs")
+
+
+def check_adapter_flags(args: TrainArguments, given: Sequence[str]) -> None:
+    """Refuse flags that mean nothing beside ``--full_parameters``, or without a merge.
+
+    Args:
+        args: as parsed.
+        given: the words of the command line. A recipe's file may set what a flag takes no part in:
+            flags beat the file.
+
+    Raises:
+        ValueError: the flags clash.
+    """
+    names = [w.split("=")[0][2:].replace("-", "_") for w in given if w.startswith("--")]
+    if "merged_dtype" in names and not args.merge_and_push:
+        raise ValueError("--merged_dtype needs --merge_and_push: nothing is merged without it")
+    if args.full_parameters:
+        clashing = [
+            f"--{name}"
+            for name in names
+            if name in _OF_ADAPTERS and getattr(args, name, None) is not False
+        ]
+        if clashing:
+            raise ValueError(
+                "--full_parameters trains every weight, without LoRA or 4 bits, so "
+                f"{', '.join(clashing)} would do nothing: leave out one or the other"
+            )
+
+
+# The file ------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
@@ -330,6 +507,10 @@ def parse_stage(
     argv: Sequence[str] | None = None,
     saved: Callable[[Sequence[Any]], Mapping[str, Any]] | None = None,
     description: str | None = None,
+    *,
+    check: Callable[[Sequence[Any]], object] | None = None,
+    later: Collection[str] = (),
+    hidden: Collection[str] = (),
 ) -> tuple[Any, ...]:
     """Parse a stage's configuration: defaults < file < ``saved`` < command line.
 
@@ -340,21 +521,24 @@ def parse_stage(
         saved: given the instances as parsed so far, returns values that beat the file but not the
             flags (how an adapter brings the settings that it was trained with).
         description: what ``--help`` says first.
+        check: given the instances before ``saved`` is called, which may take long; its ValueError
+            is the caller's.
+        later: names of further fields, which another call parses: they are passed over here.
+        hidden: fields that ``--help_all`` does not list.
 
     Anything the user got wrong ends the program with exit code 2 and a message that names it.
     """
-    from transformers import HfArgumentParser
+    from llama_squad.flags import make_parser, unknown_flags
 
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            self.exit(2, f"{self.prog}: error: {message}\n")
-
-    parser = Parser(types, allow_abbrev=False, description=description)  # type: ignore[arg-type]
-    parser.add_argument("--config", help="Configuration file (default: config.yaml, if there).")
+    parser = make_parser(types, description, later, hidden)
     arguments = list(sys.argv[1:] if argv is None else argv)
     known = _known_keys(types)
+    library: dict[str, tuple[str, set[Any]]] = {
+        name: (name, {NoneType, bool}) for name in later if name not in known
+    }
 
     def parse(values: Mapping[str, Any], where: str) -> tuple[Any, ...]:
+        values = {key: value for key, value in values.items() if key not in library}
         parser.set_defaults(**{key: None for key, value in values.items() if value is None})
         flags = _to_flags({key: value for key, value in values.items() if value is not None})
         if where:
@@ -362,11 +546,12 @@ def parse_stage(
             parser.parse_args(flags)
             parser.prog = prog
         namespace, unknown = parser.parse_known_args([*flags, *arguments])
-        for flag in unknown:
-            if flag.startswith("-"):
-                name = flag.split("=")[0]
-                parser.error(f"unknown flag {name}{nearest(name, parser._option_string_actions)}")
-            parser.error(f"unexpected argument {flag!r}")
+        for word in unknown_flags(unknown, library):
+            if word.startswith("-"):
+                name = word.split("=")[0]
+                flags = [*parser._option_string_actions, *(f"--{name}" for name in library)]
+                parser.error(f"unknown flag {name}{nearest(name, flags)}")
+            parser.error(f"unexpected argument {word!r}")
         values = vars(namespace)
         return tuple(
             cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init})
@@ -374,10 +559,15 @@ def parse_stage(
         )
 
     prog = parser.prog
-    path = _config_path(arguments)
+    path = _config_path(given_config(arguments))
     try:
-        values = _file_values(path, stage, known) if path else {}
+        values = _file_values(path, stage, known | library) if path else {}
         parsed = parse(values, str(path) if path else "")
+    except ValueError as error:
+        parser.error(str(error))
+    if check:
+        check(parsed)
+    try:
         more = saved(parsed) if saved else {}
         if more:
             parsed = parse(values | {k: v for k, v in more.items() if k in known}, "")
@@ -386,15 +576,39 @@ def parse_stage(
     return parsed
 
 
-def _config_path(arguments: Sequence[str]) -> Path | None:
-    """Find ``--config FILE``; without it ``config.yaml`` of the current folder, if it is there."""
+def given_config(arguments: Sequence[str]) -> str | None:
+    """Return the FILE of ``--config FILE``, if it is there."""
     for index, argument in enumerate(arguments):
         if argument == "--config" and index + 1 < len(arguments):
-            return Path(arguments[index + 1])
+            return arguments[index + 1]
         if argument.startswith("--config="):
-            return Path(argument.removeprefix("--config="))
+            return argument.removeprefix("--config=")
+    return None
+
+
+def _config_path(config: str | None) -> Path | None:
+    """Return the configuration file; without one ``config.yaml`` of the current folder, if any."""
+    if config is not None:
+        return Path(config)
     default = Path("config.yaml")
     return default if default.is_file() else None
+
+
+def stage_values(stage: str, types: Sequence[type], config: str | None) -> dict[str, Any]:
+    """Return the values that a stage takes where no flag is given: the file's, else the defaults.
+
+    Raises:
+        ValueError: the file is at fault.
+    """
+    values = {f.name: f.default for cls in types for f in dataclasses.fields(cls)}
+    path = _config_path(config)
+    if path:
+        content = load_yaml(path)
+        section = content.get(stage)
+        known = _known_keys(types)
+        for part in (content, section if isinstance(section, dict) else {}):
+            values |= {known[key][0]: value for key, value in part.items() if key in known}
+    return values
 
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")

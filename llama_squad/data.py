@@ -1,26 +1,30 @@
-"""SQuAD records: read and check them, split them by title, write and load datasets."""
+"""SQuAD records: read them, split them by title, write and load datasets.
 
+What files may hold, and what becomes of it, is ``llama_squad.formats``' and ``.cleaning``'s.
+"""
+
+import csv
 import glob
-import json
 import random
-import re
 import shutil
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_squad.cleaning import Cleaner, Dropped
 from llama_squad.config import CreateArguments, save_run_config
+from llama_squad.folders import check_dataset
+from llama_squad.formats import COLUMNS, Row, check_columns, read_rows
+from llama_squad.matching import context_key
 from llama_squad.prompts import build_messages
-
-Record = dict[str, Any]
-"""{"id", "title", "context", "question", "answers": {"text": [...], "answer_start": [...]}}, as
-on the Hub; no texts where the question has no answer."""
+from llama_squad.records import Record
 
 SAMPLE = Path(__file__).parent.parent / "quickstart" / "data"
+DROPPED = "dropped.csv"
+"""Lists, in a dataset's folder, the questions that were left out of it."""
 _BATCH = 500
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 # Reading -------------------------------------------------------------------------------------
@@ -44,136 +48,28 @@ def expand_files(patterns: Sequence[str]) -> list[Path]:
     return list(paths)
 
 
-def read_squad_file(path: Path) -> Iterator[Record]:
-    """Yield the records of a file in the official SQuAD 1.1 or 2.0 JSON format.
+def read_files(
+    patterns: Sequence[str], cleaner: Cleaner | None = None, split: str = "train"
+) -> list[Record]:
+    """Read the records of the files that the patterns name; see ``docs/own-data.md`` for forms.
+
+    Args:
+        patterns: names, or globs.
+        cleaner: keeps account over several calls (default: one that takes what is clear).
+        split: the split that they are for.
 
     Raises:
-        ValueError: the file cannot be read, or is not of that format; it says where first, and
-            in how many places, after the last of the records that are.
+        ValueError: there is no such file, or it is not all usable; see ``Cleaner.clean``.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    faults: dict[str, None] = {}
-
-    def items(value: Any, key: str, where: str) -> list[tuple[Any, str]]:
-        try:
-            return [(x, f"{key}[{n}]") for n, x in enumerate(_get(value, key, list, where))]
-        except ValueError as error:
-            faults[str(error)] = None
-            return []
-
-    for article, in_data in items(content, "data", str(path)):
-        at_article = f"{path}: {in_data}"
-        for paragraph, in_article in items(article, "paragraphs", at_article):
-            at = f"{at_article}.{in_article}"
-            for qa, in_paragraph in items(paragraph, "qas", at):
-                try:
-                    title = _get(article, "title", str, at_article)
-                    context = _get(paragraph, "context", str, at)
-                    record = _record(qa, title, context, f"{at}.{in_paragraph}")
-                except ValueError as error:
-                    faults[str(error)] = None
-                else:
-                    yield record
-    if faults:
-        raise ValueError(f"{next(iter(faults))} (first of {len(faults)} such faults of the file)")
-
-
-def _record(qa: Any, title: str, context: str, at: str) -> Record:
-    answers = _get(qa, "answers", list, at)
-    record = {
-        "id": _get(qa, "id", str, at),
-        "title": title,
-        "context": context,
-        "question": _get(qa, "question", str, at),
-        "answers": {
-            "text": [_get(answer, "text", str, at + ".answers") for answer in answers],
-            "answer_start": [
-                _get(answer, "answer_start", int, at + ".answers") for answer in answers
-            ],
-        },
-    }
-    impossible = qa.get("is_impossible", not answers)
-    if bool(impossible) != (not answers):
-        raise ValueError(
-            f"{at} (id {record['id']}): is_impossible is {impossible}, but there are "
-            f"{len(answers)} answers; an unanswerable question has none"
-        )
-    return record
-
-
-def _get(value: Any, key: str, kind: type, where: str) -> Any:
-    if not isinstance(value, dict) or key not in value:
-        raise ValueError(
-            f"{where} has no {key!r}: expected the official SQuAD format, "
-            '{"data": [{"title", "paragraphs": [{"context", "qas": [{"id", "question", '
-            '"answers": [{"text", "answer_start"}]}]}]}]}'
-        )
-    if not isinstance(value[key], kind) or isinstance(value[key], bool):
-        found = type(value[key]).__name__
-        raise ValueError(f"{where}: {key!r} should be a {kind.__name__}, found a {found}")
-    return value[key]
-
-
-def check_records(records: Iterable[Record], where: str, seen: set[str]) -> list[Record]:
-    """Return the records, checked; ``seen`` collects ids, to find those that occur twice.
-
-    Raises:
-        ValueError: what is wrong, how often, and the first case, all kinds in one message; or
-            there is no record.
-    """
-    kept: list[Record] = []
-    faults: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    for record in records:
-        for fault in _faults(record, seen):
-            faults[fault] += 1
-            first.setdefault(fault, record["id"])
-        seen.add(record["id"])
-        kept.append(record)
-    if faults:
-        lines = [f"{n} {fault} (first: id {first[fault]!r})" for fault, n in faults.items()]
-        raise ValueError(f"{where}: " + "; ".join(lines) + ". Mend the file; nothing was written.")
-    if not kept:
-        raise ValueError(f"{where} holds no questions: mend it, or leave it out")
-    return kept
-
-
-def _faults(record: Record, seen: set[str]) -> Iterator[str]:
-    context, answers = record["context"], record["answers"]
-    if not record["id"]:
-        yield "questions without an id"
-    elif record["id"] in seen:
-        yield "questions whose id was there before"
-    if not context.strip():
-        yield "questions with an empty context"
-    if not record["question"].strip():
-        yield "empty questions"
-    texts = (record["id"], record.get("title") or "", context, record["question"], *answers["text"])
-    if any(map(_SURROGATE.search, texts)):
-        yield r"questions with half a character (a lone surrogate, \ud800 to \udfff) in their text"
-    for text, start in zip(answers["text"], answers["answer_start"], strict=True):
-        if not text.strip():
-            yield "empty answers"
-        elif start < 0 or not context.startswith(text, start):
-            yield "answers whose answer_start does not index their text"
-
-
-def read_files(patterns: Sequence[str], seen: set[str]) -> list[Record]:
-    """Read and check official-format files; see ``expand_files`` and ``check_records``."""
+    cleaner = cleaner or Cleaner()
     records: list[Record] = []
     for path in expand_files(patterns):
-        records += check_records(read_squad_file(path), str(path), seen)
+        name = cleaner.name_file(path)
+        records += cleaner.clean(read_rows(path), str(path), split, name)
     return records
 
 
-def read_hub(source: str, seen: set[str]) -> dict[str, list[Record]]:
+def read_hub(source: str, cleaner: Cleaner) -> dict[str, list[Record]]:
     """Read SQuAD v2 from the Hub or a local copy of it: its validation split is our test split.
 
     Raises:
@@ -192,22 +88,20 @@ def read_hub(source: str, seen: set[str]) -> dict[str, list[Record]]:
     for name, split in (("train", "train"), ("test", "validation")):
         if split not in dataset:
             raise ValueError(f"{source!r} has no split {split!r}, only {', '.join(dataset)}")
-        columns = ["id", "title", "context", "question", "answers"]
-        missing = set(columns) - set(dataset[split].column_names)
-        if missing:
-            raise ValueError(f"{source!r} lacks the columns {', '.join(sorted(missing))}")
-        rows = dataset[split].select_columns(columns)
-        splits[name] = check_records(map(dict, rows), f"{source} {split}", seen)
+        where = f"{source} {split}"
+        check_columns(dataset[split].column_names, where)
+        columns = [column for column in COLUMNS if column in dataset[split].column_names]
+        rows = enumerate(dataset[split].select_columns(columns), 1)
+        splits[name] = cleaner.clean((Row(f"row {n}", dict(row)) for n, row in rows), where, name)
     return splits
 
 
-def read_source(args: CreateArguments) -> dict[str, list[Record]]:
+def read_source(args: CreateArguments, cleaner: Cleaner) -> dict[str, list[Record]]:
     """Read the training and test records that the arguments name.
 
     Raises:
         ValueError: the arguments name files and the sample, or what they name is at fault.
     """
-    seen: set[str] = set()
     if args.sample and (args.train_files or args.test_files):
         raise ValueError(
             "--sample is another dataset than --train_files and --test_files: "
@@ -215,15 +109,26 @@ def read_source(args: CreateArguments) -> dict[str, list[Record]]:
         )
     if args.sample:
         return {
-            name: read_files([str(SAMPLE / f"{name}.json")], seen) for name in ("train", "test")
+            name: read_files([str(SAMPLE / f"{name}.json")], cleaner, name)
+            for name in ("train", "test")
         }
     if args.train_files or args.test_files:
         named = {"train": args.train_files, "test": args.test_files}
-        return {name: read_files(patterns, seen) for name, patterns in named.items() if patterns}
-    return read_hub(args.source, seen)
+        return {
+            name: read_files(patterns, cleaner, name)
+            for name, patterns in named.items()
+            if patterns
+        }
+    return read_hub(args.source, cleaner)
 
 
 # Splitting -----------------------------------------------------------------------------------
+
+
+def check_ratio(ratio: float) -> None:
+    """Refuse a share of the questions that cannot be held out. Raises ValueError."""
+    if not 0 <= ratio < 1:
+        raise ValueError(f"--validation_ratio must be at least 0 and below 1, not {ratio}")
 
 
 def split_by_title(
@@ -236,8 +141,7 @@ def split_by_title(
     Raises:
         ValueError: the ratio is not in [0, 1), or there is no way to split.
     """
-    if not 0 <= ratio < 1:
-        raise ValueError(f"--validation_ratio must be at least 0 and below 1, not {ratio}")
+    check_ratio(ratio)
     if ratio == 0:
         return list(records), []
     group = _title_groups(records)
@@ -264,9 +168,10 @@ def split_by_title(
 
 def _title_groups(records: Sequence[Record]) -> dict[str, str]:
     """Map each title to the name of its group: titles that share a context, directly or not."""
+    keys = _context_keys(records)
     titles: defaultdict[str, dict[str, None]] = defaultdict(dict)
     for record in records:
-        titles[record["context"]][record["title"]] = None
+        titles[keys[record["context"]]][record["title"]] = None
     group = {record["title"]: record["title"] for record in records}
 
     def root(title: str) -> str:
@@ -279,6 +184,17 @@ def _title_groups(records: Sequence[Record]) -> dict[str, str]:
         for title in others:
             group[root(title)] = root(first)
     return {title: root(title) for title in group}
+
+
+def _context_keys(records: Sequence[Record]) -> dict[str, str]:
+    """Map each context to what it shares with those that differ in white space or Unicode form."""
+    return {context: context_key(context) for context in {r["context"] for r in records}}
+
+
+def count_shared(records: Sequence[Record], others: Sequence[Record]) -> int:
+    """Count the records whose context, but for white space and Unicode form, others have too."""
+    keys, shared = _context_keys(records), set(_context_keys(others).values())
+    return sum(keys[record["context"]] in shared for record in records)
 
 
 # Datasets on disk ----------------------------------------------------------------------------
@@ -294,21 +210,33 @@ def count_split(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     }
 
 
+def check_target(dataset_name: str) -> None:
+    """Refuse to write a dataset where something else is. Raises ValueError."""
+    target = Path(dataset_name)
+    if target.exists() and not (target / "dataset_dict.json").is_file():
+        raise ValueError(f"{target} is there and holds no dataset: give another --dataset_name")
+
+
 def write_dataset(
-    splits: Mapping[str, Sequence[Record]], args: CreateArguments, progress: Any = None
+    splits: Mapping[str, Sequence[Record]],
+    args: CreateArguments,
+    progress: Any = None,
+    cleaner: Cleaner | None = None,
 ) -> None:
     """Write the splits, each record with its messages, to ``args.dataset_name``.
+
+    Beside them stand the configuration with all counts and, where the ``cleaner`` left questions
+    out, the list of those.
 
     The dataset is written aside and renamed, and an older dataset there is replaced only then.
 
     Raises:
         ValueError: the folder holds something else than a dataset, or cannot be written.
     """
+    check_target(args.dataset_name)
     target = Path(args.dataset_name)
-    if target.exists() and not (target / "dataset_dict.json").is_file():
-        raise ValueError(f"{target} is there and holds no dataset: give another --dataset_name")
     try:
-        _replace_dataset(target, splits, args, progress)
+        _replace_dataset(target, splits, args, progress, cleaner or Cleaner())
     except OSError as error:
         raise ValueError(
             f"cannot write the dataset to {target} ({error.strerror or error}): "
@@ -317,7 +245,11 @@ def write_dataset(
 
 
 def _replace_dataset(
-    target: Path, splits: Mapping[str, Sequence[Record]], args: CreateArguments, progress: Any
+    target: Path,
+    splits: Mapping[str, Sequence[Record]],
+    args: CreateArguments,
+    progress: Any,
+    cleaner: Cleaner,
 ) -> None:
     from datasets import Dataset, DatasetDict, disable_progress_bars
 
@@ -333,7 +265,10 @@ def _replace_dataset(
             dataset[name] = Dataset.from_file(str(path))
         dataset.save_to_disk(str(aside / "new"))
         counts = {name: count_split(records) for name, records in splits.items()}
-        save_run_config(aside / "new", "create", create=args, splits=counts)
+        kinds = {"changed": dict(cleaner.changed), "dropped": cleaner.count_dropped()}
+        save_run_config(aside / "new", "create", create=args, splits=counts, questions=kinds)
+        if cleaner.dropped:
+            _write_dropped(aside / "new" / DROPPED, cleaner.dropped)
         if target.exists():
             target.rename(old)
         (aside / "new").rename(target)
@@ -341,6 +276,13 @@ def _replace_dataset(
         if old.exists() and not target.exists():  # stopped between the two renames
             old.rename(target)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_dropped(path: Path, dropped: Sequence[Dropped]) -> None:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.writer(file)
+        writer.writerow(["why", "file", "place", "id"])
+        writer.writerows((d.why, d.file, d.place, d.id) for d in dropped)
 
 
 def _write_arrow(
@@ -373,10 +315,5 @@ def load_squad(dataset_name: str) -> Any:
     """
     from datasets import load_from_disk
 
-    if not (Path(dataset_name) / "dataset_dict.json").is_file():
-        raise ValueError(
-            f"no dataset in {dataset_name!r}: make it with "
-            f"`python create_squad_dataset.py --dataset_name {dataset_name}`, or name another "
-            "folder with --dataset_name"
-        )
+    check_dataset(dataset_name)
     return load_from_disk(dataset_name)

@@ -18,10 +18,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from llama_squad.config import ModelArguments, TestArguments, provenance, write_json
+from llama_squad.generation import Reply
+from llama_squad.modeling import resolve_dtype
 from llama_squad.predictors import (
     Batch,
     ConcurrentPredictor,
@@ -31,6 +34,7 @@ from llama_squad.predictors import (
     batch_paragraphs,
 )
 from llama_squad.results import ResultsFile, config_path, merge_results, read_results, summarize
+from llama_squad.rows import sample_paragraphs
 
 THRESHOLD_FILE = "na_prob_thresh.json"
 """The threshold tuned on the validation split, beside the adapter."""
@@ -72,10 +76,13 @@ class Processes:
 
 def choose_records(split: Any, args: TestArguments) -> list[Record]:
     """Return the questions to answer, as the flags choose them."""
+    columns = [name for name in split.column_names if name != "messages"]
+    if args.sample == "paragraphs":
+        chosen = sample_paragraphs(split, args.num_samples or 0, args.seed)
+        return list(chosen.select_columns(columns))
     indices = list(range(len(split)))
     if args.shuffle:
         random.Random(args.seed).shuffle(indices)
-    columns = [name for name in split.column_names if name != "messages"]
     return list(split.select(indices[: args.num_samples]).select_columns(columns))
 
 
@@ -145,6 +152,7 @@ def evaluate(
     order = [record["id"] for batch in batches for group in batch for record in group]
     done: set[str] | str = set()
     if processes.rank == 0:
+        _say_if_mixed(output, settings, overwrite)
         try:
             done = _gather(output, order, settings, overwrite)
         except ValueError as error:
@@ -167,6 +175,25 @@ def evaluate(
     if processes.rank == 0:
         _gather(output, order, settings)
     processes.share(None)
+
+
+def _say_if_mixed(output: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Say that a file's rows come from batches of several sizes, where that may show (16 bits)."""
+    path, size = config_path(output), settings.get("batch_size")
+    if overwrite or not path.is_file() or "dtype" not in settings:
+        return
+    exact = resolve_dtype(settings["dtype"]) == torch.float32 and not settings.get("quantize")
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")).get("batch_size")
+    except (OSError, ValueError, AttributeError):  # ResultsFile says so
+        return
+    if not exact and before not in (None, size):
+        print(
+            f"{output} was begun with batches of {before} questions, and goes on with {size}: in "
+            "16 bits the size of a batch shifts log-probabilities by rounding. For rows of one "
+            f"size give --batch_size {before}, or --overwrite.",
+            file=sys.stderr,
+        )
 
 
 def _shard_path(output: Path, rank: int) -> Path:
@@ -315,6 +342,7 @@ def tune_threshold(
         )
     columns = [name for name in split.column_names if name != "messages"]
     records = list(split.select_columns(columns))
+    assert args.batch_size is not None
     output = Path(args.output).with_suffix(".val.csv")
     settings = settings_of(args, model_args, 1.0, records) | {"split": "val", "num_samples": None}
     evaluate(model, records, output, settings, batch_size=args.batch_size, overwrite=args.overwrite)
@@ -342,17 +370,26 @@ def tune_threshold(
 
 @dataclass(frozen=True)
 class Audit:
-    """How the search's answers compare with the best of all spans."""
+    """How the search's answers compare with the best of all spans.
+
+    ``noise``: log-probabilities that differ by no more are not told apart, in nats.
+    """
 
     questions: int
     best: int
     unproven: int
+    noise: float
 
     def __str__(self) -> str:
         text = (
             f"Audit of {self.questions:,} questions: the search found the best of all spans for "
             f"{self.best:,} ({100 * self.best / max(1, self.questions):.1f} %)."
         )
+        if self.noise > LEAST_NOISE:
+            text += (
+                f" The same tokens' log-probabilities differ by up to {self.noise:.2g} between its "
+                "passes: spans within that of the best one count as found."
+            )
         if self.unproven:
             text += (
                 f" For {self.unproven:,} of the others the best one is not known: the model is so "
@@ -361,25 +398,36 @@ class Audit:
         return text
 
 
+LEAST_NOISE = 1e-4
+"""Differences of log-probabilities that float32 makes."""
+
+
 def audit(
     model: Predictor, exhaustive: Predictor, records: Sequence[Record], args: TestArguments
 ) -> Audit:
     """Compare a model's best spans with the best of all spans, for a sample of the questions.
 
     ``exhaustive`` gives up next to nothing. Its answer counts where it is proven: every span that
-    it did not finish had already become less likely, which is as good as scoring each. Texts or,
-    where several are equally likely, log-probabilities must agree.
+    it did not finish had already become less likely, which is as good as scoring each. Texts must
+    agree, or log-probabilities to within the noise: that is how far the same tokens' differ between
+    the two searches, whose passes have other shapes (next to nothing in float32). Neither may
+    abstain (a threshold of 1).
     """
+    assert args.batch_size is not None
     sample = random.Random(args.seed).sample(list(records), min(args.audit, len(records)))
+    pairs: list[tuple[Reply, Reply]] = []
+    for batch in tqdm(list(batch_paragraphs(sample, args.batch_size)), "Audit", unit=" batches"):
+        answers = zip(model.answer(batch), exhaustive.answer(batch), strict=True)
+        pairs += [(found.reply, true.reply) for found, true in answers]
+    same = [abs(a.score - b.score) for a, b in pairs if a.best and a.token_ids == b.token_ids]
+    noise = max([LEAST_NOISE, *same])
     best = unproven = 0
-    batches = list(batch_paragraphs(sample, args.batch_size))
-    for batch in tqdm(batches, desc="Audit", unit=" batches"):
-        for found, true in zip(model.answer(batch), exhaustive.answer(batch), strict=True):
-            ours, theirs = found.reply.best, true.reply.best
-            if ours is None or theirs is None:
-                best += ours is theirs
-            elif not true.reply.certain:
-                unproven += 1
-            else:
-                best += ours.text == theirs.text or abs(ours.log_prob - theirs.log_prob) < 1e-4
-    return Audit(len(sample), best, unproven)
+    for found, true in pairs:
+        ours, theirs = found.best, true.best
+        if ours is None or theirs is None:
+            best += ours is theirs
+        elif not true.certain:
+            unproven += 1
+        else:
+            best += ours.text == theirs.text or theirs.log_prob - ours.log_prob <= noise
+    return Audit(len(sample), best, unproven, noise)

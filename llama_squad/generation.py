@@ -17,24 +17,34 @@ partial replies of one length are taken, so the worst case is beam search's, too
   costs no steps: the header is part of the prompt, the tail is one pass.
 """
 
+import contextlib
 import heapq
 import itertools
 import math
 import operator
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from llama_squad.answers import NO_ANSWER, format_answer
 from llama_squad.collator import ConversationEncoder, common_prefix
-from llama_squad.spans import SpanGrammar, State, reply_ids, span_vocabulary
+from llama_squad.spans import (
+    Boundaries,
+    SpanGrammar,
+    State,
+    find_span,
+    reply_ids,
+    span_vocabulary,
+)
 
 SPECULATION = 0.7
 """Partial replies this close (in nats) to the likeliest one are run along with it: they will
@@ -47,16 +57,26 @@ each of them."""
 SEARCHED_TOKENS = 16
 """About so many tokens a beam and question are in the tree at once, to estimate its memory."""
 
+STEM_ALONE = 1024
+"""A longer context is run before its questions: a pass of its own needs no mask."""
+
+LEAST_QUESTIONS, MOST_QUESTIONS = 32, 512
+"""Bounds of the default batch size."""
+
 COMPACT_AFTER = 256
 """The tree drops its dead branches when it has grown by so many tokens."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A span and log P(reply that holds it), from after the forced header to the end of turn."""
+    """A span and log P(reply that holds it), from after the forced header to the end of turn.
+
+    ``start`` is the character of the context at which it first stands as a span may.
+    """
 
     text: str
     log_prob: float
+    start: int | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +188,8 @@ class TokenTree:
                 visible[r, 0, new[:, None], past + new] = own
                 branch.columns = np.concatenate([stem, past + new])
                 chosen += [r * wanted + column - silent for column in new[first_loud:]]
+        if not past:
+            self._depths = np.zeros((len(rows), 0), dtype=np.int64)
         self._length += width
         self._depths = np.concatenate([self._depths, positions], axis=1)
         if not self._compact_length:  # the first branches are the questions
@@ -176,6 +198,30 @@ class TokenTree:
         if len(chosen) == logits.shape[0] * wanted:
             return logits.flatten(0, 1).float()
         return logits.flatten(0, 1)[torch.tensor(chosen, device=logits.device)].float()
+
+    @classmethod
+    def join(cls, trees: Sequence["TokenTree"]) -> "TokenTree":
+        """Make one tree of the rows of several, whose branches stay as they are.
+
+        The given ones are used up, layer by layer, so that no second copy of them is held.
+        """
+        if len(trees) == 1:
+            return trees[0]
+        joined = cls(trees[0]._model)
+        joined._length = joined._compact_length = max(tree._length for tree in trees)
+        missing = [joined._length - tree._length for tree in trees]
+        joined._depths = np.concatenate(
+            [np.pad(t._depths, ((0, 0), (0, pad))) for t, pad in zip(trees, missing, strict=True)]
+        )
+        caches = [cast(list[Any], tree._cache.layers) for tree in trees]
+        for index, layers in enumerate(zip(*caches, strict=True)):
+            pairs = list(zip(layers, missing, strict=True))
+            keys = torch.cat([F.pad(layer.keys, (0, 0, 0, pad)) for layer, pad in pairs])
+            values = torch.cat([F.pad(layer.values, (0, 0, 0, pad)) for layer, pad in pairs])
+            for layer in layers:
+                layer.keys = layer.values = None
+            joined._cache.update(keys, values, index)
+        return joined
 
     def compact(self, branches: Sequence[Sequence[_Branch]]) -> None:
         """Forget every token that is in no given branch (a list a row)."""
@@ -211,13 +257,14 @@ class TokenTree:
             # Both or neither: position ids without the mask would let a branch see its sisters.
             more["position_ids"] = torch.from_numpy(positions).to(device)
             more["attention_mask"] = self._masks(visible, positions)
-        output = self._model(
-            input_ids=torch.from_numpy(ids).to(device),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=logits_to_keep,
-            **more,
-        )
+        with exact_head(self._model):
+            output = self._model(
+                input_ids=torch.from_numpy(ids).to(device),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=logits_to_keep,
+                **more,
+            )
         return output.logits
 
     def _masks(
@@ -252,6 +299,40 @@ class TokenTree:
         raise ValueError(
             f"{kind} attention cannot hold a tree of questions: take --attn_implementation sdpa"
         )
+
+
+HEAD_ROWS = 8192
+"""So many rows of a 16-bit head are turned to float32 at once."""
+
+
+@contextlib.contextmanager
+def exact_head(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model with 16-bit weights give its logits in float32, in the body of ``with``.
+
+    A logit of 20 is rounded to the next 0.125 in bfloat16: that is the coarsest rounding of all,
+    and it falls on what is compared. Heads of other kinds (quantised, adapted) stay as they are.
+    """
+    head = cast(Any, model.get_output_embeddings())
+    kinds = (torch.bfloat16, torch.float16)
+    if type(head) is not nn.Linear or head.weight.dtype not in kinds or hasattr(head, "_hf_hook"):
+        yield
+        return
+
+    def product(hidden: torch.Tensor) -> torch.Tensor:
+        wide = hidden.float()
+        parts = [F.linear(wide, rows.float()) for rows in head.weight.split(HEAD_ROWS)]
+        logits = torch.cat(parts, dim=-1)
+        return logits if head.bias is None else logits + head.bias.float()
+
+    own = head.__dict__.get("forward")
+    head.forward = product  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own  # type: ignore[method-assign]
 
 
 _CHECKED: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
@@ -358,6 +439,10 @@ class _Search:
                     self._push(child)
         return []
 
+    def set_aside(self, nodes: Sequence[_Node]) -> None:
+        """Keep nodes that the answer's search gives up, for the other spans."""
+        self._spare += nodes
+
     def cut(self, log_prob: float) -> None:
         """Note that a partial reply of this log-probability was given up."""
         self.cut_off = max(self.cut_off, log_prob)
@@ -393,6 +478,59 @@ class _Search:
         ]
 
 
+class _BeamSearch:
+    """Beam search in lockstep, with a length penalty, for one question in free decoding.
+
+    A complete reply counts log P / tokens ** ``length_penalty``. That does not fall as a reply
+    grows, so the search ends as ``generate`` ends it (early_stopping=False): when no open reply, at
+    its length, beats the worst of ``num_beams`` complete ones.
+    """
+
+    cut_off = -math.inf
+
+    def __init__(self, root: _Node, num_beams: int, length_penalty: float, stops: int) -> None:
+        self._beams, self._penalty = num_beams, length_penalty
+        self._kept = num_beams * max(2, 1 + stops)
+        self._running = [root]
+        self._complete: list[tuple[float, _Node]] = []
+
+    def advance(self) -> list[_Node]:
+        """Go on as far as known; return the nodes to run next, or none where all is found."""
+        while self._running:
+            unknown = [node for node in self._running if node.children is None]
+            if unknown:
+                return unknown
+            children = [child for node in self._running for child in node.children or []]
+            children.sort(key=lambda child: -child.log_prob)
+            done = [child for child in children[: self._beams] if child.kind == "complete"]
+            pool = [*self._complete, *((self._score(child), child) for child in done)]
+            self._complete = sorted(pool, key=lambda pair: -pair[0])[: self._beams]
+            still = [child for child in children[: self._kept] if child.kind == "open"]
+            self._running = still[: self._beams] if self._may_improve(still) else []
+        return []
+
+    @property
+    def found(self) -> dict[int, _Node]:
+        """The best complete reply."""
+        return dict(enumerate(node for _, node in self._complete[:1]))
+
+    @property
+    def branches(self) -> list[_Branch]:
+        """The branches that may yet grow."""
+        return [node.branch or node.stem for node in self._running]
+
+    def cut(self, log_prob: float) -> None:
+        """Note nothing: what a search by length gave up is not comparable."""
+
+    def _score(self, node: _Node) -> float:
+        return node.log_prob / node.level**self._penalty
+
+    def _may_improve(self, still: Sequence[_Node]) -> bool:
+        if len(self._complete) < self._beams:
+            return True
+        return bool(still) and self._score(still[0]) > self._complete[-1][0]
+
+
 # The generator -------------------------------------------------------------------------------
 
 
@@ -407,6 +545,10 @@ class Generator:
         max_new_tokens: length limit of a reply (in span decoding of the span).
         na_prob_thresh: the reply abstains where na_prob is above it (span decoding).
         n_best: how many distinct spans to find (span decoding). The answer is the same for any.
+        length_penalty: a complete reply of several beams counts log P / tokens ** this, as with
+            ``generate`` (free decoding; 0: the likeliest reply).
+        span_boundaries: "word": a span begins and ends at word boundaries and holds a letter or
+            digit; "any": every substring is a span.
     """
 
     def __init__(
@@ -419,6 +561,8 @@ class Generator:
         max_new_tokens: int = 256,
         na_prob_thresh: float = 0.5,
         n_best: int = 1,
+        length_penalty: float = 0.0,
+        span_boundaries: Boundaries = "word",
     ) -> None:
         self.model = model
         self.tokenizer = encoder.tokenizer
@@ -426,8 +570,12 @@ class Generator:
         self.max_new_tokens = max_new_tokens
         self.na_prob_thresh = na_prob_thresh
         self.n_best = n_best
+        self.length_penalty = length_penalty
+        self.span_boundaries = span_boundaries
         self.vocabulary = span_vocabulary(encoder) if decoding == "span" else None
         self.stop_ids = stop_ids(model, encoder)
+        config = model.config.get_text_config()
+        self.positions: int | None = getattr(config, "max_position_embeddings", None)
         self._too_many = math.inf  # questions that memory did not hold
 
     def reply(self, paragraphs: Sequence[Paragraph]) -> list[list[Reply]]:
@@ -461,6 +609,37 @@ class Generator:
             return [[reply for row in replies for reply in row]]
         return replies
 
+    def search(self, root: _Node) -> "_Search | _BeamSearch":
+        """Return a new search for the reply to one question."""
+        if self.vocabulary:
+            return _Search(root, self.num_beams, self.n_best, ranked=False)
+        if self.length_penalty and self.num_beams > 1:
+            return _BeamSearch(root, self.num_beams, self.length_penalty, len(self.stop_ids))
+        return _Search(root, self.num_beams, 1, ranked=True)
+
+    def room(self, prompt: int) -> float:
+        """Return how many tokens a reply (a span) may have after a prompt of so many tokens."""
+        if self.positions is None:
+            return math.inf
+        forced = 0
+        if self.vocabulary:
+            tail = max(len(self.vocabulary.no_answer), *map(len, self.vocabulary.tails.values()))
+            forced = len(self.vocabulary.header) + tail
+        return self.positions - prompt - forced
+
+    def batch_size(self) -> int:
+        """Return how many questions to answer at once: 32, on a GPU more as its memory allows.
+
+        Reckoned for paragraphs of ten questions and 400 tokens, for half of what is free, and a
+        power of two, so that the same card gives the same number.
+        """
+        if not torch.cuda.is_available():
+            return LEAST_QUESTIONS
+        paragraph = Paragraph("", [[0] * 400 + [question + 1] * 40 for question in range(10)])
+        fit = 10 * 0.5 * free_memory() / self._memory_needed([paragraph])
+        power = 2 ** int(math.log2(max(fit, LEAST_QUESTIONS)))
+        return min(power, MOST_QUESTIONS)
+
     def _memory_needed(self, paragraphs: Sequence[Paragraph]) -> float:
         """Estimate the bytes of a batch: keys and values, activations and logits of a pass."""
         config = self.model.config.get_text_config()
@@ -473,13 +652,12 @@ class Generator:
             sum(len(ids) - stem + self.num_beams * SEARCHED_TOKENS for ids in p.prompts)
             for p, stem in zip(paragraphs, stems, strict=True)
         ]
-        length = max(map(operator.add, stems, branches))
+        length = max(map(operator.add, stems, branches))  # positions of a row, and of its one pass
         cache = 2 * config.num_hidden_layers * heads * width * length * size
-        wide = max(*stems, *branches)  # positions of one pass
-        activations = wide * (8 * config.hidden_size * size + length * 4)
+        activations = length * (8 * config.hidden_size * size + length * 4)
         questions = sum(len(p.prompts) for p in paragraphs)
         logits = 8 * questions * config.vocab_size * (size + 8)
-        return len(paragraphs) * (cache + activations) + logits
+        return len(paragraphs) * cache + activations + logits
 
 
 def free_memory() -> float:
@@ -528,8 +706,11 @@ def _is_out_of_memory(error: BaseException) -> bool:
 @dataclass
 class _Question:
     root: _Node
-    search: _Search
+    search: "_Search | _BeamSearch"
     grammar: SpanGrammar | None
+    context: str
+    longest: float
+    """Tokens of its longest reply (in span decoding: of the span)."""
     no_answer_log_prob: float = 0.0
 
 
@@ -539,18 +720,15 @@ class _Batch:
     def __init__(self, generator: Generator, paragraphs: Sequence[Paragraph]) -> None:
         self._generator = generator
         self._vocabulary = generator.vocabulary
-        self._tree = TokenTree(generator.model)
-        cuts = [min(common_prefix(p.prompts), *(len(ids) - 1 for ids in p.prompts))
-                for p in paragraphs]  # fmt: skip
-        stems = [p.prompts[0][:cut] for p, cut in zip(paragraphs, cuts, strict=True)]
-        self._rows = [
-            self._questions(paragraph, stem, cut)
-            for paragraph, stem, cut in zip(paragraphs, self._tree.plant(stems), cuts, strict=True)
-        ]
+        # Each paragraph's context and questions are run by themselves: in 16 bits a pass of another
+        # shape gives slightly other figures, and what stands beside a paragraph is chance.
+        trees = [TokenTree(generator.model) for _ in paragraphs]
+        pairs = zip(trees, paragraphs, strict=True)
+        self._rows = [self._ask(tree, paragraph) for tree, paragraph in pairs]
+        self._tree = TokenTree.join(trees)
 
     def replies(self) -> list[list[Reply]]:
         """Search until every question has its reply."""
-        self._ask()
         while True:
             wanted = [
                 [(question, node) for question in row for node in question.search.advance()]
@@ -561,58 +739,74 @@ class _Batch:
             self._compact()
             self._run(wanted)
 
+    def _ask(self, tree: TokenTree, paragraph: Paragraph) -> list[_Question]:
+        """Run a paragraph's questions, and in span decoding two ways in which replies may go on.
+
+        One is the reply that abstains, whole, for its log-probability. The other is the lead, with
+        which most answers begin. A context that is not too long is run in the same pass.
+        """
+        vocabulary = self._vocabulary
+        cut = min(common_prefix(paragraph.prompts), *(len(ids) - 1 for ids in paragraph.prompts))
+        branches: list[_Branch] = []
+        if cut > STEM_ALONE:
+            stem = tree.plant([paragraph.prompts[0][:cut]])[0]
+        else:
+            stem = _Branch(None, paragraph.prompts[0][:cut], wanted=0)
+            branches.append(stem)
+        questions = self._questions(paragraph, stem, cut)
+        for question in questions:
+            root = question.root.branch
+            assert root is not None
+            branches.append(root)
+            if vocabulary:
+                abstain, lead = vocabulary.no_answer[:-1], vocabulary.lead
+                branches.append(_Branch(root, abstain, len(abstain)))
+                branches.append(_Branch(root, lead))
+        logits = tree.grow([branches]).unflatten(0, (len(questions), -1))
+        roots = [(question, question.root) for question in questions]
+        self._expand(roots, logits[:, 0], _norms(logits[:, 0]))
+        if vocabulary:
+            self._open(questions, branches[-3 * len(questions) :], logits)
+        return questions
+
     def _questions(self, paragraph: Paragraph, stem: _Branch, cut: int) -> list[_Question]:
         """Make the empty replies to a paragraph's questions; the header is forced on them."""
         generator, vocabulary = self._generator, self._vocabulary
-        grammar = SpanGrammar(vocabulary, paragraph.context) if vocabulary else None
+        grammar = None
+        if vocabulary:
+            grammar = SpanGrammar(vocabulary, paragraph.context, generator.span_boundaries)
         questions = []
         for prompt in paragraph.prompts:
             tokens = prompt[cut:] + (vocabulary.header if vocabulary else [])
             branch = _Branch(stem, tokens)
             root = _Node(0.0, (), 0, stem, state=grammar.start if grammar else (), branch=branch)
-            search = _Search(
-                root, generator.num_beams, generator.n_best if grammar else 1, ranked=not grammar
-            )
-            questions.append(_Question(root, search, grammar))
+            longest = min(generator.max_new_tokens, generator.room(len(prompt)))
+            search = generator.search(root)
+            questions.append(_Question(root, search, grammar, paragraph.context, longest))
         return questions
 
-    def _ask(self) -> None:
-        """Run the questions, and for span decoding two ways in which their replies may go on.
+    def _open(
+        self, questions: Sequence[_Question], branches: Sequence[_Branch], logits: torch.Tensor
+    ) -> None:
+        """Read what the abstentions and the leads of questions gave.
 
-        One is the reply that abstains, whole, for its log-probability. The other is the lead, with
-        which most answers begin.
+        ``branches`` are the root, the abstention and the lead of each question; ``logits`` theirs,
+        of shape (questions, wanted tokens of the three, vocabulary).
         """
         vocabulary = self._vocabulary
-        branches: list[list[_Branch]] = []
-        for row in self._rows:
-            branches.append([])
-            for question in row:
-                root = question.root.branch
-                assert root is not None
-                branches[-1].append(root)
-                if vocabulary:
-                    abstain, lead = vocabulary.no_answer[:-1], vocabulary.lead
-                    branches[-1].append(_Branch(root, abstain, len(abstain)))
-                    branches[-1].append(_Branch(root, lead))
-        logits = self._tree.grow(branches)
-        questions = [question for row in self._rows for question in row]
-        logits = logits.unflatten(0, (len(questions), -1))
-        self._expand([(question, question.root) for question in questions], logits[:, 0])
-        if not vocabulary:
-            return
+        assert vocabulary is not None
         totals = _score(logits[:, :-1], vocabulary.no_answer).sum(1).tolist()
-        opened = []
-        leads = [branch for row in branches for branch in row[2::3]]
-        for question, total, branch in zip(questions, totals, leads, strict=True):
+        opened, chosen = [], []
+        for index, (question, total) in enumerate(zip(questions, totals, strict=True)):
             question.no_answer_log_prob = total
             for child in question.root.children or []:
                 if list(child.ids) == vocabulary.lead:
-                    child.branch = branch
+                    child.branch = branches[3 * index + 2]
                     opened.append((question, child))
-        chosen = [index for index, question in enumerate(questions)
-                  if any(question is other for other, _ in opened)]  # fmt: skip
+                    chosen.append(index)
         if opened:
-            self._expand(opened, logits[chosen, -1])
+            last = logits[chosen, -1]
+            self._expand(opened, last, _norms(last))
 
     def _run(self, wanted: Sequence[Sequence[tuple[_Question, _Node]]]) -> None:
         """Run partial replies, a list of them a row, and find how each may go on."""
@@ -621,34 +815,54 @@ class _Batch:
                 forced = [*node.ids[-1:], *node.tail[:-1]]
                 node.branch = _Branch(node.stem, forced, max(1, len(node.tail)))
         branches = [[node.branch for _, node in row if node.branch] for row in wanted]
+        pairs = [pair for row in wanted for pair in row]
         logits = self._tree.grow(branches)
+        norms = _norms(logits)
         opened, rows, offset = [], [], 0
-        for question, node in [pair for row in wanted for pair in row]:
+        for question, node in pairs:
             if node.kind == "open":
                 opened.append((question, node))
                 rows.append(offset)
-                offset += 1
-                continue
-            size = len(node.tail)
-            tail = _score(logits[None, offset : offset + size], node.tail).sum().item()
-            node.children = [
-                replace(node, log_prob=node.log_prob + tail, ids=(*node.ids, *node.tail),
-                        kind="complete", tail=())
-            ]  # fmt: skip
-            offset += size
+            offset += max(1, len(node.tail))
         if opened:
-            self._expand(opened, logits if len(rows) == offset else logits[rows])
+            every = len(rows) == offset
+            self._expand(opened, logits if every else logits[rows],
+                         norms if every else norms[rows])  # fmt: skip
+        if len(opened) < len(pairs):
+            self._close(pairs, logits, norms)
 
-    def _expand(self, nodes: Sequence[tuple[_Question, _Node]], logits: torch.Tensor) -> None:
-        """Find the likeliest tokens that may follow each node, given its logits, a row each."""
+    def _close(
+        self, pairs: Sequence[tuple[_Question, _Node]], logits: torch.Tensor, norms: torch.Tensor
+    ) -> None:
+        """Complete the closing ones of some nodes: their tails' log-probabilities are added."""
+        # One transfer for all of them; an open node has one row, of which nothing is read.
+        tails = [node.tail or (0,) for _, node in pairs]
+        ids = torch.tensor([[i] for tail in tails for i in tail], device=logits.device)
+        scores = (logits.gather(1, ids) - norms).flatten().tolist()
+        offset = 0
+        for (_, node), tail in zip(pairs, tails, strict=True):
+            if node.kind == "closing":
+                total = math.fsum(scores[offset : offset + len(tail)])
+                node.children = [
+                    replace(node, log_prob=node.log_prob + total, ids=(*node.ids, *tail),
+                            kind="complete", tail=())
+                ]  # fmt: skip
+            offset += len(tail)
+
+    def _expand(
+        self, nodes: Sequence[tuple[_Question, _Node]], logits: torch.Tensor, norms: torch.Tensor
+    ) -> None:
+        """Find the likeliest tokens that may follow each node, given its logits, a row each.
+
+        ``norms`` are the rows' log-sums of exponentials, of shape (nodes, 1).
+        """
         beams, vocabulary = self._generator.num_beams, self._vocabulary
-        norms = logits.logsumexp(-1, keepdim=True)
         if vocabulary is None:
             top = logits.topk(min(beams + len(self._generator.stop_ids), logits.shape[-1]))
             scores, ids = (top.values - norms).tolist(), top.indices.tolist()
-            for (_, node), row, tokens in zip(nodes, scores, ids, strict=True):
+            for (question, node), row, tokens in zip(nodes, scores, ids, strict=True):
                 pairs = zip(row, tokens, strict=True)
-                node.children = [self._free_child(node, score, token) for score, token in pairs]
+                node.children = [self._free_child(question, node, *pair) for pair in pairs]
             return
         following = [q.grammar.successors(node.state) for q, node in nodes if q.grammar]
         width = max(len(found.ids) for found in following)
@@ -656,24 +870,26 @@ class _Batch:
         padded = padded.to(logits.device)
         allowed = logits.gather(1, padded.clamp(min=0)) - norms
         allowed.masked_fill_(padded < 0, -math.inf)
-        most = 4 * beams if self._generator.n_best == 1 else width
-        top = allowed.topk(min(most, width))
+        most = 4 * beams
+        top = allowed.topk(min(most, width) if self._generator.n_best == 1 else width)
         for (question, node), found, values, indices in zip(
             nodes, following, top.values.tolist(), top.indices.tolist(), strict=True
         ):
-            if len(found.ids) > len(values):
-                question.search.cut(node.log_prob + values[-1])
-            children = (
+            if len(found.ids) > most:
+                question.search.cut(node.log_prob + values[most - 1])
+            children = [
                 self._span_child(question, node, value, found.ids[i], found.targets[i])
                 for value, i in zip(values, indices, strict=True)
                 if value > -math.inf
-            )
-            node.children = [child for child in children if child is not None]
+            ]
+            # The answer must be the same whatever n_best is: the rest waits until it is found.
+            node.children = [child for child in children[:most] if child is not None]
+            question.search.set_aside([child for child in children[most:] if child is not None])
 
-    def _free_child(self, node: _Node, score: float, token_id: int) -> _Node:
+    def _free_child(self, question: _Question, node: _Node, score: float, token_id: int) -> _Node:
         assert node.branch is not None
         level = node.level + 1
-        last = token_id in self._generator.stop_ids or level == self._generator.max_new_tokens
+        last = token_id in self._generator.stop_ids or level >= question.longest
         return _Node(
             node.log_prob + score, (*node.ids, token_id), level, node.branch,
             kind="complete" if last else "open",
@@ -687,14 +903,13 @@ class _Batch:
         level = node.level + 1
         child = _Node(node.log_prob + score, (*node.ids, token_id), level, node.branch)
         if not isinstance(target, int):
-            if level >= self._generator.max_new_tokens:
+            if level >= question.longest:
                 question.search.cut(child.log_prob)
                 return None
             child.state = tuple(target)
             return child
-        spelled = vocabulary.spell(child.ids)[len(vocabulary.lead_text) : -target]
         child.kind, child.tail = "closing", vocabulary.tails[target]
-        child.text = question.grammar.read_span(spelled)
+        child.text = question.grammar.read_span(child.ids, target)
         return child if child.text != NO_ANSWER else None
 
     def _compact(self) -> None:
@@ -714,7 +929,11 @@ class _Batch:
             )
             return Reply(str(text), ids, found[0].log_prob)
         abstain = question.no_answer_log_prob
-        spans = [Span(node.text, node.log_prob) for node in found]
+        context, boundaries = question.context, self._generator.span_boundaries
+        spans = [
+            Span(node.text, node.log_prob, find_span(context, node.text, boundaries))
+            for node in found
+        ]
         best = spans[0] if spans else None
         na_prob = _sigmoid(abstain - best.log_prob) if best else 1.0
         text, ids, score = NO_ANSWER, list(self._vocabulary.no_answer), abstain
@@ -726,6 +945,11 @@ class _Batch:
             format_answer(text), self._vocabulary.header + ids, score,
             best, tuple(ranked), abstain, na_prob, certain,
         )  # fmt: skip
+
+
+def _norms(logits: torch.Tensor) -> torch.Tensor:
+    """Return the log-sum of exponentials of each row of logits, of shape (rows, 1)."""
+    return logits.logsumexp(-1, keepdim=True)
 
 
 def _score(logits: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:

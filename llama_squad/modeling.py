@@ -1,9 +1,10 @@
-"""Tokenizer, model, quantisation, adapter and reasoning token; merging an adapter."""
+"""Tokenizer, model, quantisation, adapter and reasoning token."""
 
 import dataclasses
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from llama_squad import merging
 from llama_squad.collator import ConversationEncoder
 from llama_squad.config import RUN_CONFIG, ModelArguments, load_run_config
+from llama_squad.folders import is_hub_name
 
 _ROOT = Path(__file__).resolve().parents[1]
+_COMPUTE_4BIT = torch.bfloat16
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -42,6 +46,8 @@ def find_file(source: str, name: str) -> Path | None:
     if Path(source).is_dir():
         path = Path(source, name)
         return path if path.is_file() else None
+    if not is_hub_name(source):
+        return None
     from huggingface_hub import hf_hub_download
 
     try:
@@ -79,8 +85,8 @@ def whole_model(adapter_name: str | None) -> str | None:
         return None
     folder = Path(adapter_name)
     if not folder.is_dir():
-        if adapter_name.count("/") == 1 and not adapter_name.startswith((".", "/")):
-            return None  # a name on the Hub
+        if is_hub_name(adapter_name):
+            return None
         raise ValueError(f"no folder {adapter_name}: train first, or give another --adapter_name")
     if not is_model(folder):
         raise ValueError(
@@ -252,13 +258,15 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model, in 4 bits where asked, with its adapter where there is one.
 
-    The weights go to this process's GPU; a single process with several GPUs spreads them.
+    The weights go to this process's GPU; a single process with several GPUs spreads them. An
+    adapter is merged where that changes no more than the order of a sum: into float32 weights. In
+    16 bits the rounding would change answers, and in 4 bits all the more: there it stays apart.
 
     Raises:
-        ValueError: the model or the adapter cannot be had.
+        ValueError: the model or the adapter cannot be had, or they do not fit.
     """
     args = _loaded(args, adapter_name)
-    dtype = resolve_dtype(args.dtype)
+    dtype = _weights_dtype(args)
     options: dict[str, Any] = {"dtype": dtype}
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
@@ -271,7 +279,7 @@ def load_model(
             load_in_4bit=True,
             bnb_4bit_quant_type=args.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=_COMPUTE_4BIT,
         )
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(args.model_name, **options)
@@ -285,9 +293,60 @@ def load_model(
     if quantize:
         _keep_4bit_differentiable(model)
     if adapter_name and not whole_model(adapter_name):
-        from peft import PeftModel
+        model = attach_adapter(model, adapter_name, args.model_name)
+        if dtype == torch.float32 and not quantize and _is_lora(model):
+            model = merging.merge(model, dtype)
+    return model
 
-        model = PeftModel.from_pretrained(model, adapter_name)
+
+def _weights_dtype(args: ModelArguments) -> torch.dtype:
+    """Return the type to load a model's weights in.
+
+    A model that was trained or merged here in float32 is loaded so unless another type is asked
+    for: in bfloat16 most of a low learning rate's updates would be rounded away.
+    """
+    dtype = resolve_dtype(args.dtype)
+    if args.dtype == "auto" and dtype != torch.float32 and find_file(args.model_name, RUN_CONFIG):
+        config = AutoConfig.from_pretrained(args.model_name)
+        return torch.float32 if config.dtype == torch.float32 else dtype
+    return dtype
+
+
+def _is_lora(model: Any) -> bool:
+    return all(config.peft_type == "LORA" for config in model.peft_config.values())
+
+
+def attach_adapter(model: Any, adapter_name: str, base_name: str) -> Any:
+    """Put an adapter on its base model, and say where it was trained on another.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+
+    trained_on = _base_of(adapter_name)
+    misfit = (
+        f"the adapter {adapter_name} was trained on {trained_on} and does not fit {base_name}: "
+        "leave --model_name out, and the adapter brings its own base"
+    )
+    try:
+        with warnings.catch_warnings():  # of missing weights, which end below
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(model, adapter_name)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(misfit) from error
+    here = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    saved = set(load_peft_weights(adapter_name, device="cpu"))
+    if any("lora_" in key for key in here ^ saved):  # of a model with more layers, or fewer
+        raise ValueError(misfit)
+    other = Path(str(trained_on)).resolve() != Path(base_name).resolve()  # also of Hub names
+    if other and os.environ.get("RANK", "0") == "0":
+        print(
+            f"The adapter {adapter_name} was trained on {trained_on}, and is used on {base_name}.",
+            file=sys.stderr,
+        )
     return model
 
 
@@ -305,6 +364,22 @@ def _keep_4bit_differentiable(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def dequantize(model: Any) -> None:
+    """Replace 4-bit weights by those that the forward pass computes with.
+
+    It rounds them to bfloat16 (its compute type) whatever type the model was loaded in. In float32
+    they would be others than the ones trained on, and rounding them only after an adapter was
+    merged would lose a tenth of a small update's gain.
+    """
+    import bitsandbytes
+
+    names = [n for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    model.dequantize()
+    for name in names:
+        weight = model.get_submodule(name).weight
+        weight.data = weight.data.to(_COMPUTE_4BIT).to(model.dtype)
+
+
 def vocab_size(args: ModelArguments) -> int:
     """Return the number of rows of the model's embedding, without loading its weights.
 
@@ -316,20 +391,3 @@ def vocab_size(args: ModelArguments) -> int:
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load("configuration", args.model_name, error)) from error
     return config.get_text_config().vocab_size
-
-
-def merge_adapter(args: ModelArguments, quantized: bool, adapter: Path, output: Path) -> None:
-    """Merge an adapter into its base model and save the whole, with the tokenizer.
-
-    After a 4-bit run the base is loaded in 4 bits and dequantised, for these are the weights that
-    the adapter was trained on; merging into the original ones, or in 4 bits, is far less exact.
-    """
-    from peft import PeftModel
-
-    base = load_model(args, quantize=quantized)
-    if quantized:
-        base.dequantize()
-    model = PeftModel.from_pretrained(base, str(adapter))
-    merged: Any = model.merge_and_unload()
-    merged.save_pretrained(str(output))
-    load_tokenizer(args, str(adapter)).save_pretrained(str(output))

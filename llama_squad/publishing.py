@@ -1,19 +1,24 @@
 """The end of a training run: the final adapter with its card, the merged model, and the Hub."""
 
+import dataclasses
 import gc
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from llama_squad import modeling
+import torch
+
+from llama_squad import merging, modeling
 from llama_squad.config import (
     RUN_CONFIG,
     ModelArguments,
     TrainArguments,
     load_run_config,
     save_run_config,
+    write_json,
 )
+from llama_squad.merge_error import MergeError, MergeMeter, Sample
 
 FINAL = "final_checkpoints"
 MERGED = "final_merged_checkpoint"
@@ -74,7 +79,7 @@ def save_final(trainer: Any, settings: dict[str, Any]) -> Path:
         save_run_config(aside, "train", **settings, figures=figures)
         (aside / "README.md").write_text(_card(settings, figures), encoding="utf-8")
         _put_in_place(aside, folder)
-        print(f"Saved {folder}. Next: python test_llama_squad.py --adapter_name={folder}")
+        print(f"Saved {folder}.")
         _remove_merged(folder.parent / MERGED)
     trainer.accelerator.wait_for_everyone()
     if trainer.args.push_to_hub:
@@ -122,7 +127,15 @@ def _figures(history: list[dict[str, Any]]) -> dict[str, Any]:
     return {k: v for k, v in figures.items() if k in kept or k.startswith("eval_")}
 
 
-def _card(settings: dict[str, Any], figures: dict[str, Any]) -> str:
+_MERGE_TEXT = """\
+The adapter was merged into its base in float32, and the sums written so that small updates survive.
+Base, base + adapter, and the merged weights as they were written, on the same questions:"""
+
+
+def _card(
+    settings: dict[str, Any], figures: dict[str, Any], merge: MergeError | None = None
+) -> str:
+    """Return the model card of the adapter or full model, or that of the merged one."""
     args, model_args = settings["train"], settings["model"]
     rows = "\n".join(
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
@@ -131,7 +144,9 @@ def _card(settings: dict[str, Any], figures: dict[str, Any]) -> str:
     method = "full-parameter" if args.full_parameters else f"LoRA (r={args.lora_r})"
     if args.quantize and not args.full_parameters:
         method = f"QLoRA (r={args.lora_r}, 4-bit {model_args.bnb_4bit_quant_type})"
-    library = "transformers" if args.full_parameters else "peft"
+    library = "transformers" if args.full_parameters or merge else "peft"
+    flag = "--model_name" if merge else "--adapter_name"
+    section = f"\n## The merge\n\n{_MERGE_TEXT}\n\n{merge.table()}\n" if merge else ""
     # The Hub refuses a card whose metadata name a folder; the dataset always is one.
     known = not Path(model_args.model_name).is_dir()
     base = f"base_model: {model_args.model_name}\n" if known else ""
@@ -151,18 +166,19 @@ The loss fell on the answers only; learning rate {settings["trainer"]["learning_
 | figure | last value |
 |---|---|
 {rows}
-
+{section}
 `{RUN_CONFIG}` holds the resolved configuration, the versions and the commit. To evaluate it:
 
-    python test_llama_squad.py --adapter_name=FOLDER
+    python test_llama_squad.py {flag}=FOLDER
 """
 
 
 def merge_and_push(
-    folder: Path, args: TrainArguments, model_args: ModelArguments, sft_args: Any
+    folder: Path, args: TrainArguments, model_args: ModelArguments, sft_args: Any, sample: Sample
 ) -> None:
     """Merge the adapter in ``folder``, and push adapter and merged model where the Hub is given.
 
+    What the merge has kept is measured on ``sample``, printed, and said in the merged model's card.
     A push that fails ends the program with a message; the local files stay.
     """
     gc.collect()
@@ -173,16 +189,49 @@ def merge_and_push(
         merged = folder.parent / MERGED
         aside = _aside(merged)
         _start_aside(aside)
-        modeling.merge_adapter(model_args, args.quantize, folder, aside)
-        shutil.copy(folder / RUN_CONFIG, aside)
+        error = merge_adapter(args, model_args, folder, aside, sample)
+        saved = load_run_config(folder)
+        settings = {"train": args, "model": model_args, "trainer": saved["trainer"]}
+        card = _card(settings, saved["figures"], error)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        write_json(aside / RUN_CONFIG, saved | {"merge": dataclasses.asdict(error)})
         _put_in_place(aside, merged)
         pushed[f"{sft_args.hub_model_id}-merged"] = merged
-        print(f"Saved the merged model in {merged}.")
+        print(f"\n{error.table()}\n\nSaved the merged model in {merged}.")
+        if error.warning():
+            print(error.warning(), file=sys.stderr)
     if not sft_args.hub_model_id:
         print("Not pushed to the Hub: no --hub_model_id was given. The files are complete here.")
         return
     for name, path in pushed.items():
         _push(path, name, sft_args)
+
+
+def merge_adapter(
+    args: TrainArguments, model_args: ModelArguments, adapter: Path, output: Path, sample: Sample
+) -> MergeError:
+    """Merge an adapter into its base model, save the whole, and measure what was saved.
+
+    After a 4-bit run the base is loaded in 4 bits and dequantised, for these are the weights that
+    the adapter was trained on; merging into the original ones, or in 4 bits, is far less exact.
+    """
+    base: Any = modeling.load_model(model_args, quantize=args.quantize)
+    if args.quantize:
+        modeling.dequantize(base)
+    computed = base.dtype
+    dtype = computed if args.merged_dtype == "auto" else modeling.resolve_dtype(args.merged_dtype)
+    model = modeling.attach_adapter(base, str(adapter), model_args.model_name)
+    meter = MergeMeter(model, sample)
+    merging.merge(model, dtype).save_pretrained(str(output))
+    # byte for byte: loading and saving it would add the settings of its last use
+    others = ("adapter_*", "training_args.bin", "README.md", RUN_CONFIG)
+    shutil.copytree(adapter, output, ignore=shutil.ignore_patterns(*others), dirs_exist_ok=True)
+    del base, model
+    gc.collect()
+    # as it lies on disk, computing in the type that the adapter was measured in, or a wider one
+    wide: Any = str(torch.promote_types(dtype, computed)).removeprefix("torch.")
+    saved = dataclasses.replace(model_args, model_name=str(output), dtype=wide)
+    return meter.measure(modeling.load_model(saved), dtype)
 
 
 def _push(folder: Path, name: str, sft_args: Any) -> None:

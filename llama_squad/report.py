@@ -2,8 +2,10 @@
 
 import csv
 import io
+import itertools
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +20,23 @@ OFFICIAL_COLUMNS = (
     *("exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_exact"),
     *("best_exact", "best_exact_thresh"),
 )
-_NOTE = "[low–high]: 95 % confidence interval (Wilson's; for F1 the normal one)."
+_NOTE = "95 % confidence intervals: Wilson's; for F1 the normal one.\n"
+_WIDTH = 80
+_NAME_WIDTH = 12
+"""The least room for a run's name, over several lines where it is longer."""
 
 
-def render_summaries(summaries: Summaries, form: Format) -> str:
+def render_summaries(summaries: Summaries, form: Format, intervals: bool = False) -> str:
     """Write one row a run: the strict columns, then the official SQuAD 2.0 figures.
 
-    A csv holds all figures unrounded (best_f1 too), an interval as two columns, "<figure> low" and
-    "<figure> high"; a json is a list of objects, each with its "name".
+    A table is at most 80 characters wide. A csv holds all figures unrounded (best_f1 too), an
+    interval as two columns, "<figure> low" and "<figure> high"; a json is a list of objects, each
+    with its "name".
+
+    Args:
+        summaries: the runs.
+        form: of the text.
+        intervals: whether a table or markdown shows them; a csv and a json always do.
     """
     if form == "json":
         return _json([{"name": name, **summary} for name, summary in summaries.items()])
@@ -34,18 +45,37 @@ def render_summaries(summaries: Summaries, form: Format) -> str:
         columns = list(dict.fromkeys(column for row in flat for column in row))
         return _csv([columns, *([row.get(column, "") for column in columns] for row in flat)])
     known = [c for c in OFFICIAL_COLUMNS if any(c in summary for summary in summaries.values())]
-    tables = [
-        _render_table(
-            [[title, "n", *columns]]
-            + [
-                [name, f"{summary['n']:,}", *(_cell(summary, column) for column in columns)]
-                for name, summary in summaries.items()
-            ],
-            form,
-        )
-        for title, columns in (("strict equality", STRICT_COLUMNS), ("official SQuAD 2.0", known))
-    ]
-    return "\n".join([*tables, _NOTE + "\n"])
+    between = "\n" if form == "table" else " "
+    tables = []
+    for title, columns in (
+        ("strict equality", list(STRICT_COLUMNS)),
+        ("official SQuAD 2.0", known),
+    ):
+        lines = [[title, "n", *columns]]
+        for name, summary in summaries.items():
+            cells = [_cell(summary, column, between if intervals else "") for column in columns]
+            lines.append([name, f"{summary['n']:,}", *cells])
+        tables.append(_terminal_table(lines) if form == "table" else _render_table(lines, form))
+    return "\n".join([*tables, *[_NOTE] * intervals])
+
+
+def describe_differing(questions: Mapping[str, tuple[int, str]]) -> str:
+    """Say which runs do not answer the same questions, as their figures do not compare; "" if none.
+
+    Args:
+        questions: name of a run → how many questions, and a digest of them ("" where the file does
+            not say, as the original's does not).
+    """
+    groups: dict[tuple[int, str], list[str]] = {}
+    for name, key in questions.items():
+        groups.setdefault(key, []).append(name)
+    if len(groups) < 2:
+        return ""
+    held = "".join(
+        f"  {n:,}{'' if digest else ' (not named in the file)'}: {'; '.join(names)}\n"
+        for (n, digest), names in groups.items()
+    )
+    return f"Not the same questions, so the rows do not compare:\n{held}"
 
 
 def render_figures(figures: Mapping[str, float], form: Format) -> str:
@@ -129,16 +159,64 @@ def _flatten(summary: Mapping[str, Any]) -> dict[str, Any]:
     return flat | summary["states"]
 
 
-def _cell(summary: Mapping[str, Any], column: str) -> str:
+def _cell(summary: Mapping[str, Any], column: str, between: str = "") -> str:
+    """Return a figure, and after ``between``, if that is not "", its interval."""
     value = summary.get(column)
     if value is None:
         return "–"
     if column.endswith("_thresh"):
         return f"{value:.4f}"
-    if column not in summary["intervals"]:
+    if column not in summary["intervals"] or not between:
         return f"{value:.2f}"
     low, high = summary["intervals"][column]
-    return f"{value:.2f} [{low:.1f}–{high:.1f}]"
+    interval = f"{low:.1f}–{high:.1f}" if between == "\n" else f"[{low:.1f}–{high:.1f}]"
+    return f"{value:.2f}{between}{interval}"
+
+
+def _terminal_table(lines: Sequence[Sequence[str]]) -> str:
+    """Align a table in at most 80 columns: headers wrap, names wrap, and columns go on below."""
+    header, *rows = lines
+    wrapped = [[header[0], *map(_wrap_header, header[1:])], *rows]
+    widths = [
+        max(len(part) for line in wrapped for part in line[index].split("\n"))
+        for index in range(len(header))
+    ]
+    room = _WIDTH - sum(width + 2 for width in widths[1:])
+    widths[0] = min(widths[0], max(_NAME_WIDTH, room))
+    blocks: list[list[int]] = [[]]
+    for index in range(1, len(header)):
+        if widths[0] + sum(widths[i] + 2 for i in [*blocks[-1], index]) > _WIDTH:
+            blocks.append([])
+        blocks[-1].append(index)
+    return "\n".join(_block(wrapped, [0, *block], widths) for block in blocks)
+
+
+def _wrap_header(title: str) -> str:
+    """Break a column's title at spaces and behind underscores, into lines of about ten letters."""
+    parts = textwrap.wrap(title.replace("_", "_ "), 10, break_long_words=False)
+    return "\n".join(part.replace("_ ", "_") for part in parts)
+
+
+def _wrap_name(name: str, width: int) -> list[str]:
+    return textwrap.wrap(name, width, break_on_hyphens=False)
+
+
+def _block(lines: Sequence[Sequence[str]], columns: Sequence[int], widths: Sequence[int]) -> str:
+    text = []
+    for number, line in enumerate(lines):
+        cells = [
+            (_wrap_name(line[i], widths[i]) if i == 0 else line[i].split("\n")) for i in columns
+        ]
+        height = max(map(len, cells))
+        if number == 0:  # titles stand on the rule
+            cells = [[""] * (height - len(cell)) + cell for cell in cells]
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            pairs = zip(parts, (widths[i] for i in columns), strict=True)
+            shown = [p.rjust(w) if i else p.ljust(w) for i, (p, w) in enumerate(pairs)]
+            text.append("  ".join(shown).rstrip())
+        if number == 0:
+            text.append("  ".join("─" * widths[i] for i in columns))
+    return "\n".join(text) + "\n"
 
 
 def _render_table(cells: Sequence[Sequence[str]], form: Format) -> str:
@@ -194,6 +272,31 @@ def plot_na_probs(
     figure.savefig(path, dpi=120)
 
 
+_SURE = 1e-6
+"""Probabilities nearer to 0 or 1 are drawn as this near: log-odds have no place for 0 and 1."""
+_TICKS = {
+    _SURE: "0", 1e-4: ".0001", 0.01: ".01", 0.1: ".1", 0.5: ".5",
+    0.9: ".9", 0.99: ".99", 0.9999: ".9999", 1 - _SURE: "1",
+}  # fmt: skip
+
+
+def _set_log_odds(panel: Any) -> None:
+    """Let the x axis be na_prob in log-odds: a trained model's are nearly all close to 0 or 1."""
+    panel.set_xscale("logit")
+    panel.set_xticks(list(_TICKS), list(_TICKS.values()))
+    panel.set_xticks([], minor=True)
+    panel.set_xlim(_SURE / 2, 1 - _SURE / 2)
+
+
+def _within(probability: float) -> float:
+    return min(max(probability, _SURE), 1 - _SURE)
+
+
+def _legend(panel: Any) -> None:
+    """Put the legend under the panel, where it covers nothing."""
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+
+
 def _plot_thresholds(
     panel: Any,
     golds: Golds,
@@ -204,20 +307,35 @@ def _plot_thresholds(
     for index, name in enumerate(("exact", "F1")):
         curve = threshold_curve(golds, predictions, scores, na_probs, index)
         threshold, best = max(curve, key=lambda point: point[1])
-        (line,) = panel.plot(*zip(*curve, strict=True), drawstyle="steps-post", label=name)
-        label = f"best {name} {best:.2f} at {threshold:.3f}"
-        panel.plot(threshold, best, "o", color=line.get_color(), label=label)
-    panel.set(xlabel="na_prob above which to abstain", ylabel="score (%)", title="Threshold")
-    panel.legend()
+        thresholds = [_within(threshold) for threshold, _ in curve]
+        values = [value for _, value in curve]
+        (line,) = panel.plot(thresholds, values, drawstyle="steps-post", label=name)
+        label = f"best {name} {best:.2f} at {threshold:.3g}"
+        panel.plot(_within(threshold), best, "o", color=line.get_color(), label=label)
+    panel.set(
+        xlabel="na_prob above which to abstain (axis in log-odds)",
+        ylabel="score (%)",
+        title="Threshold",
+    )
+    _set_log_odds(panel)
+    _legend(panel)
 
 
 def _plot_histogram(panel: Any, golds: Golds, na_probs: Mapping[str, float]) -> None:
-    bins = [index / 25 for index in range(26)]
+    most = math.log((1 - _SURE) / _SURE)
+    edges = [1 / (1 + math.exp(-most * index / 20)) for index in range(-20, 21)]
+    edges[0], edges[-1] = _SURE / 1.0001, 1 - _SURE / 1.0001  # rounding must leave none outside
     for name, has_answer in (("HasAns", True), ("NoAns", False)):
-        values = [na_probs[id_] for id_, texts in golds.items() if bool(texts) == has_answer]
-        panel.hist(values, bins=bins, alpha=0.6, label=f"{name} ({len(values):,})")
-    panel.set(xlabel="na_prob", ylabel="questions", title="Questions with and without an answer")
-    panel.legend()
+        chosen = (na_probs[id_] for id_, texts in golds.items() if bool(texts) == has_answer)
+        values = [_within(value) for value in chosen]
+        panel.hist(values, bins=edges, alpha=0.6, label=f"{name} ({len(values):,})")
+    panel.set(
+        xlabel="na_prob (axis in log-odds)",
+        ylabel="questions",
+        title="Questions with and without an answer",
+    )
+    _set_log_odds(panel)
+    _legend(panel)
 
 
 def _running(
@@ -242,7 +360,7 @@ def _plot_precision_recall(
         panel.plot(recall, precision, label=name)
     panel.set(xlabel="recall (%)", ylabel="precision (%)", title="Precision and recall")
     panel.set(xlim=(0, 100), ylim=(0, 105))
-    panel.legend()
+    _legend(panel)
 
 
 def _plot_coverage(
@@ -255,4 +373,4 @@ def _plot_coverage(
         panel.plot(coverage, accuracy, label=name)
     panel.set(xlabel="questions given an answer (%)", ylabel="answers right (%)")
     panel.set(title="Coverage and accuracy", xlim=(0, 100), ylim=(0, 105))
-    panel.legend()
+    _legend(panel)

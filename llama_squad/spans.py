@@ -13,9 +13,11 @@ paragraph (a few milliseconds).
 
 import functools
 import json
+import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -29,10 +31,12 @@ from llama_squad.answers import (
 from llama_squad.collator import IGNORE, ConversationEncoder
 
 State = tuple[int, ...]
-"""Where a reply stands: the byte offsets of the escaped context at which the span may go on;
-``()`` at the span's start (anywhere); ``(-n,)`` while n bytes of the lead are still to come."""
+"""Where a reply stands: the byte offsets of the escaped context at which the span may go on, after
+``_BARE`` while it holds no word yet (no letter or digit; where boundaries are "any", no whole
+character); ``()`` at the span's start (anywhere); ``(-n,)`` while n bytes of the lead are due."""
 
 _FRESH: State = ()
+_BARE = -(2**62)
 
 # Replies whose tokens show where this tokenizer merges the quotes with what is inside of them.
 _PROBES = [
@@ -49,12 +53,71 @@ _PROBES = [
 ]
 
 
-def is_span(context: str, text: str) -> bool:
-    """Tell whether ``text`` may be the answer: a substring without white space at its ends.
+Boundaries = Literal["word", "any"]
+"""Where a span may begin and end: "word": at word boundaries, and it holds a letter or digit;
+"any": at any character."""
 
-    The text "?" is none, since a reply that holds it abstains.
+# Scripts that put no spaces between words, or tie particles to them: each character is a word.
+_UNSPACED = (
+    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL",
+    "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI ",
+)  # fmt: skip
+
+
+@functools.cache
+def _word_kind(char: str) -> str:
+    """Return what a character is within a word: a "L"etter, a "N"umber, a "M"ark, or "" for none.
+
+    Marks (accents, vowel signs) belong to the letter before them.
     """
-    return text not in (NO_ANSWER, "") and text == text.strip() and text in context
+    kind = unicodedata.category(char)[0]
+    if kind == "M":
+        return kind
+    unspaced = unicodedata.name(char, "").startswith(_UNSPACED)
+    return kind if kind in "LN" and not unspaced else ""
+
+
+def is_word_boundary(context: str, offset: int) -> bool:
+    """Tell whether a word may begin or end before the character at ``offset``.
+
+    That is so where letters or digits meet anything else, digits and letters each other included
+    (``1990|s``), and between any two characters that belong to no word (``.|"``), so that
+    symbols such as $ and % may stand at a span's ends.
+    """
+    if offset in (0, len(context)):
+        return True
+    before, after = _word_kind(context[offset - 1]), _word_kind(context[offset])
+    if after == "M":
+        return False
+    return not before or after != ("L" if before == "M" else before)
+
+
+def holds_word(text: str) -> bool:
+    """Tell whether a text holds a letter or digit."""
+    return any(unicodedata.category(char)[0] in "LN" for char in text)
+
+
+def find_span(context: str, text: str, boundaries: Boundaries = "any") -> int:
+    """Return where ``text`` first stands in the context as a span may, or -1 where it does not.
+
+    A span has no white space at its ends. The text "?" is none, since a reply that holds it
+    abstains.
+    """
+    if text in (NO_ANSWER, "") or text != text.strip():
+        return -1
+    if boundaries == "any":
+        return context.find(text)
+    start = context.find(text) if holds_word(text) else -1
+    while start >= 0:
+        if all(is_word_boundary(context, at) for at in (start, start + len(text))):
+            break
+        start = context.find(text, start + 1)
+    return start
+
+
+def is_span(context: str, text: str, boundaries: Boundaries = "any") -> bool:
+    """Tell whether ``text`` may be the answer (see ``find_span``)."""
+    return find_span(context, text, boundaries) >= 0
 
 
 @dataclass(frozen=True)
@@ -247,25 +310,47 @@ class Successors:
 
 
 class SpanGrammar:
-    """The replies that are spans of one context."""
+    """The replies that are spans of one context.
 
-    def __init__(self, vocabulary: SpanVocabulary, context: str) -> None:
+    Args:
+        vocabulary: the tokenizer's.
+        context: what the spans are substrings of.
+        boundaries: where they may begin and end.
+    """
+
+    def __init__(
+        self, vocabulary: SpanVocabulary, context: str, boundaries: Boundaries = "any"
+    ) -> None:
         self._vocabulary = vocabulary
         chunks = [escape_answer(char).encode() for char in context]
         self._text = b"".join(chunks)
         self._ends = bytearray(len(self._text) + 1)
+        # How many of the characters that a span must hold one of end up to each byte.
+        counts = holds_word if boundaries == "word" else bool
+        self._words = [0] * (len(self._text) + 1)
         self._starts = []
-        offset = 0
-        for char, chunk in zip(context, chunks, strict=True):
+        offset = count = 0
+        edges = [boundaries == "any" or is_word_boundary(context, at)
+                 for at in range(len(context) + 1)]  # fmt: skip
+        for index, (char, chunk) in enumerate(zip(context, chunks, strict=True)):
             if not char.isspace():
-                self._starts.append(offset)
-                self._ends[offset + len(chunk)] = 1
-            offset += len(chunk)
+                if edges[index]:
+                    self._starts.append(offset)
+                self._ends[offset + len(chunk)] = edges[index + 1]
+            self._words[offset : offset + len(chunk)] = [count] * len(chunk)
+            offset, count = offset + len(chunk), count + counts(char)
+        self._words[offset] = count
+        self._last_end = max(0, self._ends.rfind(1))
         self.start: State = (-len(vocabulary.lead_text),) if vocabulary.lead_text else _FRESH
         self.successors = functools.cache(self._successors)
 
-    def read_span(self, spelled: bytes) -> str:
-        """Return the span that bytes between the quotes stand for."""
+    def read_span(self, ids: Sequence[int], closing: int) -> str:
+        """Return the span that tokens after the header spell, up to the one that closes it.
+
+        ``closing`` is that token's target: how many bytes of the footer it spells.
+        """
+        vocabulary = self._vocabulary
+        spelled = vocabulary.spell(ids)[len(vocabulary.lead_text) : -closing]
         return json.loads(b'"' + spelled + b'"')
 
     def accepts(self, ids: Sequence[int]) -> bool:
@@ -284,35 +369,46 @@ class SpanGrammar:
     def _successors(self, state: State) -> Successors:
         inside: dict[int, list[int]] = {}
         closing: dict[int, int] = {}
-        if state and state[0] < 0:
+        if state and _BARE < state[0] < 0:
             left = -state[0]
             for token_id, rest in self._vocabulary.within[left]:
                 inside[token_id] = [-rest] if rest else []
-            self._match(self._vocabulary.beyond[left], self._starts, inside, closing, empty=False)
+            self._match(self._vocabulary.beyond[left], self._starts, True, inside, closing)
         elif state == _FRESH:
-            self._match(self._vocabulary.plain, self._starts, inside, closing, empty=False)
+            self._match(self._vocabulary.plain, self._starts, True, inside, closing)
         else:
-            self._match(self._vocabulary.plain, state, inside, closing)
+            bare = state[0] == _BARE
+            offsets = state[1:] if bare else state
+            self._match(self._vocabulary.plain, offsets, bare, inside, closing)
         return Successors([*inside, *closing], [*inside.values(), *closing.values()])
 
     def _match(
         self,
         matches: _Matches,
         offsets: Sequence[int],
+        bare: bool,
         inside: dict[int, list[int]],
         closing: dict[int, int],
-        empty: bool = True,
     ) -> None:
-        """Lay tokens along the context from each offset (``empty``: may close right there)."""
+        """Lay tokens along the context from each offset (``bare``: the span holds no word yet).
+
+        Spans of the same bytes hold the same words, so all offsets of a token agree on ``_BARE``.
+        """
         text, tokens, closers = self._text, matches.inside, matches.closing
+        words, last = self._words, self._last_end
         for offset in offsets:
             if offset < len(text):
                 for length in matches.lengths.get(text[offset], ()):
                     end = offset + length
                     token_id = tokens.get(text[offset:end])
-                    if token_id is not None and end <= len(text):
-                        inside.setdefault(token_id, []).append(end)
+                    if token_id is None or end > last:
+                        continue
+                    still = bare and words[end] == words[offset]
+                    if not still or words[last] > words[end]:  # a span can yet end
+                        inside.setdefault(token_id, [_BARE] * still).append(end)
             for length in matches.closing_lengths:
                 end = offset + length
-                if end <= len(text) and self._ends[end] and (length or empty):
+                if end > last or not self._ends[end]:
+                    continue
+                if not bare or words[end] > words[offset]:
                     closing.update(closers.get(text[offset:end], ()))

@@ -6,8 +6,8 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from llama_squad import modeling, rows
+from llama_squad import modeling, preflight, rows
 from llama_squad.answers import extract_answer
 from llama_squad.collator import IGNORE, ConversationEncoder, SquadDataCollator
 from llama_squad.config import (
     ModelArguments,
     TrainArguments,
+    TrainerArguments,
     load_run_config,
     save_run_config,
 )
@@ -34,7 +35,7 @@ from llama_squad.prompts import build_messages
 
 # Flags of TRL's own data preparation, whose part is taken by our encoder and collator. Setting one
 # would change nothing, so it is refused, with what does the job here.
-_REPLACED = {
+REPLACED = {
     "packing": "questions of a paragraph share a row already (see --share_context)",
     "packing_strategy": "rows share contexts instead (see --row_tokens)",
     "padding_free": "rows that share contexts hold next to no padding already",
@@ -69,51 +70,8 @@ def _trackers() -> list[str]:
 
 
 @dataclass
-class SquadSFTConfig(SFTConfig):
+class SquadSFTConfig(TrainerArguments, SFTConfig):  # type: ignore[misc]  # bf16: see there
     """TRL's ``SFTConfig`` with this project's defaults; every field of it is a flag of training."""
-
-    output_dir: str | None = field(
-        default="results", metadata={"help": "Folder of checkpoints, logs and the final model."}
-    )
-    learning_rate: float = field(
-        default=2e-7,
-        metadata={
-            "help": "Peak learning rate. Low on purpose: at 2e-4 Llama 2 learned the task quickly "
-            "and forgot English as quickly; 2e-7 keeps the chat ability."
-        },
-    )
-    bf16: bool = field(
-        default=None,  # type: ignore[assignment]  # resolved below, so that one given is told apart
-        metadata={"help": "Compute in bfloat16 (default: on GPUs that can; a CPU may crawl)."},
-    )
-    max_length: int | None = field(
-        default=4096,
-        metadata={
-            "help": "Longest example and row in tokens; longer examples are left out and counted.",
-            "aliases": ["--max_seq_length"],
-        },
-    )
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={
-            "help": "Order of plain batches (--no_share_context): random, sequential or "
-            "group_by_length. Rows that share contexts are balanced, and shuffled."
-        },
-    )
-    eval_strategy: str = field(
-        default="steps", metadata={"help": "When to validate: no, steps or epoch."}
-    )
-    eval_steps: float | None = field(
-        default=500, metadata={"help": "Validate every so many steps (a ratio if below 1)."}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    report_to: None | str | list[str] = field(  # noqa: RUF036 - the parser takes this order only
-        default="auto",
-        metadata={"help": "Trackers; auto: TensorBoard, and W&B where you are logged in to it."},
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint's folder, or `latest` for the newest."}
-    )
 
     def __post_init__(self) -> None:
         """Resolve what depends on the machine, and refuse flags that would do nothing."""
@@ -129,45 +87,18 @@ class SquadSFTConfig(SFTConfig):
         if self.report_to in ("auto", ["auto"]):
             self.report_to = _trackers()
         defaults = {f.name: f for f in dataclasses.fields(SFTConfig)}
-        for name, reason in _REPLACED.items():
+        for name, reason in REPLACED.items():
             if getattr(self, name) != defaults[name].default:
                 raise ValueError(f"--{name} does nothing here: {reason}")
+        preflight.check_deepspeed(self.deepspeed)
         super().__post_init__()
+        preflight.check_packages(self)
         self.remove_unused_columns = False
         self.dataset_kwargs = {"skip_prepare_dataset": True}
 
-
-_OF_ADAPTERS = {
-    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora"),
-    *("quantize", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
-}
-
-
-def check_flags(args: TrainArguments, given: Sequence[str]) -> None:
-    """Refuse flags that mean nothing together.
-
-    Args:
-        args: as parsed.
-        given: the words of the command line. A recipe's file may set what a flag takes no part in:
-            flags beat the file.
-
-    Raises:
-        ValueError: the flags clash.
-    """
-    if args.show_mask < 0:
-        raise ValueError(f"--show_mask is a number of examples, at least 0, not {args.show_mask}")
-    if args.full_parameters:
-        names = [w.split("=")[0][2:].replace("-", "_") for w in given if w.startswith("--")]
-        clashing = [
-            f"--{name}"
-            for name in names
-            if name in _OF_ADAPTERS and getattr(args, name, None) is not False
-        ]
-        if clashing:
-            raise ValueError(
-                "--full_parameters trains every weight, without LoRA or 4 bits, so "
-                f"{', '.join(clashing)} would do nothing: leave out one or the other"
-            )
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave secrets out of training_args.bin: every checkpoint and what is pushed hold one."""
+        return {k: None if k.endswith("_token") else v for k, v in vars(self).items()}
 
 
 # The model ------------------------------------------------------------------------------------
@@ -425,6 +356,14 @@ def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
     if len(complete) == 1:  # of any name
         return str(complete[0])
     return str(max(complete, key=lambda path: int(path.name[11:])))
+
+
+def newest_checkpoint(output_dir: str, since: float) -> str | None:
+    """Return the checkpoint that was completed last, if that was after ``since`` (Unix time, s)."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if _is_complete(path)]
+    times = {path: (path / "trainer_state.json").stat().st_mtime for path in found}
+    newest = max(times, key=times.__getitem__, default=None)
+    return str(newest) if newest and times[newest] >= since else None
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -1,21 +1,44 @@
-"""Throwaway tokenizer, models, records and datasets that the training tests share."""
+"""Throwaway tokenizers, models, records and datasets that the tests share.
+
+No test needs the real tokenizers of ``../shared``: ``TOKENIZERS`` holds some made here of the same
+kinds, with the same templates, and the real ones beside them only where that folder is.
+"""
 
 import functools
+import json
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llama_squad import rows
+from llama_squad.answers import format_answer
 from llama_squad.collator import ConversationEncoder, SquadDataCollator
 from llama_squad.config import CreateArguments
 from llama_squad.data import write_dataset
 from llama_squad.prompts import build_messages
 from llama_squad.training import SquadSFTConfig, SquadTrainer, answer_loss
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import check_masks  # noqa: E402
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
@@ -77,6 +100,179 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.chat_template = LLAMA3
     return tokenizer
 
+
+# Tokenizers of the kinds that chat models have ---------------------------------------------------
+
+TOKENIZERS = [
+    ("sentencepiece", "llama2", " </s>"),
+    ("bytes", "llama3", "<|eot_id|>"),
+    ("bytes", "llama3_1", "<|eot_id|>"),
+    ("nfc", "qwen2_5", "<|im_end|>"),
+    ("nfc", "qwen3", "<|im_end|>"),
+    ("digits", "qwen2_5", "<|im_end|>"),
+    ("metaspace", "mistral", "</s>"),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in check_masks.CASES
+        if SHARED_DATA.is_dir()
+    ),
+]
+"""Tokenizer, chat template, and what follows an answer: a space that the template writes, and the
+end of the turn. The first is Llama 2's kind, "metaspace" the same as newer files write it, "bytes"
+Llama 3's, "nfc" Qwen's, "digits" SmolLM2's; after them, where they are, the real ones, which take
+seconds each."""
+
+SPECIAL = {
+    "bytes": [*CONTROL, "<|end_of_text|>"],
+    "nfc": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"],
+    "digits": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+}
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Where Llama 3 cuts a text into words; Qwen does the same, but for each digit alone."""
+
+
+def read_quickstart(split: str = "train") -> list[dict[str, Any]]:
+    """Return the records of the quickstart's world: whole paragraphs of it, one after the other."""
+    world = json.loads((ROOT / "quickstart" / "data" / f"{split}.json").read_text("utf-8"))
+    return [
+        {
+            "id": question["id"],
+            "title": article["title"],
+            "context": paragraph["context"],
+            "question": question["question"],
+            "answers": {
+                key: [answer[key] for answer in question["answers"]]
+                for key in ("text", "answer_start")
+            },
+        }
+        for article in world["data"]
+        for paragraph in article["paragraphs"]
+        for question in paragraph["qas"]
+    ]
+
+
+@functools.cache
+def load_tokenizer(name: str, template: str) -> PreTrainedTokenizerFast:
+    """Make one of the tokenizers above, or load a real one, with its chat template."""
+    if name in ("sentencepiece", "metaspace"):
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=_sentencepiece(name),
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+        )
+    elif name in SPECIAL:
+        special = SPECIAL[name]
+        more = {"bos_token": special[0]} if name == "bytes" else {"pad_token": special[0]}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=_byte_level(name), eos_token=special[3 if name == "bytes" else 2],
+            **more,
+        )  # fmt: skip
+    else:
+        return check_masks.load_tokenizer(name, template)
+    tokenizer.chat_template = check_masks.chat_template(template)
+    return tokenizer
+
+
+@functools.cache
+def load_encoder(name: str, template: str) -> ConversationEncoder:
+    """Return the encoder of ``load_tokenizer``'s tokenizer."""
+    return ConversationEncoder(load_tokenizer(name, template))
+
+
+def _corpus() -> list[str]:
+    """Return text to train on: a part of the quickstart's world, and replies that hold spans."""
+    records = read_quickstart()[::8]
+    texts = [message["content"] for record in records for message in build_messages(record)]
+    punctuation = ["(1990s", "“twice”", '"R&B"', "it's", "U.S.)", "$5\\10", "Née", "中文", "?"]
+    return texts + 60 * [f'{format_answer(text)} "{text}" ({text})' for text in punctuation]
+
+
+def _byte_level(kind: str) -> Tokenizer:
+    """Train a byte-level vocabulary, cut into words as the model of that kind does it."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "digits")
+    words = _WORDS if kind == "bytes" else _WORDS.replace("{1,3}", "")
+    first: Any = pre_tokenizers.Split(Regex(words), "isolated")
+    if kind == "digits":
+        first = pre_tokenizers.Digits(individual_digits=True)
+    backend = Tokenizer(models.BPE(ignore_merges=kind != "digits"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([first, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    if kind == "nfc":
+        backend.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, show_progress=False, special_tokens=SPECIAL[kind],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    backend.train_from_iterator(_corpus(), trainer)
+    if kind == "bytes":  # as Llama 3's, which writes a token before every text unless told not to
+        begin = (CONTROL[0], backend.token_to_id(CONTROL[0]))
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{begin[0]} $A", pair=f"{begin[0]} $A {begin[0]} $B:1", special_tokens=[begin]
+        )
+    return backend
+
+
+def _sentencepiece(kind: str) -> Tokenizer:
+    """Train a vocabulary of Llama 2's kind: "▁" for spaces, and bytes for what it has no token of.
+
+    Line ends are among the latter, as they are there.
+    """
+    teacher = Tokenizer(models.BPE())
+    words = Regex(r"▁?\p{L}+|▁?[^\p{L}\p{N}▁]+|▁|\p{N}")
+    teacher.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(words, "isolated")]
+    )
+    texts = [" ".join(text.replace("中文", "").split()) for text in _corpus()]
+    teacher.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=640, show_progress=False))
+    learned = json.loads(teacher.to_str())["model"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += sorted(learned["vocab"], key=learned["vocab"].get)
+    backend = Tokenizer(
+        models.BPE(
+            {token: index for index, token in enumerate(tokens)},
+            [tuple(merge) for merge in learned["merges"]],
+            unk_token="<unk>", fuse_unk=True, byte_fallback=True,
+        )
+    )  # fmt: skip
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in tokens[:3]])
+    if (
+        kind == "metaspace"
+    ):  # a space before the text's first piece alone, none after control tokens
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", 1)]
+    )
+    return backend
+
+
+def word_tokenizer(template: str = LLAMA3, **special: str) -> PreTrainedTokenizerFast:
+    """Make a tokenizer for literal ids: one a word or mark, in the order of the list below."""
+    words = ["<unk>", "<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    words += ["\n\n", "\n", " ", "user", "assistant", "system", "Who", "?", "Ada", "be", "brief"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n|\n| |\w+|[^\w\s]"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="<|eot_id|>", unk_token="<unk>",
+        extra_special_tokens=["<|start_header_id|>", "<|end_header_id|>"], **special,
+    )  # fmt: skip
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+# Models ------------------------------------------------------------------------------------------
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -1,15 +1,20 @@
 """The mask: which tokens are trained, under real tokenizers and templates and on literal ids."""
 
 import copy
-import functools
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
-from helpers import tiny_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from helpers import (
+    LLAMA3,
+    SHARED_DATA,
+    TOKENIZERS,
+    check_masks,
+    load_encoder,
+    load_tokenizer,
+    read_quickstart,
+    tiny_tokenizer,
+    word_tokenizer,
+)
 
 from llama_squad.answers import format_answer
 from llama_squad.collator import (
@@ -22,34 +27,6 @@ from llama_squad.collator import (
     encode_messages,
 )
 from llama_squad.prompts import build_messages
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import check_masks
-from check_masks import CASES, faults
-
-load_tokenizer = functools.cache(check_masks.load_tokenizer)
-
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-)
-
-
-def word_tokenizer(template: str = LLAMA3, **special: str) -> PreTrainedTokenizerFast:
-    """A throwaway tokenizer: one id a word or mark, in the order of the list below."""
-    words = ["<unk>", "<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    words += ["\n\n", "\n", " ", "user", "assistant", "system", "Who", "?", "Ada", "be", "brief"]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(
-        __import__("tokenizers").Regex(r"\n\n|\n| |\w+|[^\w\s]"), "isolated"
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="<|eot_id|>", unk_token="<unk>",
-        extra_special_tokens=["<|start_header_id|>", "<|end_header_id|>"], **special,
-    )  # fmt: skip
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def chat(*contents: str) -> list[dict[str, str]]:
@@ -136,13 +113,26 @@ def test_the_sides_that_a_template_strips(strip, left, right, joint):
     assert supervised == "\t " * left + "Ada" + " \u2002\n" * right + "<|eot_id|>"
 
 
-def test_bos_stands_once(shared_data):
-    for name, template, _ in CASES:
-        tokenizer = load_tokenizer(name, template)
-        ids = encode_messages(tokenizer, chat("Who?", "Ada"))["input_ids"]
-        if tokenizer.bos_token and tokenizer.bos_token in tokenizer.chat_template + "bos_token":
-            assert ids.count(tokenizer.bos_token_id) <= 1
-            assert tokenizer.bos_token_id not in ids[1:]
+BEGINNINGS = {
+    "llama2": ["<s>", "<s>"],  # before each of the user's turns
+    "mistral": ["<s>"],
+    "llama3": ["<|begin_of_text|>"],
+    "llama3_1": ["<|begin_of_text|>"],
+    "qwen2_5": [],
+    "qwen3": [],
+}
+"""What each template writes of the tokens that begin a text, in two turns of the user's."""
+
+
+@pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
+def test_bos_stands_where_the_template_writes_it(name, template, end):
+    """Most of these tokenizers write it themselves, too, where they are let."""
+    tokenizer = load_tokenizer(name, template)
+    ids = encode_messages(tokenizer, chat("Who?", "Ada", "And who?", "Bob"))["input_ids"]
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    begins = {"<s>", "<|begin_of_text|>", "<|endoftext|>", "[BOS]"}
+    assert [token for token in tokens if token in begins] == BEGINNINGS[template]
+    assert tokens[0] == (BEGINNINGS[template] or ["<|im_start|>"])[0]
 
 
 def test_too_long_is_left_out_never_cut():
@@ -182,11 +172,11 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "template", "end"), CASES, ids=lambda x: x)
+@pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
 @pytest.mark.parametrize("prompt", ["single_turn", "multi_turn"])
-def test_hostile_text_under_real_tokenizers(shared_data, name, template, end, prompt):
+def test_hostile_text(name, template, end, prompt):
     """Answers survive, control tokens in the data stay text, and prompts are those of training."""
-    encoder = ConversationEncoder(load_tokenizer(name, template))
+    encoder = load_encoder(name, template)
     records = [
         {
             "id": answer,
@@ -197,32 +187,33 @@ def test_hostile_text_under_real_tokenizers(shared_data, name, template, end, pr
         for answer in ANSWERS
     ]
     plain = {**records[0], "context": "Beyoncé sings", "question": "Who?"}
-    assert list(faults(encoder, [plain, *records], prompt, end)) == []
+    assert list(check_masks.faults(encoder, [plain, *records], prompt, end)) == []
 
 
-@pytest.mark.parametrize(("name", "template", "end"), CASES, ids=lambda x: x)
-def test_real_questions(shared_data, name, template, end):
-    """A sample; benchmarks/check_masks.py checks all 129,943."""
-    from llama_squad.data import read_squad_file
+@pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
+def test_questions_of_a_dataset(name, template, end):
+    """A sample; benchmarks/check_masks.py checks all 129,943 of SQuAD."""
+    from llama_squad.data import read_files
 
-    records = list(read_squad_file(shared_data / "squad_v2" / "train-003.json"))[::8]
-    encoder = ConversationEncoder(load_tokenizer(name, template))
-    assert list(faults(encoder, records, "single_turn", end)) == []
+    if (name, template, end) in check_masks.CASES:
+        records = read_files([str(SHARED_DATA / "squad_v2" / "train-003.json")])[::8]
+    else:
+        records = read_quickstart()[::7]
+    encoder = load_encoder(name, template)
+    assert list(check_masks.faults(encoder, records, "single_turn", end)) == []
     assert len(records) > 300
 
 
-@pytest.mark.parametrize(("name", "template", "end"), CASES, ids=lambda x: x)
-def test_the_careful_path_gives_the_same_ids_where_nothing_is_spelled(
-    shared_data, name, template, end
-):
-    encoder = ConversationEncoder(load_tokenizer(name, template))
+@pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
+def test_the_careful_path_gives_the_same_ids_where_nothing_is_spelled(name, template, end):
+    encoder = load_encoder(name, template)
     rendered = encoder._render(chat("Who  was\n\nit? ", "Ada\n\n x", "And\tnow?", "the  end"))
     encoding = encoder.tokenizer(rendered.text, add_special_tokens=False).encodings[0]
     assert encoder._tokenize_as_data(rendered) == (encoding.ids, encoding.offsets)
 
 
-def test_padding_side_and_pad_token_do_not_matter(shared_data):
-    tokenizer = copy.deepcopy(load_tokenizer("llama3", "llama3"))
+def test_padding_side_and_pad_token_do_not_matter():
+    tokenizer = copy.deepcopy(load_tokenizer("bytes", "llama3"))
     expected = encode_messages(tokenizer, chat("Who?", "Ada"))
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.eos_token = "<|eot_id|>"
@@ -307,8 +298,8 @@ def test_mask_of_a_row_with_padding():
     )
 
 
-def test_answer_of_a_record_round_trips_through_the_mask(shared_data):
-    tokenizer = load_tokenizer("llama2", "llama2")
+def test_answer_of_a_record_round_trips_through_the_mask():
+    tokenizer = load_tokenizer("sentencepiece", "llama2")
     record = {
         "context": "x",
         "question": "q?",

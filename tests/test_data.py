@@ -11,17 +11,18 @@ import pytest
 from conftest import ROOT
 
 import create_squad_dataset
+from llama_squad.cleaning import Cleaner
 from llama_squad.config import CreateArguments, load_run_config
 from llama_squad.data import (
-    check_records,
     count_split,
     expand_files,
     load_squad,
+    read_files,
     read_hub,
-    read_squad_file,
     split_by_title,
     write_dataset,
 )
+from llama_squad.formats import Row
 
 CONTEXT = "Velmor lies on the Ash. It was founded in 1655."
 
@@ -70,9 +71,10 @@ def write(tmp_path):
     return write
 
 
-def test_read_squad_file(write, tmp_path):
-    write(squad("Velmor"))
-    records = list(read_squad_file(tmp_path / "train.json"))
+def test_read_files(write):
+    cleaner = Cleaner()
+    records = read_files([write(squad("Velmor"))], cleaner)
+    assert not cleaner.changed  # nothing of the official form counts as a change
     assert records == [
         {
             "id": "q0a",
@@ -104,49 +106,50 @@ def broken(change) -> dict:
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "has no 'data'"),
-        ({"data": {}}, "'data' should be a list, found a dict"),
-        (broken(lambda p: p.pop("context")), r"data\[1\].paragraphs\[0\] has no 'context'"),
-        (broken(lambda p: p["qas"][0].update(id=7)), r"qas\[0\]: 'id' should be a str, found a int"),
-        (broken(lambda p: p["qas"][1].pop("answers")), r"qas\[1\] has no 'answers'"),
+        ("[]", "train.json holds no questions"),
+        ({"data": {}}, r"is of no known form \(data is no list\): expected SQuAD's JSON"),
+        (
+            broken(lambda p: p.pop("context")),
+            r"no context, or an empty one: 2 \(first: \S*, data\[1\].paragraphs\[0\].qas\[0\], id 'q1a'\)",
+        ),
+        (broken(lambda p: p["qas"][1].pop("is_impossible") and p["qas"][1].pop("answers")), "no answers, and not marked is_impossible: 1"),
         (
             broken(lambda p: p["qas"][0].update(is_impossible=True)),
-            r"id q1a\): is_impossible is True, but there are 1 answers",
+            r"is_impossible is true, but there are answers .*: 1 \(first: .* id 'q1a'\).*--mend takes 1 of these 1",
         ),
         (
-            broken(lambda p: p["qas"][0]["answers"][0].update(answer_start="3")),
-            "'answer_start' should be a int",
+            broken(lambda p: p["qas"][1].update(is_impossible=False)),
+            r"is_impossible is false, but there is no answer: 1 \(first: .* id 'q1b'\)",
         ),
         (
-            broken(lambda p: p["qas"][0]["answers"][0].update(answer_start=4)),
-            r"1 answers whose answer_start does not index their text \(first: id 'q1a'\)",
+            broken(lambda p: p["qas"][0]["answers"][0].update(text="1999")),
+            r"an answer is not in its context: 1 \(first: .* id 'q1a'\)",
+        ),
+        (broken(lambda p: p["qas"][0]["answers"][0].update(text=" ")), "an answer is empty: 1"),
+        (
+            broken(lambda p: p["qas"][0]["answers"][0].update(text="l", answer_start=4)),
+            r"answer_start is wrong, and the text is there several times \(--mend takes the nearest\): 1",
         ),
         (
-            broken(lambda p: p["qas"][0]["answers"][0].update(answer_start=-4)),
-            "answer_start does not index",
+            broken(lambda p: (p.update(context="Why? 1655 ?"), p["qas"][0].update(answers=[{"text": "?", "answer_start": 3}]))),
+            r'a gold answer is "\?", which stands for no answer: 1 \(first: .* id \'q1a\'\)',
         ),
-        (broken(lambda p: p["qas"][1].update(id="q0a")), r"1 questions whose id was there before"),
+        (broken(lambda p: p["qas"][1].update(id="q0a")), r"another question has its id .*: 1 \(first: .* id 'q0a'\)"),
         (
-            broken(lambda p: (p.update(context=" "), p["qas"][0].update(answers=[], is_impossible=True))),
-            r"2 questions with an empty context \(first: id 'q1a'\)",
+            broken(lambda p: p.update(context=" ")),
+            r"no context, or an empty one: 2 \(first: .* id 'q1a'\)",
         ),
-        (broken(lambda p: p["qas"][0].update(question="")), "1 empty questions"),
+        (broken(lambda p: p["qas"][0].update(question="")), "no question, or an empty one: 1"),
         (
             broken(lambda p: p["qas"][1].update(question="Who \ud83d?")),
-            r"1 questions with half a character \(a lone surrogate.*first: id 'q1b'",
+            r"half a character in its text \(a lone surrogate.*: 1 \(first: .* id 'q1b'",
         ),
         (
             broken(lambda p: p.update(context=p["context"] + "\udfff")),
-            r"2 questions with half a character \(a lone surrogate.*first: id 'q1a'",
+            r"half a character in its text \(a lone surrogate.*: 2 \(first: .* id 'q1a'",
         ),
-        (
-            broken(lambda p: [qa.pop("question") for qa in p["qas"]]),
-            r"qas\[0\] has no 'question'.*\(first of 2 such faults of the file\)",
-        ),
-        (
-            broken(lambda p: p.update(context=None)),
-            r"paragraphs\[0\]: 'context' should be a str.*\(first of 1 such faults",
-        ),
+        (broken(lambda p: p.update(qas={})), r"no list 'qas'.*: 1 \(first: \S*, data\[1\].paragraphs\[0\]\)"),
+        (broken(lambda p: p["qas"].append("x")), r"not a JSON object: 1 \(first: .*qas\[2\]\)"),
         ({"data": []}, "train.json holds no questions"),
     ],
 )  # fmt: skip
@@ -163,25 +166,22 @@ def test_bad_files_are_refused_and_nothing_is_written(
 
 
 def test_faults_of_all_kinds_in_one_message():
-    records = [
-        {"id": "a", "context": "x", "question": "", "answers": {"text": ["y"], "answer_start": [0]}},
-        {"id": "a", "context": "", "question": "q", "answers": {"text": [], "answer_start": []}},
-    ]  # fmt: skip
+    rows = [
+        Row("row 1", {"id": "a", "context": "x", "question": "", "answer": "x"}),
+        Row("row 2", {"id": "a", "context": "x", "question": "q", "answer": "y"}),
+        Row("row 3", {"id": "b", "context": "x", "question": "q", "answer": "x"}),
+        Row("row 4", {"id": "b", "context": "x", "question": "r", "answer": "x"}),
+        Row("row 5", {"context": "x", "question": "r", "answer": "y"}),
+    ]
     with pytest.raises(ValueError) as caught:
-        check_records(records, "here", set())
+        Cleaner().clean(rows, "here.csv", "train")
     assert str(caught.value) == (
-        "here: 1 empty questions (first: id 'a'); 1 answers whose answer_start does not index "
-        "their text (first: id 'a'); 1 questions whose id was there before (first: id 'a'); "
-        "1 questions with an empty context (first: id 'a'). Mend the file; nothing was written."
+        "here.csv: no question, or an empty one: 1 (first: here.csv, row 1, id 'a'); "
+        "an answer is not in its context: 2 (first: here.csv, row 2, id 'a'); "
+        "another question has its id (--mend adds a number): 1 (first: here.csv, row 4, id 'b'). "
+        "Nothing was written: --mend takes 1 of these 4, "
+        "--skip_bad leaves the others out and lists what it left out beside the dataset."
     )
-
-
-def test_ids_are_unique_across_files(write, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train, test = write(squad("A")), write(squad("B"), "test.json")
-    with pytest.raises(SystemExit) as exit_info:
-        create_squad_dataset.main(["--train_files", train, "--test_files", test, "--validation_ratio=0"])  # fmt: skip
-    assert "test.json: 2 questions whose id was there before" in str(exit_info.value.code)
 
 
 def test_expand_files(write, tmp_path):
@@ -261,7 +261,7 @@ def test_named_files_beat_the_sample_of_the_configuration(write, tmp_path, monke
 def test_other_folders_are_left_alone(write, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    records = list(read_squad_file(__import__("pathlib").Path(write(squad("A")))))
+    records = read_files([write(squad("A"))])
     with pytest.raises(ValueError, match="holds no dataset"):
         write_dataset({"train": records}, CreateArguments(dataset_name=str(tmp_path / "mine")))
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
@@ -337,11 +337,11 @@ def test_hub_source_as_a_local_copy(tmp_path, monkeypatch):
     rows("train").to_parquet(str(folder / "train.parquet"))
     rows("validation").to_parquet(str(folder / "validation.parquet"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    splits = read_hub(str(folder), set())
+    splits = read_hub(str(folder), Cleaner())
     assert [r["id"] for r in splits["train"] + splits["test"]] == ["train", "validation"]
     (folder / "validation.parquet").unlink()
     with pytest.raises(ValueError, match="has no split 'validation', only train"):
-        read_hub(str(folder), set())
+        read_hub(str(folder), Cleaner())
 
 
 def test_hub_out_of_reach():

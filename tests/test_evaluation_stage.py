@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import test_llama_squad
 from llama_squad import evaluation
 from llama_squad.answers import NO_ANSWER
+from llama_squad.collator import ConversationEncoder
 from llama_squad.config import CreateArguments, TestArguments, load_yaml, save_run_config
 from llama_squad.data import write_dataset
 from llama_squad.generation import Reply, Span
@@ -275,11 +277,53 @@ def load_yaml_json(path):
     return load_yaml(Path(path))
 
 
-def test_audit_compares_with_the_proven_best(run, capsys):
+@pytest.mark.parametrize(("gap", "counted"), [(0.0, "2 (100.0 %)"), (1.0, "0 (0.0 %)")])
+def test_audit_from_the_command_line(run, capsys, monkeypatch, gap, counted):
+    """The wide search finds another span that is as likely as ours, or one that is likelier."""
+    answer, beams = LocalModel.answer, []
+
+    def scripted(self, batch):
+        generator = self._generator
+        beams.append(generator.num_beams)
+        generator.num_beams = 2  # a thousand take long
+        predictions = answer(self, batch)
+        generator.num_beams = beams[-1]
+        if generator.num_beams == 2:
+            return predictions
+        spans = [Span("other", prediction.reply.best.log_prob + gap) for prediction in predictions]
+        return [
+            replace(prediction, reply=replace(prediction.reply, best=span, certain=True))
+            for prediction, span in zip(predictions, spans, strict=True)
+        ]
+
+    monkeypatch.setattr(LocalModel, "answer", scripted)
     run("--num_samples=3", "--num_beams=2", "--audit=2")
-    assert "Audit of 2 questions: the search found the best of all spans for" in (
-        capsys.readouterr().out
-    )
+    assert {*beams} == {2, evaluation.AUDIT_BEAMS}
+    out = capsys.readouterr().out
+    assert f"Audit of 2 questions: the search found the best of all spans for {counted}." in out
+
+
+def test_audit_of_a_search_that_is_wide_and_of_one_that_misses():
+    """On contexts so short that a wide search proves its answer."""
+    encoder = ConversationEncoder(tiny_tokenizer())
+    records = [
+        {"id": str(n), "context": context, "question": "Who?", "answers": {"text": []}}
+        for n, context in enumerate(["Ab c", "x y", "12 d"])
+    ]
+
+    class Misses(LocalModel):
+        def answer(self, batch):
+            found = super().answer(batch)
+            return [
+                replace(item, reply=replace(item.reply, best=Span("?!", item.reply.best.log_prob - 1)))
+                for item in found
+            ]  # fmt: skip
+
+    wide = LocalModel(tiny_model(), encoder, num_beams=1000)
+    args = TestArguments(audit=3, batch_size=2)
+    assert evaluation.audit(wide, wide, records, args) == evaluation.Audit(3, 3, 0)
+    misses = Misses(tiny_model(), encoder, num_beams=1000)
+    assert evaluation.audit(misses, wide, records, args) == evaluation.Audit(3, 0, 0)
 
 
 def test_audit_counts():

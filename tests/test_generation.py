@@ -1,62 +1,32 @@
 """The tree of questions, the search and the grammar of spans, against plain ways to do the same."""
 
 import itertools
-import json
 import math
 import random
 import unicodedata
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from helpers import TOKENIZERS, load_encoder, read_quickstart
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llama_squad import generation
 from llama_squad.answers import NO_ANSWER, extract_answer, format_answer
-from llama_squad.collator import ConversationEncoder
 from llama_squad.generation import Generator, Paragraph, TokenTree
 from llama_squad.prompts import build_messages
 from llama_squad.spans import SpanGrammar, is_span, reply_ids, span_vocabulary
 
-ROOT = Path(__file__).resolve().parents[1]
-TOKENIZERS = ("llama2", "llama3", "qwen2_5_rebuilt")
 # Double spaces, line ends, quotes, a backslash, a control character, composed and decomposed
 # accents, wide characters, an abstention's own sign, punctuation that merges with the quotes.
 ODD = ('Née  in 1990s, "Zoë" (é\\n)\n\tsaid: 中文 “ok”?\x07 '
        + unicodedata.normalize("NFD", "é") + " ✨ x.")  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def encoders(shared_data):
-    trl = Path(find_spec("trl").origin).parent / "chat_templates"
-    templates = {
-        "llama2": ROOT / "configs/chat_templates/llama2.jinja",
-        "llama3": trl / "llama3.jinja",
-        "qwen2_5_rebuilt": trl / "qwen2_5.jinja",
-    }
-    found = {}
-    for name, template in templates.items():
-        tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / name)
-        tokenizer.chat_template = template.read_text()
-        found[name] = ConversationEncoder(tokenizer)
-    return found
-
-
-@pytest.fixture(scope="module")
-def vocabularies(encoders):
-    return {name: span_vocabulary(encoder) for name, encoder in encoders.items()}
-
-
-@pytest.fixture(scope="module")
-def encoder(encoders):
-    return encoders["llama2"]
+@pytest.fixture(scope="module", params=TOKENIZERS[:2], ids="-".join)
+def encoder(request):
+    """A SentencePiece-like and a byte-level one: what the model's tests need."""
+    name, template, _ = request.param
+    return load_encoder(name, template)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +41,12 @@ def model(encoder):
 
 
 @pytest.fixture(scope="module")
-def paragraphs(shared_data, encoder):
-    """Three questions each of two real paragraphs of different lengths."""
-    articles = json.loads((shared_data / "squad_v2/dev.json").read_text())["data"]
-    found = [articles[0]["paragraphs"][0], articles[3]["paragraphs"][2]]
-    return [
-        make_paragraph(encoder, item["context"], [qa["question"] for qa in item["qas"][:3]])
-        for item in found
-    ]
+def paragraphs(encoder):
+    """Three questions each of two paragraphs of different lengths."""
+    groups = itertools.groupby(read_quickstart("test"), key=lambda record: record["context"])
+    found = [[record["question"] for record in group][:3] for _, group in groups]
+    contexts = list(dict.fromkeys(record["context"] for record in read_quickstart("test")))
+    return [make_paragraph(encoder, contexts[index], found[index]) for index in (0, 1)]
 
 
 def make_paragraph(encoder, context, questions):
@@ -221,9 +189,10 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(model, encoder, paragra
     grow, sizes = TokenTree.grow, []
 
     def small(tree, rows):
-        questions = sum(len(branch.tokens) > 4 for row in rows for branch in row)
+        # a question with its header: the abstention and the end of a reply are shorter
+        questions = sum(len(branch.tokens) > 9 for row in rows for branch in row)
         sizes.append(questions)
-        if questions > 2 * 2:  # a question and its abstention each
+        if questions > 1 + 2:  # the context and its questions
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return grow(tree, rows)
 
@@ -231,12 +200,12 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(model, encoder, paragra
     generator = Generator(model, encoder)
     replies = generator.reply(paragraphs)
     assert [len(row) for row in replies] == [3, 3]
-    assert max(sizes) == 12
+    assert max(sizes) == 1 + 3
     for a, b in zip(itertools.chain(*replies), itertools.chain(*expected), strict=True):
         assert a.token_ids == b.token_ids
     sizes.clear()
     generator.reply(paragraphs)
-    assert max(sizes) <= 4  # it has learned what does not fit
+    assert max(sizes) <= 1 + 2  # it has learned what does not fit
 
 
 def test_other_errors_are_not_taken_for_out_of_memory(model, encoder, paragraphs, monkeypatch):
@@ -271,13 +240,17 @@ def spell_out(grammar, vocabulary, text):
     return walk(grammar.start, 0)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_every_span_can_be_spelled_and_nothing_else(encoders, vocabularies, name):
-    tokenizer, vocabulary = encoders[name].tokenizer, vocabularies[name]
-    grammar = SpanGrammar(vocabulary, ODD)
+@pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
+@pytest.mark.parametrize("boundaries", ["any", "word"])
+def test_every_span_can_be_spelled_and_nothing_else(name, template, end, boundaries):
+    encoder = load_encoder(name, template)
+    tokenizer, vocabulary = encoder.tokenizer, span_vocabulary(encoder)
+    grammar = SpanGrammar(vocabulary, ODD, boundaries)
     texts = {ODD[i:j] for i in range(len(ODD)) for j in range(i + 1, min(i + 8, len(ODD)) + 1)}
-    spans = {text for text in texts if is_span(ODD, text)}
-    assert {"n", "é\\n", "“ok”", '"Zoë"', "é\\n)\n\tsa", "\x07"} <= spans
+    spans = {text for text in texts if is_span(ODD, text, boundaries)}
+    parts = {"n", "é\\n)\n\tsa", "\x07", '"', "“", "990"}
+    assert {"in", "1990s", "“ok”", "ok", '"Zoë"', "(é\\n)", "said: 中文", "x."} <= spans
+    assert parts & spans == (parts if boundaries == "any" else set())
     assert not {"", "?", " x", "in ", "zoë"} & spans
     for text in spans:
         ids = spell_out(grammar, vocabulary, text)
@@ -285,13 +258,14 @@ def test_every_span_can_be_spelled_and_nothing_else(encoders, vocabularies, name
         assert grammar.accepts(ids)
         reply = tokenizer.decode(vocabulary.header + ids, clean_up_tokenization_spaces=False)
         assert extract_answer(reply).text == text
-    for text in [*(texts - spans - {"?"}), "not there", "Zoë (é"]:
+    for text in [*(texts - spans - {"?"}), "", "not there", "Zoë (é"]:
         assert spell_out(grammar, vocabulary, text) is None, text
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_random_walks_give_spans(encoders, vocabularies, name):
-    vocabulary, chance = vocabularies[name], random.Random(0)
+@pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
+def test_random_walks_give_spans(name, template, end):
+    encoder = load_encoder(name, template)
+    vocabulary, chance = span_vocabulary(encoder), random.Random(0)
     grammar = SpanGrammar(vocabulary, ODD)
     seen = set()
     for _ in range(150):
@@ -316,9 +290,10 @@ def test_random_walks_give_spans(encoders, vocabularies, name):
     assert len(seen) > 25
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_grammar_takes_the_tokens_of_training(encoders, vocabularies, name):
-    encoder, vocabulary = encoders[name], vocabularies[name]
+@pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
+def test_grammar_takes_the_tokens_of_training(name, template, end):
+    encoder = load_encoder(name, template)
+    vocabulary = span_vocabulary(encoder)
     context = 'The "Beyoncé" tour (1990s, U.S.) grossed $5\\10 — “twice” as much; it\'s 中文.'
     grammar = SpanGrammar(vocabulary, context)
     for text in ["Beyoncé", '"Beyoncé"', "1990s", "(1990s", "U.S.)", "990s", "$5\\10", "“twice”",
@@ -356,14 +331,16 @@ def all_replies(grammar, vocabulary):
                 stack.append((tuple(target), (*ids, token_id)))
 
 
+@pytest.mark.parametrize("boundaries", ["word", "any"])
 @pytest.mark.parametrize("context", ["Ab c", "x?", 'a"b'])
-def test_search_finds_the_best_of_all_spans(model, encoder, context):
+def test_search_finds_the_best_of_all_spans(model, encoder, context, boundaries):
     paragraph = make_paragraph(encoder, context, ["What is it?", "Who are you?"])
-    generator = Generator(model, encoder, num_beams=1000, n_best=1000)
+    generator = Generator(model, encoder, num_beams=1000, n_best=1000, span_boundaries=boundaries)
     vocabulary = generator.vocabulary
-    candidates = list(all_replies(SpanGrammar(vocabulary, context), vocabulary))
+    candidates = list(all_replies(SpanGrammar(vocabulary, context, boundaries), vocabulary))
     texts = {context[i:j] for i in range(len(context)) for j in range(i + 1, len(context) + 1)}
-    assert {text for _, text in candidates} == {text for text in texts if is_span(context, text)}
+    spans = {text for text in texts if is_span(context, text, boundaries)}
+    assert {text for _, text in candidates} == spans
     for prompt, reply in zip(paragraph.prompts, generator.reply([paragraph])[0], strict=True):
         best: dict[str, float] = {}
         for ids, text in candidates:

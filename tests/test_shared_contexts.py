@@ -15,6 +15,7 @@ from conftest import ROOT
 from datasets import Dataset
 from helpers import (
     ARCHITECTURES,
+    SHARED_DATA,
     collator,
     dataset_folder,
     difference,
@@ -24,6 +25,7 @@ from helpers import (
     make_records,
     make_trainer,
     model_folder,
+    read_quickstart,
     tiny_model,
     tiny_tokenizer,
 )
@@ -484,12 +486,13 @@ def test_throughput_counts_are_true(tmp_path: Path) -> None:
     assert sum(seconds) / len(seconds) == pytest.approx(tokens / 8, rel=0.2)
 
 
-# A real epoch, on one process and on two ---------------------------------------------------------
+# A whole epoch, on one process and on two --------------------------------------------------------
 
 
-def real_records(shared_data: Path, count: int = 2000) -> list[dict]:
-    """Return the first real training questions, whole paragraphs but for the last."""
-    return read_files([str(shared_data / "squad_v2" / "train-000.json")], set())[:count]
+def real_records(count: int = 2000) -> list[dict]:
+    """Return the first questions of SQuAD or, where it is not here, of the quickstart's world."""
+    squad = SHARED_DATA / "squad_v2" / "train-000.json"
+    return (read_files([str(squad)]) if squad.is_file() else read_quickstart())[:count]
 
 
 def epoch(encoded: Any, folder: Path) -> Recorder:
@@ -510,8 +513,8 @@ def epoch(encoded: Any, folder: Path) -> Recorder:
     return seen
 
 
-def test_an_epoch_of_real_questions(shared_data: Path, tmp_path: Path) -> None:
-    encoded = encoded_dataset(real_records(shared_data), max_length=None)
+def test_an_epoch_of_real_questions(tmp_path: Path) -> None:
+    encoded = encoded_dataset(real_records(), max_length=None)
     assert len(encoded) == 2000
     seen = epoch(encoded, tmp_path)
     assert Counter(seen.seen) == Counter(map(tuple, encoded["input_ids"]))
@@ -525,7 +528,7 @@ import torch
 from helpers import *
 from test_shared_contexts import epoch, planned, real_records, recorder, weights_after
 
-folder, data = Path(sys.argv[1]), Path(sys.argv[2])
+folder = Path(sys.argv[1])
 rank = int(os.environ["RANK"])
 model = tiny_model()
 encoded = encoded_dataset(make_records(4, [1, 3, 2, 2]))
@@ -540,10 +543,9 @@ weights = weights_after(trainer)
 assert seen.questions < 8, "every process has all questions"
 if rank == 0:
     torch.save({"weights": weights, "log": trainer.state.log_history}, folder / "weights.pt")
-if data.is_dir():
-    encoded = encoded_dataset(real_records(data), max_length=None)
-    seen = epoch(encoded, folder / "run")
-    (folder / f"seen-{rank}.json").write_text(json.dumps(seen.seen))
+encoded = encoded_dataset(real_records(), max_length=None)
+seen = epoch(encoded, folder / "run")
+(folder / f"seen-{rank}.json").write_text(json.dumps(seen.seen))
 """
 
 
@@ -556,13 +558,12 @@ def python_path() -> dict[str, str]:
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    data = ROOT.parent / "shared" / "data"
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES, encoding="utf-8")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     done = subprocess.run(
-        [*launch, str(script), str(tmp_path), str(data)],
+        [*launch, str(script), str(tmp_path)],
         capture_output=True, text=True, env=python_path(), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -576,9 +577,7 @@ def test_two_processes(tmp_path: Path) -> None:
     trees = encoded_dataset(STEP)
     assert log["tokens_saved"] > 0.1
     assert log["num_tokens"] < sum(trees["length"])
-    if not data.is_dir():
-        pytest.skip(f"equal weights; the real data for an epoch is not here: {data}")
-    encoded = encoded_dataset(real_records(data), max_length=None)
+    encoded = encoded_dataset(real_records(), max_length=None)
     seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
     assert abs(len(seen[0]) - len(seen[1])) < 200, "one process does most of the work"
     assert Counter(map(tuple, seen[0] + seen[1])) == Counter(map(tuple, encoded["input_ids"]))

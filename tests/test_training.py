@@ -40,6 +40,7 @@ from llama_squad.config import (
     parse_stage,
 )
 from llama_squad.data import write_dataset
+from llama_squad.merge_error import Sample
 from llama_squad.prompts import build_messages, gold_answer
 
 EXAMPLES = flatten(encode_paragraphs(make_records(2, [2])))
@@ -283,7 +284,9 @@ def test_merge_and_push(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "QLoRA (r=4, 4-bit nf4)" in card
     assert (final / "tokenizer.json").is_file()
     assert (merged / "tokenizer.json").is_file()
-    assert load_run_config(merged) == saved
+    kept = load_run_config(merged)
+    assert kept.pop("merge")["questions"] == 4  # all of the validation split
+    assert kept == saved
 
 
 def small_trainer() -> Any:
@@ -378,7 +381,7 @@ def test_push_without_a_token(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     folder = tmp_path / "final"
     folder.mkdir()
     full = TrainArguments(full_parameters=True)
-    publishing.merge_and_push(folder, full, ModelArguments(), args)
+    publishing.merge_and_push(folder, full, ModelArguments(), args, Sample([], 0))
     said = capsys.readouterr()
     assert "Not pushed to someone/model: no token" in said.err
     assert "hf auth login" in said.err

@@ -1,0 +1,128 @@
+"""How many beams span decoding needs: accuracy and seconds by --num_beams, on a real model.
+
+Answers the questions of whole paragraphs, taken evenly from a file, with each number of beams; says
+how many answers are right (strictly, and by the official exact and F1), how often the best span is
+the one that the most beams found, and the seconds that each took. The numbers of beams take turns,
+a batch each, so that other work on the machine falls on all of them alike.
+
+    python benchmarks/beams.py --data ../shared/data/squad_v2/dev.json --model MODEL
+    python benchmarks/beams.py --data ../shared/data/squad_v2/dev.json --model MODEL --adapter DIR
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from llama_squad import modeling
+from llama_squad.answers import extract_answer
+from llama_squad.config import ModelArguments
+from llama_squad.data import read_squad_file
+from llama_squad.metrics import evaluate_predictions
+from llama_squad.predictors import (
+    LocalModel,
+    Prediction,
+    Record,
+    batch_paragraphs,
+    group_paragraphs,
+)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", required=True, help="official SQuAD JSON file")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--adapter")
+    parser.add_argument("--num_samples", type=int, default=500, help="questions, about")
+    parser.add_argument("--num_beams", type=int, nargs="+", default=[1, 2, 4, 10])
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--decoding", default="span")
+    return parser.parse_args()
+
+
+def sample_paragraphs(path: Path, questions: int) -> list[Record]:
+    """Return the questions of some whole paragraphs, taken evenly from the file."""
+    groups = group_paragraphs(list(read_squad_file(path)))
+    wanted = max(1, round(len(groups) * questions / sum(map(len, groups))))
+    chosen = [groups[len(groups) * index // wanted] for index in range(wanted)]
+    return [record for group in chosen for record in group]
+
+
+def official(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Return the official scores of some answers."""
+    references = [
+        {
+            "title": "",
+            "paragraphs": [
+                {
+                    "context": p.record["context"],
+                    "qas": [
+                        {
+                            "id": p.record["id"],
+                            "question": p.record["question"],
+                            "answers": [{"text": text} for text in p.record["answers"]["text"]],
+                            "is_impossible": not p.record["answers"]["text"],
+                        }
+                    ],
+                }
+                for p in predictions
+            ],
+        }
+    ]
+    texts = {p.record["id"]: extract_answer(p.reply.completion).official for p in predictions}
+    return evaluate_predictions(references, texts)
+
+
+def report(found: dict[int, list[Prediction]], seconds: dict[int, float]) -> None:
+    """Print a row for each number of beams."""
+    widest = found[max(found)]
+    print(f"\n{'beams':>5}{'% strict':>10}{'% exact':>9}{'% F1':>7}{'% F1 HasAns':>13}"
+          f"{'best as widest':>16}{'seconds':>9}")  # fmt: skip
+    for beams, predictions in found.items():
+        strict = sum(prediction.row()["Exact match"] for prediction in predictions)
+        scores = official(predictions)
+        same = sum(
+            getattr(a.reply.best, "text", "") == getattr(b.reply.best, "text", "")
+            for a, b in zip(predictions, widest, strict=True)
+        )
+        print(
+            f"{beams:5}{100 * strict / len(predictions):10.2f}{scores['exact']:9.2f}"
+            f"{scores['f1']:7.2f}{scores.get('HasAns_f1', 0):13.2f}"
+            f"{f'{same}/{len(predictions)}':>16}{seconds[beams]:9.1f}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Run the benchmark."""
+    args = parse()
+    model_args = ModelArguments(model_name=args.model, dtype="float32")
+    encoder = modeling.load_encoder(model_args, 0, args.adapter)
+    weights = modeling.load_model(model_args, False, args.adapter).eval()
+    records = sample_paragraphs(Path(args.data), args.num_samples)
+    models = {
+        beams: LocalModel(weights, encoder, decoding=args.decoding, num_beams=beams)
+        for beams in args.num_beams
+    }
+    found: dict[int, list[Prediction]] = {beams: [] for beams in models}
+    seconds = dict.fromkeys(models, 0.0)
+    batches = list(batch_paragraphs(records, args.batch_size))
+    for number, batch in enumerate(tqdm(batches, mininterval=30)):
+        for beams, model in models.items():
+            start = time.perf_counter()
+            found[beams] += model.answer(batch)
+            seconds[beams] += time.perf_counter() - start
+        if number % 4 == 3 and number + 1 < len(batches):  # a long run tells how it goes
+            report(found, seconds)
+    print(f"{len(records)} questions of {len(group_paragraphs(records))} paragraphs")
+    report(found, seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The forms that question files come in: each file becomes rows of one loose shape.
+
+Reads SQuAD's official JSON and its relatives, the Hub's flat form, JSON lines, CSV and parquet.
+Nothing is judged here but the form; ``llama_squad.cleaning`` turns rows into checked records. Uses
+nothing of ours.
+"""
+
+import ast
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMS = (
+    'expected SQuAD\'s JSON, {"data": [{"title", "paragraphs": [{"context", "qas": [{"id", '
+    '"question", "answers": [{"text", "answer_start"}]}]}]}]}, or rows with context, question and '
+    "answer (JSON, JSON lines, CSV or parquet): see docs/own-data.md"
+)
+COLUMNS = (
+    *("id", "title", "context", "question"),
+    *("answers", "answer", "answer_start", "is_impossible"),
+)
+"""What a row may say; other columns are ignored. Missing or empty where the file has nothing."""
+_LISTS = ("answers", "answer_start")
+"""Columns whose cell may hold a list."""
+_DELIMITERS = ",;\t|"
+_ARRAY = re.compile(r"\barray\((\[.*?\])(?:,\s*dtype=\w+)?\)(?=[,}])", re.S)
+_NO_OBJECT = "not a JSON object"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One question as its file has it."""
+
+    place: str
+    """Where in the file: ``data[0].paragraphs[2].qas[1]``, ``line 7``, ``row 7``."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """What it says, by the names of ``COLUMNS``; values of any type."""
+    article: str = ""
+    """Place of the article that it is part of; "" in flat forms, which have none."""
+    fault: str = ""
+    """Why nothing can be read here."""
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file: by its name's ending, and JSON by what is in it.
+
+    Raises:
+        ValueError: the file cannot be read, or is of no known form.
+    """
+    try:
+        yield from _READERS.get(path.suffix.lower(), _json)(path)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def check_columns(columns: Iterable[str], where: str) -> None:
+    """See that a table can be read.
+
+    Raises:
+        ValueError: a column that is needed is missing.
+    """
+    names = list(columns)
+    missing = [name for name in ("context", "question") if name not in names]
+    if not {"answers", "answer", "is_impossible"} & set(names):
+        missing.append("answer")
+    if missing:
+        raise ValueError(
+            f"{where} lacks {', '.join(missing)} (it has {', '.join(names) or 'nothing'}): {FORMS}"
+        )
+
+
+def flat_row(place: str, values: Any) -> Row:
+    """Return the row of a question that stands beside its context."""
+    return Row(place, values) if isinstance(values, dict) else Row(place, fault=_NO_OBJECT)
+
+
+# JSON ----------------------------------------------------------------------------------------
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    # spreadsheets save "Unicode text" as UTF-16, which its byte-order mark tells
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+
+
+def _json(path: Path) -> Iterator[Row]:
+    text = _text(path)
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        # one object on a line, then another: JSON lines under another name
+        first = text[: error.pos]
+        if error.msg == "Extra data" and "\n" in first and "\n" not in first.strip():
+            yield from _json_lines(path)
+            return
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    key = ""
+    if isinstance(content, dict) and "data" in content:
+        key, content = "data", content["data"]
+    elif isinstance(content, dict) and isinstance(content.get("question"), str):
+        content = [content]
+    if not isinstance(content, list):
+        named = isinstance(content, dict) and content and not key
+        what = f"keys {', '.join(list(content)[:3])}" if named else f"{key or 'it'} is no list"
+        raise ValueError(f"{path} is of no known form ({what}): {FORMS}")
+    head = content[0] if content else None
+    if isinstance(head, dict) and not {"paragraphs", "qas"} & head.keys():
+        check_columns([*head, "answer"], str(path))  # another row may have the answer
+        yield from (flat_row(f"{key}[{n}]", values) for n, values in enumerate(content))
+        return
+    for n, node in enumerate(content):
+        at = f"{key}[{n}]"
+        if isinstance(node, dict) and "paragraphs" in node:
+            yield from _article(node, at)
+        else:
+            yield from _paragraph(node, at, None, at)
+
+
+def _article(article: dict[str, Any], at: str) -> Iterator[Row]:
+    paragraphs = article["paragraphs"]
+    if not isinstance(paragraphs, list):
+        yield Row(at, fault="'paragraphs' is not a list")
+        return
+    for n, paragraph in enumerate(paragraphs):
+        yield from _paragraph(paragraph, f"{at}.paragraphs[{n}]", article.get("title"), at)
+
+
+def _paragraph(paragraph: Any, at: str, title: Any, article: str) -> Iterator[Row]:
+    if not isinstance(paragraph, dict) or not isinstance(paragraph.get("qas"), list):
+        yield Row(at, fault="no list 'qas' (and no 'paragraphs')")
+        return
+    shared = {"title": paragraph.get("title", title), "context": paragraph.get("context")}
+    for n, qa in enumerate(paragraph["qas"]):
+        if isinstance(qa, dict):
+            yield Row(f"{at}.qas[{n}]", shared | qa, article)
+        else:
+            yield Row(f"{at}.qas[{n}]", fault=_NO_OBJECT)
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    first = True
+    # not splitlines(): a context may hold U+2028, which JSON leaves as it is
+    for n, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = flat_row(f"line {n}", json.loads(line))
+        except json.JSONDecodeError as error:
+            row = Row(f"line {n}", fault=f"not JSON ({error.msg})")
+        if first and row.values:
+            check_columns([*row.values, "answer"], str(path))  # another line may have the answer
+            first = False
+        yield row
+
+
+# Tables --------------------------------------------------------------------------------------
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    text = _text(path)
+    csv.field_size_limit(2**31 - 1)  # the default refuses contexts of over 131,072 characters
+    header, delimiter = _header(text)
+    check_columns(header, str(path))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        next(reader)
+        for n, cells in enumerate(reader, 2):  # as a spreadsheet counts them
+            if len(cells) > len(header):
+                fault = f"more cells than columns (a text with {delimiter!r} needs quotes)"
+                yield Row(f"row {n}", fault=fault)
+            elif cells:
+                values: dict[str, Any] = dict(zip(header, cells, strict=False))
+                values |= {n: _cell(values[n]) for n in _LISTS if n in values}
+                yield Row(f"row {n}", values)
+    except csv.Error as error:
+        raise ValueError(f"{path} is not CSV: {error}") from error
+
+
+def _header(text: str) -> tuple[list[str], str]:
+    """Return the columns' names and the delimiter: that by which most of the names are found."""
+    line = io.StringIO(text, newline="").readline()
+    found = []
+    for delimiter in _DELIMITERS:
+        cells = next(csv.reader([line], delimiter=delimiter), [])
+        found.append(([cell.strip().lower() for cell in cells], delimiter))
+    return max(found, key=lambda pair: (len(set(COLUMNS) & set(pair[0])), len(pair[0])))
+
+
+def _cell(text: str) -> Any:
+    """Read a cell that holds a list or an object, as JSON or as Python prints it; else its text.
+
+    The Hub's ``Dataset.to_csv`` prints NumPy arrays: ``{'text': array(['x'], dtype=object), ...}``.
+    """
+    if text.lstrip()[:1] not in ("[", "{"):
+        return text
+    plain = _ARRAY.sub(r"\1", text.strip())
+    readers: tuple[Callable[[str], Any], ...] = (json.loads, ast.literal_eval)
+    for read in readers:
+        try:
+            return read(plain)
+        except (ValueError, SyntaxError):
+            continue
+    return text
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            check_columns(names, str(path))
+            known = [name for name in names if name in COLUMNS]
+            batches = file.iter_batches(batch_size=1000, columns=known)
+            rows = (values for batch in batches for values in batch.to_pylist())
+            yield from (Row(f"row {n}", values) for n, values in enumerate(rows, 1))
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} is not parquet: {error}") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,131 @@
+"""Every script of runs/ is run through, from dataset to table, with a tiny model.
+
+The scripts call ``python STAGE.py …``. Here ``python`` is a stand-in on the PATH that hands its
+arguments to this process, which adds the flags that make a run tiny and calls the stage's ``main``:
+so nothing is imported twice, and everything else is as a user would run it.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import socketserver
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from helpers import make_records, model_folder
+
+STAND_IN = """#!{python} -SE
+import json, os, socket, sys
+with socket.create_connection(("127.0.0.1", {port})) as server:
+    server.sendall(json.dumps([os.getcwd(), sys.argv[1:]]).encode() + b"\\n")
+    sys.exit(server.makefile().read() or None)
+"""
+
+
+def squad_file(path: Path, records: list[dict]) -> str:
+    """Write records as an official SQuAD file."""
+    articles: dict[str, dict[str, list]] = {}
+    for record in records:
+        answers = [
+            {"text": text, "answer_start": start}
+            for text, start in zip(*record["answers"].values(), strict=True)
+        ]
+        qa = {"id": record["id"], "question": record["question"], "answers": answers,
+              "is_impossible": not answers}  # fmt: skip
+        articles.setdefault(record["title"], {}).setdefault(record["context"], []).append(qa)
+    data = [
+        {"title": title, "paragraphs": [{"context": c, "qas": q} for c, q in contexts.items()]}
+        for title, contexts in articles.items()
+    ]
+    path.write_text(json.dumps({"data": data}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict[str, list[str]]:
+    """The flags that make each stage tiny."""
+    folder = tmp_path_factory.mktemp("tiny")
+    train = squad_file(folder / "train.json", make_records(9, [3, 2], seed=1))
+    test = squad_file(folder / "test.json", make_records(2, [3], seed=2))
+    model = ["--model_name", model_folder(folder)]
+    return {
+        "create_squad_dataset.py": ["--train_files", train, "--test_files", test],
+        "train_llama_squad.py": [
+            *model, "--max_steps", "2", "--no_quantize", "--bf16", "False",
+            "--per_device_train_batch_size", "4", "--eval_samples", "4", "--eval_steps", "100",
+            "--disable_tqdm", "True", "--report_to", "none",
+        ],
+        "test_llama_squad.py": [*model, "--max_new_tokens", "4", "--quantize", "False"],
+        "summarize_results.py": [],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run_script(tmp_path, tiny, monkeypatch):
+    """Return what runs a script of runs/ in a copy of the repository's top."""
+    for name in ("runs", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for stage in tiny:
+        shutil.copy(ROOT / stage, tmp_path)
+    calls: list[list[str]] = []
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            cwd, (stage, *argv) = json.loads(self.rfile.readline())
+            calls.append([stage, *argv])
+            monkeypatch.chdir(cwd)
+            try:
+                importlib.import_module(Path(stage).stem).main([*argv, *tiny[stage]])
+            except (SystemExit, Exception) as error:
+                self.wfile.write(f"{stage} {argv}: {error!r}".encode())
+
+    def run(name: str, **environment: str) -> list[list[str]]:
+        with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+            shim = tmp_path / "bin" / "python"
+            shim.parent.mkdir(exist_ok=True)
+            shim.write_text(STAND_IN.format(python=sys.executable, port=server.server_address[1]))
+            shim.chmod(0o755)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            path = f"{shim.parent}{os.pathsep}{os.environ['PATH']}"
+            done = subprocess.run(
+                ["bash", str(tmp_path / "runs" / name)], check=False, capture_output=True, text=True,
+                env=os.environ | {"PATH": path} | environment, cwd="/",
+            )  # fmt: skip
+            server.shutdown()
+        assert done.returncode == 0, done.stderr
+        return calls
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "files", "trainings"),
+    [
+        ("llama2_7b.sh", ["llama2_7b/base.csv", "llama2_7b/results.csv", "llama2_7b_30k/results.csv",
+                          "llama2_7b_65k/results.csv", "llama2_7b_65k/10_beams.csv"], 3),
+        ("llama2_7b_multi_turn.sh", ["multi_turn/results.csv"], 1),
+        ("llama2_70b.sh", ["llama2_70b/base.csv"], 0),
+        ("llama3_8b.sh", ["llama3_8b/base.csv", "llama3_8b/results.csv"], 1),
+        ("reasoning_tokens.sh", ["reasoning_tokens/results.csv"], 1),
+    ],
+)  # fmt: skip
+def test_run(name, files, trainings, run_script, tmp_path):
+    calls = run_script(name)
+    assert sum(call[0] == "train_llama_squad.py" for call in calls) == trainings
+    written = [path.relative_to(tmp_path / "results") for path in tmp_path.glob("results/*/*.csv")]
+    assert sorted(map(str, written)) == sorted(files)
+    for file in files:
+        rows = (tmp_path / "results" / file).read_text().count('"2-')
+        assert rows >= 6, file  # each question's row begins with its id
+
+
+def test_every_script_is_run():
+    tested = {mark.args[1][i][0] for mark in test_run.pytestmark if mark.name == "parametrize"
+              for i in range(len(mark.args[1]))}  # fmt: skip
+    assert {path.name for path in (ROOT / "runs").glob("*.sh")} == tested | {"others.sh"}

@@ -1,0 +1,94 @@
+"""Where spans begin and end."""
+
+import functools
+
+import pytest
+from helpers import tiny_model, tiny_tokenizer
+
+from llama_squad.answers import extract_answer
+from llama_squad.collator import ConversationEncoder
+from llama_squad.generation import Generator, Paragraph
+from llama_squad.prompts import build_messages
+from llama_squad.spans import SpanGrammar, find_span, is_span, span_vocabulary
+
+
+@functools.cache
+def encoder():
+    return ConversationEncoder(tiny_tokenizer())
+
+
+def ask(context, **options):
+    messages = [build_messages({"context": context, "question": "Who?"}, answer=False)]
+    paragraph = Paragraph(context, encoder().encode_prompts(messages))
+    return Generator(tiny_model(), encoder(), **options).reply([paragraph])[0][0]
+
+
+@pytest.mark.parametrize(
+    ("context", "text", "start"),
+    [
+        ("from 1562 to 1598.", "1562", 5),
+        ("from 1562 to 1598.", "562", -1),
+        ("largest gold rushes", "gold rush", -1),
+        ("in the 1990s", "1990", 7),  # digits and letters
+        ("US$5m, 20 %", "$5", 2),
+        ("US$5m, 20 %", "20 %", 7),
+        ("the euro (€)", "(€)", -1),  # no letter, no digit
+        ("the euro (€)", "the euro (€)", 0),
+        ("Yes. No.", ".", -1),
+        ("Yes. No.", "No", 5),
+        ("Nonetheless, No", "No", 13),  # not where it first occurs
+        ('"ok"', '"ok', 0),
+        ("cat's", "cat", 0),
+        ("x? 1", "?", -1),
+        (" a ", " a", -1),
+        ("职业碗四次入选", "四次", 3),  # no spaces between words
+        ("대통령은 갔다", "대통령", 0),  # particles are tied to words
+        ("ne\u0301e", "ne", -1),  # an accent belongs to its letter
+        ("ne\u0301", "ne\u0301", 0),
+        ("बाला जी", "बाला", 0),
+        ("", "a", -1),
+    ],
+)
+def test_spans_begin_and_end_at_word_boundaries(context, text, start):
+    assert find_span(context, text, "word") == start
+
+
+def walk(grammar, vocabulary):
+    stack = [(grammar.start, ())]
+    while stack:
+        state, ids = stack.pop()
+        found = grammar.successors(state)
+        assert found.ids, "a dead end"
+        for token_id, target in zip(found.ids, found.targets, strict=True):
+            if isinstance(target, int):
+                reply = [*vocabulary.header, *ids, token_id, *vocabulary.tails[target]]
+                yield extract_answer(vocabulary.spell(reply).decode()).text
+            else:
+                stack.append((tuple(target), (*ids, token_id)))
+
+
+@pytest.mark.parametrize("boundaries", ["word", "any"])
+@pytest.mark.parametrize("context", ["Ab. (c 1x).", "-a?", "é. ", " 中文 "])
+def test_grammar_admits_all_such_spans_and_no_others(context, boundaries):
+    vocabulary = span_vocabulary(encoder())
+    texts = {context[i:j] for i in range(len(context)) for j in range(i + 1, len(context) + 1)}
+    expected = {text for text in texts if is_span(context, text, boundaries)}
+    grammar = SpanGrammar(vocabulary, context, boundaries)
+    assert set(walk(grammar, vocabulary)) - {"?"} == expected
+
+
+def test_the_rule_holds_for_every_span_of_n_best():
+    context = "Ka. (lo) mir, 12 ven; -- tu!"
+    words = ask(context, n_best=12, num_beams=4)
+    assert len(words.spans) == 12
+    assert all(is_span(context, span.text, "word") for span in words.spans)
+    assert all(context.startswith(span.text, span.start) for span in words.spans)
+    assert is_span(context, words.best.text, "word")
+    every = ask(context, n_best=12, num_beams=4, span_boundaries="any")
+    assert not all(is_span(context, span.text, "word") for span in every.spans)
+
+
+@pytest.mark.parametrize("context", ["...", "(—)", "? !"])
+def test_a_context_without_words_is_answered_by_abstaining(context):
+    reply = ask(context)
+    assert (reply.best, reply.na_prob) == (None, 1.0)

@@ -1,0 +1,118 @@
+"""Prompts that are longer than what the model reads at once."""
+
+import functools
+import itertools
+
+import pytest
+from helpers import make_records, tiny_model, tiny_tokenizer
+
+from llama_squad.collator import ConversationEncoder
+from llama_squad.generation import Reply, Span
+from llama_squad.predictors import LocalModel
+from llama_squad.windows import cut_windows, merge_windows
+
+LONG = " ".join(f"Word{i} stands at place {i}." for i in range(60))
+
+
+@functools.cache
+def encoder():
+    return ConversationEncoder(tiny_tokenizer())
+
+
+def local(positions=512, **options):
+    model = tiny_model(max_position_embeddings=positions)
+    return LocalModel(model, encoder(), system_prompt="", **options)
+
+
+def tokens(text):
+    return len(tiny_tokenizer().encode(text, add_special_tokens=False))
+
+
+def test_windows_cover_the_context_and_overlap_at_words():
+    windows = cut_windows(tiny_tokenizer(), LONG, 100, 30)
+    assert windows[0][0] == 0
+    assert windows[-1][1] == len(LONG)
+    assert len(windows) > 4
+    for (a, b), (c, _) in itertools.pairwise(windows):
+        assert a < c < b
+        assert tokens(LONG[c:b]) >= 30 - 15
+        assert LONG[c - 1] == " "
+        assert LONG[b - 1] == " "
+        assert tokens(LONG[a:b]) <= 100 + 15
+    assert cut_windows(tiny_tokenizer(), "A b.", 100, 30) == [(0, 4)]
+    assert cut_windows(tiny_tokenizer(), "", 100, 30) == [(0, 0)]
+    blob = "x" * 500
+    assert cut_windows(tiny_tokenizer(), blob, 100, 30)[-1][1] == 500
+
+
+def reply(text, log_prob, no_answer, at=3, **more):
+    span = Span(text, log_prob, at)
+    na_prob = 0.5
+    return Reply(text, [], log_prob, span, (span,), no_answer, na_prob, **more)
+
+
+def test_the_window_that_is_surest_of_an_answer_gives_it():
+    replies = [(0, reply("a", -1.0, -0.1)), (50, reply("b", -9.0, -9.5)), (90, reply("c", -2, -2))]
+    merged = merge_windows(replies, n_best=2)
+    assert merged.best == Span("b", -9.0, 53)
+    assert merged.completion == "b"
+    assert [(span.text, span.start) for span in merged.spans] == [("a", 3), ("c", 93)]
+    nothing = Reply("?", [], -1.0, None, (), -1.0, 1.0)
+    assert merge_windows([(0, nothing), (9, reply("a", -5.0, -1.0))]).best == Span("a", -5.0, 12)
+    assert merge_windows([(0, nothing), (9, nothing)]).best is None
+
+
+def test_a_long_context_is_read_in_windows(monkeypatch):
+    record = {"id": "1", "context": LONG, "question": "Which?", "answers": {"text": []}}
+    short = make_records(1, [2])
+    model = local(n_best=3, max_new_tokens=8, na_prob_thresh=1.0)
+    asked = []
+    real = model._generator.reply
+
+    def watched(paragraphs):
+        asked.extend(paragraphs)
+        return real(paragraphs)
+
+    monkeypatch.setattr(model._generator, "reply", watched)
+    found = model.answer([short, [record]])
+    assert [p.record["id"] for p in found] == [*(r["id"] for r in short), "1"]
+    windows = [paragraph for paragraph in asked if paragraph.context in LONG]
+    assert len(windows) > 2
+    assert all(max(map(len, paragraph.prompts)) <= 512 - 8 for paragraph in asked)
+    best = found[2].reply.best
+    assert not found[2].failure
+    assert LONG[best.start : best.start + len(best.text)] == best.text
+    separate = [real([window])[0][0] for window in windows]
+    odds = [r.no_answer_log_prob - r.best.log_prob for r in separate]
+    assert best.text == separate[odds.index(min(odds))].best.text
+    alone = local(n_best=3, max_new_tokens=8, na_prob_thresh=1.0).answer([short])
+    assert [p.reply.best.text for p in alone] == [p.reply.best.text for p in found[:2]]
+
+
+@pytest.mark.parametrize("decoding", ["free", "span"])
+def test_what_cannot_be_asked_fails_with_its_reason(decoding):
+    record = {"id": "1", "context": LONG, "question": "Which?", "answers": {"text": []}}
+    if decoding == "span":
+        record |= {"context": "Ka lo.", "question": LONG}
+    found = local(decoding=decoding, max_new_tokens=8).answer([[record], make_records(1, [1])])
+    assert "tokens long" in found[0].failure
+    assert "512" in found[0].failure
+    assert not found[1].failure
+    assert found[1].reply.completion
+    only = local(decoding=decoding, max_new_tokens=8).answer([[record]])
+    assert only[0].failure
+
+
+def test_one_long_question_leaves_the_others_of_its_paragraph_alone():
+    short = make_records(1, [2])
+    long = {**short[0], "id": "x", "question": LONG}
+    found = local(max_new_tokens=8).answer([[short[0], long, short[1]]])
+    assert [bool(p.failure) for p in found] == [False, True, False]
+
+
+def test_replies_end_where_the_positions_do():
+    record = make_records(1, [1])[0]
+    model = local(decoding="free", max_new_tokens=300)
+    (ids,) = encoder().encode_prompts([model._messages(record)])
+    (prediction,) = model.answer([[record]])
+    assert len(prediction.reply.token_ids) <= 512 - len(ids)
