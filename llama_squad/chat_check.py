@@ -148,7 +148,7 @@ def judge(
     """Judge what ``speak`` returned, with the perplexity under ``base``."""
     replies = []
     for prompt, ids, reply in zip(prompts, _encode(encoder, prompts), spoken, strict=True):
-        text = str(encoder.tokenizer.decode(reply, skip_special_tokens=True))
+        text = str(encoder.tokenizer.decode(list(reply), skip_special_tokens=True))
         replies.append(
             ChatReply(prompt, text, *classify_reply(text), _perplexity(base, ids, reply))
         )

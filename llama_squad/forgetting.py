@@ -45,6 +45,21 @@ class Side(NamedTuple):
     adapter: str | None = None
 
 
+class Sides(NamedTuple):
+    """What is compared. Both take the tuned model's tokenizer: nothing but the weights differs."""
+
+    base: Side
+    tuned: Side
+    tokenizer: str
+
+
+class Chat(NamedTuple):
+    """What the chat check needs, beside the models."""
+
+    encoder: "ConversationEncoder"
+    prompts: list[str]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run eval.sh."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -123,21 +138,19 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace, options: Sequence[str]) -> None:
     """Make both checks, and print each as it is known."""
-    base, tuned, tokenizer = find_sides(args.model, args.base)
-    chat = None if args.no_chat else _prepare_chat(args, tokenizer)
-    key = side_key(args, base.model, tokenizer)
-    texts = [compare_benchmarks(args, options, base, tuned, tokenizer, key)]
+    sides = find_sides(args.model, args.base)
+    chat = None if args.no_chat else _prepare_chat(args, sides.tokenizer)
+    key = base_key(args, sides)
+    texts = [compare_benchmarks(args, options, sides, key)]
     print(texts[0], end="", flush=True)
     if chat:
-        texts.append("\n" + compare_chat(args, base, tuned, *chat, key))
+        texts.append("\n" + compare_chat(args, sides, chat, key))
         print(texts[1], end="")
     (args.output_path / "comparison.md").write_text("".join(texts), encoding="utf-8")
 
 
-def find_sides(model: str, base: str | None) -> tuple[Side, Side, str]:
-    """Return the base, what was tuned from it, and the tokenizer's folder or name for both.
-
-    Both sides take the tuned model's tokenizer, so that nothing but the weights differs.
+def find_sides(model: str, base: str | None) -> Sides:
+    """Return what is compared; ``base`` is None where the tuned model says what it was tuned from.
 
     Raises:
         ValueError: ``model`` is no adapter and no model, or does not name its base.
@@ -159,18 +172,18 @@ def find_sides(model: str, base: str | None) -> tuple[Side, Side, str]:
     if not base:
         raise ValueError(f"{model} names no base model: give it with --base")
     tokenizer = model if find_file(model, "tokenizer_config.json") else base
-    return Side(base), Side(base, model) if adapter else Side(model), tokenizer
+    return Sides(Side(base), Side(base, model) if adapter else Side(model), tokenizer)
 
 
-def side_key(args: argparse.Namespace, base: str, tokenizer: str) -> dict[str, Any]:
+def base_key(args: argparse.Namespace, sides: Sides) -> dict[str, Any]:
     """Return all that what the base says depends on, beside what it is asked."""
     from llama_squad.evaluation import weights_digest
 
     return {
         **{name: getattr(args, name) for name in ("quantize", "device", "dtype")},
-        "base": base,
-        "weights": weights_digest(base),
-        "tokenizer": _digests(tokenizer, "*token*", "chat_template*") or tokenizer,
+        "base": sides.base.model,
+        "weights": weights_digest(sides.base.model),
+        "tokenizer": _digests(sides.tokenizer, "*token*", "chat_template*") or sides.tokenizer,
         "transformers": _version("transformers"),
     }
 
@@ -202,9 +215,7 @@ def _version(package: str) -> str | None:
 def compare_benchmarks(
     args: argparse.Namespace,
     options: Sequence[str],
-    base: Side,
-    tuned: Side,
-    tokenizer: str,
+    sides: Sides,
     key: Mapping[str, Any],
 ) -> str:
     """Run the harness on both sides, where the base's run is not there yet; return the table.
@@ -212,8 +223,8 @@ def compare_benchmarks(
     Args:
         args: eval.sh's own flags.
         options: further options of ``lm_eval run``.
-        base, tuned, tokenizer: see ``find_sides``.
-        key: see ``side_key``.
+        sides: the models.
+        key: see ``base_key``.
 
     Raises:
         ValueError: the harness fails.
@@ -234,9 +245,9 @@ def compare_benchmarks(
     if (folders[0] / RUN_FILE).is_file():
         print(f"Taking the base's run in {folders[0]} again.", file=sys.stderr)
     else:
-        _evaluate(args, base, tokenizer, command, folders[0])
+        _evaluate(args, sides.base, sides.tokenizer, command, folders[0])
         write_json(folders[0] / RUN_FILE, whole_key)
-    _evaluate(args, tuned, tokenizer, command, folders[1])
+    _evaluate(args, sides.tuned, sides.tokenizer, command, folders[1])
     before, after = map(load_run, folders)
     return render_comparison(before.results, after.results, paired_errors(before, after))
 
@@ -283,9 +294,7 @@ def _save_in_4_bits(args: argparse.Namespace, model: str, tokenizer: str, folder
 # Plain prompts -------------------------------------------------------------------------------
 
 
-def _prepare_chat(
-    args: argparse.Namespace, tokenizer: str
-) -> "tuple[ConversationEncoder, list[str]] | None":
+def _prepare_chat(args: argparse.Namespace, tokenizer: str) -> Chat | None:
     """Load what the chat check needs, before the long run; None, and said, without a template."""
     from llama_squad.chat_check import CHAT_PROMPTS, read_prompts
     from llama_squad.collator import ConversationEncoder
@@ -296,17 +305,10 @@ def _prepare_chat(
     if not loaded.chat_template:
         print(f"No chat check: the tokenizer of {tokenizer} has no chat template.", file=sys.stderr)
         return None
-    return ConversationEncoder(loaded), prompts
+    return Chat(ConversationEncoder(loaded), prompts)
 
 
-def compare_chat(
-    args: argparse.Namespace,
-    base: Side,
-    tuned: Side,
-    encoder: "ConversationEncoder",
-    prompts: Sequence[str],
-    key: Mapping[str, Any],
-) -> str:
+def compare_chat(args: argparse.Namespace, sides: Sides, chat: Chat, key: Mapping[str, Any]) -> str:
     """Let both sides answer prompts, where the base's replies are not there yet; return the table.
 
     An adapter is switched on and off on weights loaded once; else one model is loaded at a time.
@@ -316,23 +318,21 @@ def compare_chat(
     """
     from llama_squad import chat_check
 
-    whole_key = {**key, "prompts": list(prompts)}
+    whole_key = {**key, "prompts": chat.prompts}
     file = args.output_path / f"chat-base-{_digest_of(whole_key)}.json"
     before = _read_replies(file)
     if before:
         print(f"Taking the base's replies in {file} again.", file=sys.stderr)
-    model = _load(args, tuned)
-    spoken = _speak(tuned, model, encoder, prompts)
-    if not tuned.adapter:
+    model = _load(args, sides.tuned)
+    spoken = _speak(sides.tuned, model, chat)
+    if not sides.tuned.adapter:
         del model
         gc.collect()  # so that its memory is free for the base
-        model = _load(args, base)
+        model = _load(args, sides.base)
     with chat_check.adapter_off(model):
-        after = chat_check.judge(model, encoder, prompts, spoken)
+        after = chat_check.judge(model, *chat, spoken)
         if not before:
-            before = chat_check.judge(
-                model, encoder, prompts, _speak(base, model, encoder, prompts)
-            )
+            before = chat_check.judge(model, *chat, _speak(sides.base, model, chat))
     for path, replies in ((file, before), (args.output_path / "chat-tuned.json", after)):
         write_json(path, {"replies": [dataclasses.asdict(reply) for reply in replies]})
     return chat_check.render_chat(before, after)
@@ -346,16 +346,14 @@ def _load(args: argparse.Namespace, side: Side) -> Any:
     return (attach_adapter(model, side.adapter, side.model) if side.adapter else model).eval()
 
 
-def _speak(
-    side: Side, model: Any, encoder: "ConversationEncoder", prompts: Sequence[str]
-) -> list[list[int]]:
+def _speak(side: Side, model: Any, chat: Chat) -> list[list[int]]:
     from tqdm import tqdm
 
     from llama_squad.chat_check import speak
 
     name = f"Asking {side.adapter or side.model}"
-    with tqdm(total=len(prompts), desc=name, unit="prompt") as bar:
-        return speak(model, encoder, prompts, progress=bar.update)
+    with tqdm(total=len(chat.prompts), desc=name, unit="prompt") as bar:
+        return speak(model, *chat, progress=bar.update)
 
 
 def _read_replies(file: Path) -> "list[ChatReply]":
