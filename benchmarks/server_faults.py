@@ -1,23 +1,26 @@
 """A real server that is killed midway and refuses one question: what stands in the result file?
 
-Starts `transformers serve` and a proxy before it, which refuses one question for good and kills the
-server (SIGKILL) after so many replies, then starts it anew. Runs the evaluation stage through the
-proxy, then the same command again without the refusal, and compares the rows with those of the same
-model loaded here (free decoding, which is greedy as temperature 0 is).
+Starts `transformers serve` and a proxy before it, which refuses one question for good (HTTP 400,
+content_filter) and kills the server (SIGKILL) after half of the replies, then starts it anew. Runs
+the evaluation stage through the proxy, then the same command again without the refusal, and
+compares the rows with those of the same model loaded here (free decoding, which is greedy as
+temperature 0 is). Ends with an error unless each question has one row, the refused one alone is
+failed, all others are right, and the second run asks that one only.
 
-    python benchmarks/server_faults.py --model DIR --dataset data/squad_v2 --output /tmp/faults \
-        --serve PYTHON_WITH_transformers[serving]
+    python benchmarks/server_faults.py --model DIR --data dev.json --output /tmp/faults
+
+`transformers serve` needs transformers[serving], the client requirements-predictors.txt.
 """
 
 import argparse
 import json
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -102,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         messages = json.loads(body)["messages"]
         if self.server.refused and self.server.refused in messages[-1]["content"]:
             self.server.count("refused")
-            error = {"message": "maximum context length", "code": "context_length_exceeded"}
+            error = {"message": "the prompt was filtered", "code": "content_filter"}
             self._send(400, json.dumps({"error": error}).encode())
             return
         try:
@@ -133,7 +136,7 @@ def run_stage(args: argparse.Namespace, output: Path, *flags: str) -> float:
     """Run the evaluation stage; return its seconds."""
     command = [
         sys.executable, "test_llama_squad.py", "--model_name", args.model,
-        "--dataset_name", str(Path(args.dataset).resolve()), "--num_samples", str(args.questions),
+        "--dataset_name", str(args.dataset), "--num_samples", str(args.questions),
         "--max_new_tokens", str(args.max_new_tokens), "--output", str(output), *flags,
     ]  # fmt: skip
     start = time.monotonic()
@@ -141,23 +144,58 @@ def run_stage(args: argparse.Namespace, output: Path, *flags: str) -> float:
     return time.monotonic() - start
 
 
-def compare(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
-    """Say what stands in a result file, beside that of the model loaded here."""
+def build_dataset(args: argparse.Namespace) -> None:
+    """Build the dataset's folder from ``--data``, unless ``--dataset`` gave one."""
+    if args.data is None:
+        args.dataset = args.dataset.resolve()
+        return
+    args.dataset = (args.output / "squad").resolve()
+    command = [
+        sys.executable, "create_squad_dataset.py", "--test_files", str(args.data.resolve()),
+        "--dataset_name", str(args.dataset),
+    ]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+Rows = list[dict[str, Any]]
+
+
+def check(rows: Rows, reference: Rows, failed: Sequence[str]) -> list[str]:
+    """Print what stands in a result file, and return what is wrong with it.
+
+    Args:
+        rows: of the result file.
+        reference: those of the model loaded here.
+        failed: ids of the questions that must be failed; all others must be right.
+    """
     here = {row["id"]: row["completion"] for row in reference}
+    counts = Counter(row["id"] for row in rows)
     states = Counter(row["state"] for row in rows)
-    answered = [row for row in rows if row["state"] != "failed"]
-    equal = sum(row["completion"] == here[row["id"]] for row in answered)
-    return (
-        f"{len(rows)} rows, {len({row['id'] for row in rows})} ids, states {dict(states)}; "
-        f"{equal} of the {len(answered)} answered equal the replies of the model loaded here"
+    found = {row["id"]: row["completion"] for row in rows if row["state"] == "failed"}
+    other = [
+        row["id"] for row in rows
+        if row["state"] != "failed" and row["completion"] != here.get(row["id"])
+    ]  # fmt: skip
+    answered = len(rows) - len(found)
+    print(
+        f"{len(rows)} rows of {len(counts)} questions, {dict(states)}: {answered - len(other)} of "
+        f"{answered} answered as by the model loaded here; failed: {list(found.values())}"
     )
+    return [
+        *[f"{len(here.keys() - counts.keys())} missing"] * (here.keys() != counts.keys()),
+        *[f"{len(rows) - len(counts)} doubled"] * (len(rows) != len(counts)),
+        *[f"failed are {list(found)}, not {list(failed)}"] * (sorted(found) != sorted(failed)),
+        *[f"answered otherwise: {other}"] * bool(other),
+    ]
 
 
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a chat model")
-    parser.add_argument("--dataset", default="data/squad_v2")
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--data", type=Path, help="official SQuAD JSON file")
+    data.add_argument("--dataset", type=Path, default=Path("data/squad_v2"), help="built already")
     parser.add_argument("--output", required=True, type=Path, help="folder for rows and logs")
     parser.add_argument("--serve", default=sys.executable, help="Python with transformers[serving]")
     parser.add_argument("--questions", type=int, default=200)
@@ -165,13 +203,18 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--port", type=int, default=8123)
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
+    for name in ("model", "output"):
+        path = Path(getattr(args, name)).resolve()
+        setattr(args, name, path if name == "output" else str(path))
+    return args
 
-    record = load_squad(args.dataset)["test"][args.questions // 3]
+
+def ask_server(args: argparse.Namespace, refused: dict[str, Any]) -> tuple[Rows, Rows, int]:
+    """Run the stage twice; return the rows of both, and how many questions the second asked."""
     serve = Serve(args.serve, args.model, args.port, args.output / "serve.log")
     serve.start()
     try:
-        with Proxy(serve, "Question: " + record["question"].strip(), args.questions // 2) as proxy:
+        with Proxy(serve, "Question: " + refused["question"].strip(), args.questions // 2) as proxy:
             threading.Thread(target=proxy.serve_forever, daemon=True).start()
             flags = [
                 "--predictor", "server", "--base_url", f"http://127.0.0.1:{proxy.server_port}/v1",
@@ -180,22 +223,37 @@ def main() -> None:
             rows = args.output / "server.csv"
             seconds = run_stage(args, rows, *flags, "--overwrite")
             print(f"\nFirst run: {seconds:.0f} s, the server down for {proxy.down_s:.0f} s of them")
-            print(f"Requests: {dict(proxy.counts)}")
+            print(f"Requests: {dict(proxy.counts)}", flush=True)
+            if not proxy.down_s:
+                sys.exit("the server was not killed, or not started again, within the run")
             first = read_results(rows)
             proxy.refused, before = "", proxy.counts["answered"]
             run_stage(args, rows, *flags)
             asked = proxy.counts["answered"] - before
-            second = read_results(rows)
             proxy.shutdown()
+            return first, read_results(rows), asked
     finally:
         serve.kill()
+
+
+def main() -> None:
+    """Run the benchmark."""
+    args = parse()
+    args.output.mkdir(parents=True, exist_ok=True)
+    build_dataset(args)
+    refused = load_squad(str(args.dataset))["test"][args.questions // 3]
+    first, second, asked = ask_server(args, refused)
     here = args.output / "local.csv"
     run_stage(args, here, "--decoding", "free", "--dtype", "float32", "--overwrite")
     reference = read_results(here)
-    print("\nFirst run:", compare(first, reference))
-    print(f"Second run ({asked} questions asked):", compare(second, reference))
-    reasons = [re.sub(r"\s+", " ", row["completion"]) for row in first if row["state"] == "failed"]
-    print("Failed:", reasons)
+    print("\nFirst run: ", end="")
+    faults = check(first, reference, [refused["id"]])
+    print(f"Second run, {asked} asked: ", end="")
+    faults += check(second, reference, [])
+    faults += [f"the second run asked {asked}, not 1"] * (asked != 1)
+    if faults:
+        sys.exit("FAILED: " + "; ".join(faults))
+    print("As it should be.")
 
 
 if __name__ == "__main__":
