@@ -1,5 +1,6 @@
 """eval.sh with a harness that only notes how it was called; the real one where it is installed."""
 
+import copy
 import json
 import math
 import os
@@ -279,7 +280,6 @@ def chat_folders(folder: Path) -> tuple[Path, Path, Path]:
     model = tiny_model()
     model.save_pretrained(paths[0])
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    config.base_model_name_or_path = str(paths[0])
     tuned = peft.get_peft_model(model, config)
     tuned.peft_config["default"].base_model_name_or_path = str(paths[0])
     torch.manual_seed(1)
@@ -337,7 +337,7 @@ def test_a_model_without_a_chat_template_is_not_asked(
     tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, *_ = chat_folders(tmp_path / "chat")
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.chat_template = None
     (base / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(base)
