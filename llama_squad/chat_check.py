@@ -107,25 +107,63 @@ def chat(
         batch_size: prompts at once.
         progress: told the number of prompts that are new since the last call.
     """
-    encoded = encoder.encode_prompts(
-        [[{"role": "user", "content": prompt}] for prompt in prompts], final=False
-    )
-    replies = []
+    spoken = speak(
+        model, encoder, prompts,
+        max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    if base is not None:
+        return judge(base, encoder, prompts, spoken)
+    with adapter_off(model):
+        return judge(model, encoder, prompts, spoken)
+
+
+def speak(
+    model: Any,
+    encoder: ConversationEncoder,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[list[int]]:
+    """Return the ids of a model's greedy replies, one per prompt; arguments as ``chat`` has them.
+
+    Apart from ``judge``, so that a tuned model and its base need not be in memory together.
+    """
+    encoded = _encode(encoder, prompts)
+    spoken: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):
         batch = encoded[start : start + batch_size]
-        for offset, ids in enumerate(_generate(model, encoder, batch, max_new_tokens)):
-            text = str(encoder.tokenizer.decode(ids, skip_special_tokens=True))
-            with nullcontext() if base is not None else _adapter_off(model):
-                perplexity = _perplexity(base or model, batch[offset], ids)
-            replies.append(
-                ChatReply(prompts[start + offset], text, *classify_reply(text), perplexity)
-            )
+        spoken += _generate(model, encoder, batch, max_new_tokens)
         progress(len(batch))
+    return spoken
+
+
+def judge(
+    base: Any,
+    encoder: ConversationEncoder,
+    prompts: Sequence[str],
+    spoken: Sequence[Sequence[int]],
+) -> list[ChatReply]:
+    """Judge what ``speak`` returned, with the perplexity under ``base``."""
+    replies = []
+    for prompt, ids, reply in zip(prompts, _encode(encoder, prompts), spoken, strict=True):
+        text = str(encoder.tokenizer.decode(list(reply), skip_special_tokens=True))
+        replies.append(
+            ChatReply(prompt, text, *classify_reply(text), _perplexity(base, ids, reply))
+        )
     return replies
 
 
-def _adapter_off(model: Any) -> AbstractContextManager[None]:
+def adapter_off(model: Any) -> AbstractContextManager[None]:
+    """Switch a PEFT model's adapter off for a while; any other model stays as it is."""
     return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+
+
+def _encode(encoder: ConversationEncoder, prompts: Sequence[str]) -> list[list[int]]:
+    return encoder.encode_prompts(
+        [[{"role": "user", "content": prompt}] for prompt in prompts], final=False
+    )
 
 
 @torch.inference_mode()

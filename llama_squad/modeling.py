@@ -108,7 +108,27 @@ def _base_of(adapter_name: str) -> str | None:
             "nor, as seen from here, an adapter on the Hub: train one with "
             "`python train_llama_squad.py`, or name another with --adapter_name"
         ) from error
-    # A folder was relative to where the adapter was trained, most likely this repository.
+    return _from_here(base)
+
+
+def tuned_from(source: str) -> str | None:
+    """Return the name or folder of what an adapter or a whole model was tuned from; None if unsaid.
+
+    Args:
+        source: a folder, or a name on the Hub.
+
+    Raises:
+        ValueError: a damaged configuration.
+    """
+    if find_file(source, "adapter_config.json"):
+        return _base_of(source)
+    path = find_file(source, RUN_CONFIG)
+    saved = load_run_config(path.parent) if path else {}
+    return _from_here(saved.get("model", {}).get("model_name"))
+
+
+def _from_here(base: str | None) -> str | None:
+    """Find a folder that was relative to where a model was trained, most likely this repository."""
     if base and not Path(base).is_dir() and (_ROOT / base).is_dir():
         return str(_ROOT / base)
     return base
@@ -254,13 +274,22 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 
 def load_model(
-    args: ModelArguments, quantize: bool = False, adapter_name: str | None = None
+    args: ModelArguments,
+    quantize: bool = False,
+    adapter_name: str | None = None,
+    where: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model, in 4 bits where asked, with its adapter where there is one.
 
     The weights go to this process's GPU; a single process with several GPUs spreads them. An
     adapter is merged where that changes no more than the order of a sum: into float32 weights. In
     16 bits the rounding would change answers, and in 4 bits all the more: there it stays apart.
+
+    Args:
+        args: which model, and how.
+        quantize: hold it in 4 bits.
+        adapter_name: a folder, or a name on the Hub.
+        where: device for the weights, such as cuda:1 (default: as said above).
 
     Raises:
         ValueError: the model or the adapter cannot be had, or they do not fit.
@@ -270,7 +299,9 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype}
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
-    if torch.cuda.is_available():
+    if where:
+        options["device_map"] = {"": where}
+    elif torch.cuda.is_available():
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
         spread = alone and torch.cuda.device_count() > 1
         options["device_map"] = "auto" if spread else {"": device()}

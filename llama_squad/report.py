@@ -98,7 +98,9 @@ def render_figures(figures: Mapping[str, float], form: Format) -> str:
 
 
 def render_comparison(
-    base: Mapping[str, Mapping[str, Any]], tuned: Mapping[str, Mapping[str, Any]]
+    base: Mapping[str, Mapping[str, Any]],
+    tuned: Mapping[str, Mapping[str, Any]],
+    paired: Mapping[tuple[str, str], float] | None = None,
 ) -> str:
     """Write the figures of two lm-evaluation-harness runs side by side, as a markdown table.
 
@@ -106,9 +108,11 @@ def render_comparison(
         base: the "results" of its JSON file: task → {"metric,filter": value,
             "metric_stderr,filter": standard error}, as shares in [0, 1] for most metrics.
         tuned: the same of the tuned model, on the same tasks.
+        paired: (task, "metric,filter") → standard error of the difference over the same questions.
 
-    The standard error is that of the difference of two independent samples; both models answer
-    the same questions, so the true one is smaller. A difference beyond two of them is marked.
+    Without a paired standard error, the one of two independent samples stands there, with a mark:
+    both models answer the same questions, so the true one is smaller. A difference beyond two
+    standard errors is marked.
     """
     lines = [["task", "metric", "base", "tuned", "difference", "± s.e.", "beyond 2 s.e."]]
     for task, figures in base.items():
@@ -120,22 +124,31 @@ def render_comparison(
                 continue
             errors = [_number(run[task].get(error_key)) for run in (base, tuned)]
             name = metric if kind == "none" else f"{metric} ({kind})"
-            lines.append([task, name, *_difference(before, after, errors)])
-    return _render_table(lines, "markdown")
+            error = (paired or {}).get((task, key))
+            lines.append([task, name, *_difference(before, after, errors, error)])
+    note = "\n\\* of two independent samples: the true one is smaller\n"
+    return _render_table(lines, "markdown") + note * any("*" in line[-2] for line in lines)
 
 
 def _number(value: Any) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
-def _difference(before: float, after: float, errors: Sequence[float | None]) -> list[str]:
+def _difference(
+    before: float, after: float, errors: Sequence[float | None], paired: float | None
+) -> list[str]:
     cells = [f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"]
     known = [error for error in errors if error is not None]
-    if len(known) < len(errors):
+    if paired is None and len(known) < len(errors):
         return [*cells, "–", ""]
-    error = math.hypot(*known)
+    error = math.hypot(*known) if paired is None else paired
     beyond = abs(after - before) > 2 * error
-    return [*cells, f"{error:.4f}", ("lower" if after < before else "higher") if beyond else ""]
+    mark = " *" if paired is None else ""
+    return [
+        *cells,
+        f"{error:.4f}{mark}",
+        ("lower" if after < before else "higher") if beyond else "",
+    ]
 
 
 def _json(content: Any) -> str:
