@@ -11,8 +11,9 @@ from helpers import make_records, tiny_model, tiny_tokenizer
 from llama_squad import evaluation, generation
 from llama_squad.collator import ConversationEncoder
 from llama_squad.config import TestArguments
-from llama_squad.generation import Generator, Reply, Span, exact_head
+from llama_squad.generation import Generator, Reply, Span
 from llama_squad.predictors import LocalModel, Prediction, batch_paragraphs
+from llama_squad.tree import exact_head
 
 
 @pytest.mark.parametrize("size", [1, 4, 32])

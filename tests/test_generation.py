@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from llama_squad import generation
 from llama_squad.answers import NO_ANSWER, extract_answer, format_answer
-from llama_squad.generation import Generator, Paragraph, TokenTree
+from llama_squad.generation import Generator, Paragraph
 from llama_squad.prompts import build_messages
 from llama_squad.spans import SpanGrammar, is_span, reply_ids, span_vocabulary
 
