@@ -234,7 +234,8 @@ def plan_rows(
     sharing = [p for p in paragraphs if p not in alone] if alone else paragraphs
     rows = _balanced_rows(sharing, per_row, most, rng)
     plain = [[(example,)] for p in alone for example in p.examples]
-    rows = _divisible(rows, processes, most, encoded["length"], len(plain))
+    if sharing:
+        rows = _divisible(rows, processes, most, encoded["length"], len(plain))
     if plain:
         rows += plain
         rng.shuffle(rows)
@@ -246,8 +247,8 @@ def plan_rows(
         paragraphs_per_step=round(rows_per_step * held * processes),
         questions_per_step=questions / len(rows) * rows_per_step * processes,
         tokens=tokens
-        - shared * (len(sharing) - (len(rows) - len(plain)))
-        + _repeated(alone, encoded),
+        + _repeated(alone, encoded["length"])
+        - shared * (len(sharing) - len(rows) + len(plain)),
         plain_tokens=sum(encoded["length"]),
         plain_paragraphs=len(too_long),
     )
@@ -261,9 +262,8 @@ def _paragraphs_beyond(encoded: Any, longest: int | None) -> set[str]:
     return {paragraph for paragraph, length in pairs if length > longest}
 
 
-def _repeated(alone: Sequence[Paragraph], encoded: Any) -> int:
+def _repeated(alone: Sequence[Paragraph], lengths: Sequence[int]) -> int:
     """Return how many tokens paragraphs take more than their trees, an example a row."""
-    lengths = encoded["length"]
     return sum(lengths[example] for p in alone for example in p.examples) - sum(
         p.tokens for p in alone
     )
@@ -330,8 +330,8 @@ def _divisible(
             short, longer = (rows.pop(0) if rows else [] for _ in range(2))
             if not longer or _length(short, lengths) + _length(longer, lengths) > max_length:
                 raise ValueError(
-                    f"{len(rows) + 2 + others} rows of a question each cannot be dealt out to {processes} "
-                    "processes: raise --max_seq_length, or start another number of processes"
+                    f"{len(rows) + 2 + others} rows of a question each cannot be dealt out to "
+                    f"{processes} processes: raise --max_seq_length, or start another number of processes"
                 )
             rows.append([*short, *longer])
     return rows

@@ -490,11 +490,13 @@ def recurrent_layers(config: Any) -> str:
 class Probe(Protocol):
     """A tree to try a model on."""
 
-    examples: Sequence[Encoded]
-    """The sequences of its branches, in order."""
+    @property
+    def examples(self) -> Sequence[Encoded]:
+        """The sequences of its branches, in order."""
 
-    watched: Sequence[Sequence[int]]
-    """The positions of each one's tokens whose logits are watched."""
+    @property
+    def watched(self) -> Sequence[Sequence[int]]:
+        """The positions of each one's tokens whose logits are watched."""
 
     def run(self, change: str) -> list[torch.Tensor]:
         """Return each branch's watched logits, with something changed.
