@@ -233,7 +233,7 @@ def plan_rows(
     alone = [p for p in paragraphs if encoded["paragraph"][p.examples[0]] in too_long]
     sharing = [p for p in paragraphs if p not in alone] if alone else paragraphs
     rows = _balanced_rows(sharing, per_row, most, rng)
-    plain = [[(example,)] for p in alone for example in p.examples]
+    plain: list[list[tuple[int, ...]]] = [[(i,)] for p in alone for i in p.examples]
     if sharing:
         rows = _divisible(rows, processes, most, encoded["length"], len(plain))
     if plain:
@@ -331,7 +331,7 @@ def _divisible(
             if not longer or _length(short, lengths) + _length(longer, lengths) > max_length:
                 raise ValueError(
                     f"{len(rows) + 2 + others} rows of a question each cannot be dealt out to "
-                    f"{processes} processes: raise --max_seq_length, or start another number of processes"
+                    f"{processes} processes: raise --max_seq_length, or start another number of them"
                 )
             rows.append([*short, *longer])
     return rows

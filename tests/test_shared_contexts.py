@@ -205,13 +205,11 @@ def refuse_4d_masks(model: Any) -> None:
     model.forward = strict
 
 
-@pytest.mark.parametrize("reason", ["flex", "a 2D mask was expected", "as asked"])
+@pytest.mark.parametrize("reason", ["a 2D mask was expected", "as asked"])
 def test_fallback(
     reason: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("mistral")
-    if reason == "flex":
-        model.set_attn_implementation("flex_attention")
     if "2D" in reason:
         refuse_4d_masks(model)
     encoded = encoded_dataset(make_records(4, [3, 2]))
