@@ -330,8 +330,8 @@ def _divisible(
             short, longer = (rows.pop(0) if rows else [] for _ in range(2))
             if not longer or _length(short, lengths) + _length(longer, lengths) > max_length:
                 raise ValueError(
-                    f"{len(rows) + 2 + others} rows of a question cannot be dealt out to {processes} "
-                    "processes: raise --max_seq_length, or start another number of processes"
+                    f"{len(rows) + 2 + others} rows of a question each cannot be dealt out to "
+                    f"{processes} processes: raise --max_seq_length, or start more or fewer"
                 )
             rows.append([*short, *longer])
     return rows
