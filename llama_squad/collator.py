@@ -360,11 +360,12 @@ class SquadDataCollator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate; see the class."""
-        if "paragraphs" not in examples[0]:
-            features = [{k: e[k] for k in ("input_ids", "labels")} for e in examples]
-            return super().torch_call(features)
-        rows = [example["paragraphs"] for example in examples]
-        if all(sum(map(len, row)) == 1 for row in rows):  # nothing to share
-            return self.torch_call([row[0][0] for row in rows])
-        trees = [Tree.build(row) for row in rows]
-        return dict(batch_rows(trees, self.pad_token_id, self.pad_to_multiple_of))
+        if "paragraphs" in examples[0]:
+            rows = [example["paragraphs"] for example in examples]
+            if any(sum(map(len, row)) > 1 for row in rows):
+                trees = [Tree.build(row) for row in rows]
+                return dict(batch_rows(trees, self.pad_token_id, self.pad_to_multiple_of))
+            examples = [row[0][0] for row in rows]  # nothing to share
+        return super().torch_call(
+            [{k: example[k] for k in ("input_ids", "labels")} for example in examples]
+        )

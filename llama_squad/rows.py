@@ -245,8 +245,9 @@ def plan_rows(
     alone = [p for p in paragraphs if encoded["paragraph"][p.examples[0]] in too_long]
     sharing = [p for p in paragraphs if p not in alone] if alone else paragraphs
     rows = _balanced_rows(sharing, per_row, most, rng)
-    plain = [[(example,)] for p in alone for example in p.examples]
-    rows = _divisible(rows, processes, most, encoded["length"], len(plain))
+    plain: list[list[tuple[int, ...]]] = [[(i,)] for p in alone for i in p.examples]
+    if sharing:
+        rows = _divisible(rows, processes, most, encoded["length"], len(plain))
     if plain:
         rows += plain
         rng.shuffle(rows)
@@ -261,8 +262,8 @@ def plan_rows(
         questions_per_step=questions / len(rows) * in_step * processes,
         steps=len(rows) / processes / in_step,
         tokens=tokens
-        - shared * (len(sharing) - (len(rows) - len(plain)))
-        + _repeated(alone, encoded),
+        + _repeated(alone, encoded["length"])
+        - shared * (len(sharing) - len(rows) + len(plain)),
         plain_tokens=sum(encoded["length"]),
         plain_paragraphs=len(too_long),
     )
@@ -276,9 +277,8 @@ def _paragraphs_beyond(encoded: Any, longest: int | None) -> set[str]:
     return {paragraph for paragraph, length in pairs if length > longest}
 
 
-def _repeated(alone: Sequence[Paragraph], encoded: Any) -> int:
+def _repeated(alone: Sequence[Paragraph], lengths: Sequence[int]) -> int:
     """Return how many tokens paragraphs take more than their trees, an example a row."""
-    lengths = encoded["length"]
     return sum(lengths[example] for p in alone for example in p.examples) - sum(
         p.tokens for p in alone
     )
@@ -346,8 +346,7 @@ def _divisible(
             if not longer or _length(short, lengths) + _length(longer, lengths) > max_length:
                 raise ValueError(
                     f"{len(rows) + 2 + others} rows of a question each cannot be dealt out to "
-                    f"{processes} processes: raise --max_seq_length, or start another number of "
-                    "processes"
+                    f"{processes} processes: raise --max_seq_length, or start more or fewer"
                 )
             rows.append([*short, *longer])
     return rows

@@ -214,9 +214,11 @@ def _in_form(model: Any, visible: torch.Tensor) -> torch.Tensor:
     if kind == "eager":  # which adds the mask to its scores
         mask = torch.zeros(visible.shape, dtype=model.dtype, device=visible.device)
         return mask.masked_fill_(~visible, torch.finfo(model.dtype).min)
-    raise ValueError(
-        f"{kind} attention cannot hold a tree of questions: take --attn_implementation sdpa"
-    )
+    raise ValueError(_other_attention(kind))
+
+
+def _other_attention(kind: str) -> str:
+    return f"{kind} attention cannot hold a tree of questions: take --attn_implementation sdpa"
 
 
 def longest_shared(model: Any) -> int | None:
@@ -490,11 +492,13 @@ def recurrent_layers(config: Any) -> str:
 class Probe(Protocol):
     """A tree to try a model on."""
 
-    examples: Sequence[Encoded]
-    """The sequences of its branches, in order."""
+    @property
+    def examples(self) -> Sequence[Encoded]:
+        """The sequences of its branches, in order."""
 
-    watched: Sequence[Sequence[int]]
-    """The positions of each one's tokens whose logits are watched."""
+    @property
+    def watched(self) -> Sequence[Sequence[int]]:
+        """The positions of each one's tokens whose logits are watched."""
 
     def run(self, change: str) -> list[torch.Tensor]:
         """Return each branch's watched logits, with something changed.
@@ -656,6 +660,9 @@ def why_not_shared(model: Any, probe: Probe, row: "RowProbe | None" = None) -> s
     carried = recurrent_layers(model.config)
     if carried:
         return f"{carried} carry what one question says into the next, whatever the mask"
+    kind = model.config.get_text_config()._attn_implementation
+    if kind not in ("sdpa", "eager"):
+        return _other_attention(kind)
     training = model.training
     model.eval()
     try:
