@@ -233,7 +233,7 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
 
         server = ServerModel(
             model_args.model_name, args.base_url, temperature=args.temperature,
-            timeout=args.timeout, concurrency=args.concurrency or args.batch_size or 32,
+            timeout=args.timeout, concurrency=args.concurrency,
             max_tokens_name=args.max_tokens_name, structured_output=args.structured_output, **chat,
         )  # fmt: skip
         return lambda **_: server

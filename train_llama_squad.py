@@ -70,9 +70,11 @@ def check_flags(argv: Sequence[str], parsed: Sequence[Any]) -> None:
 
 def what_is_kept(sft_args: Any, started: float) -> str:
     """Say what an interrupted run leaves, and how to go on with it."""
-    from llama_squad.training import newest_checkpoint
+    from llama_squad.training import find_checkpoint, newest_checkpoint
 
-    checkpoint = newest_checkpoint(sft_args.output_dir, started) or sft_args.resume_from_checkpoint
+    asked = sft_args.resume_from_checkpoint
+    checkpoint = newest_checkpoint(sft_args.output_dir, started)
+    checkpoint = checkpoint or find_checkpoint(asked, sft_args.output_dir)
     if not checkpoint:
         return "no checkpoint is written yet (see --save_steps): the same command starts anew"
     return (

@@ -1,12 +1,12 @@
 """How many beams span decoding needs: accuracy and seconds by --num_beams, on a real model.
 
-Answers the questions of whole paragraphs, taken evenly from a file, with each number of beams; says
-how many answers are right (strictly, and by the official exact and F1), how often the best span is
-the one that the most beams found, and the seconds that each took. The numbers of beams take turns,
-a batch each, so that other work on the machine falls on all of them alike.
+Answers the questions of whole paragraphs, taken at random from a split, with each number of beams;
+says how many answers are right (strictly, and by the official exact and F1), how often the best
+span is the one that the most beams found, and the seconds that each took. The numbers of beams take
+turns, a batch each, so that other work on the machine falls on all of them alike.
 
-    python benchmarks/beams.py --data ../shared/data/squad_v2/dev.json --model MODEL
-    python benchmarks/beams.py --data ../shared/data/squad_v2/dev.json --model MODEL --adapter DIR
+    python benchmarks/beams.py --model MODEL
+    python benchmarks/beams.py --model MODEL --adapter DIR
 """
 
 import argparse
@@ -22,21 +22,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama_squad import modeling
 from llama_squad.answers import extract_answer
 from llama_squad.config import ModelArguments
-from llama_squad.data import read_squad_file
+from llama_squad.data import load_squad
 from llama_squad.metrics import evaluate_predictions
 from llama_squad.predictors import (
     LocalModel,
     Prediction,
-    Record,
     batch_paragraphs,
-    group_paragraphs,
 )
+from llama_squad.rows import sample_paragraphs
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", required=True, help="official SQuAD JSON file")
+    parser.add_argument("--dataset_name", default="data/squad_v2", help="Dataset's folder.")
+    parser.add_argument("--split", default="test")
     parser.add_argument("--model", required=True)
     parser.add_argument("--adapter")
     parser.add_argument("--num_samples", type=int, default=500, help="questions, about")
@@ -44,14 +44,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--decoding", default="span")
     return parser.parse_args()
-
-
-def sample_paragraphs(path: Path, questions: int) -> list[Record]:
-    """Return the questions of some whole paragraphs, taken evenly from the file."""
-    groups = group_paragraphs(list(read_squad_file(path)))
-    wanted = max(1, round(len(groups) * questions / sum(map(len, groups))))
-    chosen = [groups[len(groups) * index // wanted] for index in range(wanted)]
-    return [record for group in chosen for record in group]
 
 
 def official(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -105,7 +97,8 @@ def main() -> None:
     model_args = ModelArguments(model_name=args.model, dtype="float32")
     encoder = modeling.load_encoder(model_args, 0, args.adapter)
     weights = modeling.load_model(model_args, False, args.adapter).eval()
-    records = sample_paragraphs(Path(args.data), args.num_samples)
+    split = load_squad(args.dataset_name)[args.split]
+    records = list(sample_paragraphs(split, args.num_samples, seed=0))
     models = {
         beams: LocalModel(weights, encoder, decoding=args.decoding, num_beams=beams)
         for beams in args.num_beams
@@ -120,7 +113,8 @@ def main() -> None:
             seconds[beams] += time.perf_counter() - start
         if number % 4 == 3 and number + 1 < len(batches):  # a long run tells how it goes
             report(found, seconds)
-    print(f"{len(records)} questions of {len(group_paragraphs(records))} paragraphs")
+    paragraphs = len({record["context"] for record in records})
+    print(f"{len(records)} questions of {paragraphs} paragraphs")
     report(found, seconds)
 
 

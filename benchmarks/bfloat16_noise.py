@@ -1,11 +1,11 @@
 """How far answers in bfloat16 depend on the batch size: the same questions, several sizes compared.
 
-Answers the questions of whole paragraphs, taken evenly from a file, with each batch size, and says
-for each pair of neighbouring sizes, and for all sizes together, how many answers and best spans
-differ, and how far log P("?") and log P(best span) do. What is compared is kept in ``--out``.
+Answers the questions of whole paragraphs, taken at random from a split, with each batch size, and
+says for each pair of neighbouring sizes, and for all sizes together, how many answers and best
+spans differ, and how far log P("?") and log P(best span) do. What is compared is kept in ``--out``.
 
-    python benchmarks/bfloat16_noise.py --data ../shared/data/squad_v2/dev.json --model MODEL
-    python benchmarks/bfloat16_noise.py --data ../shared/data/squad_v2/dev.json --model MODEL \
+    python benchmarks/bfloat16_noise.py --model MODEL
+    python benchmarks/bfloat16_noise.py --model MODEL \
         --emulate --num_samples 100
 
 Processors without bfloat16 instructions multiply it some seventy times as slowly as float32.
@@ -34,14 +34,16 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from llama_squad import modeling
 from llama_squad.answers import extract_answer
 from llama_squad.config import ModelArguments
-from llama_squad.data import read_squad_file
-from llama_squad.predictors import LocalModel, Record, batch_paragraphs, group_paragraphs
+from llama_squad.data import load_squad
+from llama_squad.predictors import LocalModel, Record, batch_paragraphs
+from llama_squad.rows import sample_paragraphs
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", required=True, help="official SQuAD JSON file")
+    parser.add_argument("--dataset_name", default="data/squad_v2", help="Dataset's folder.")
+    parser.add_argument("--split", default="test")
     parser.add_argument("--model", required=True)
     parser.add_argument("--adapter")
     parser.add_argument("--num_samples", type=int, default=500, help="questions, about")
@@ -69,14 +71,6 @@ def emulate(model: nn.Module) -> None:
         return attention(q.float(), k.float(), v.float(), **more).bfloat16()
 
     F.scaled_dot_product_attention = rounded  # type: ignore[assignment]
-
-
-def sample_paragraphs(path: Path, questions: int) -> list[Record]:
-    """Return the questions of some whole paragraphs, taken evenly from the file."""
-    groups = group_paragraphs(list(read_squad_file(path)))
-    wanted = max(1, round(len(groups) * questions / sum(map(len, groups))))
-    chosen = [groups[len(groups) * index // wanted] for index in range(wanted)]
-    return [record for group in chosen for record in group]
 
 
 def answer(model: LocalModel, records: Sequence[Record], size: int) -> dict[str, dict[str, Any]]:
@@ -124,7 +118,8 @@ def main() -> None:
     if args.emulate:
         emulate(weights)
     model = LocalModel(weights, encoder, decoding="span", num_beams=args.num_beams)
-    records = sample_paragraphs(Path(args.data), args.num_samples)
+    split = load_squad(args.dataset_name)[args.split]
+    records = list(sample_paragraphs(split, args.num_samples, seed=0))
     runs: dict[int, dict[str, dict[str, Any]]] = {}
     for size in args.batch_sizes:
         start = time.perf_counter()

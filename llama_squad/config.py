@@ -186,7 +186,8 @@ class TrainerArguments:
         "auto", "Trackers; auto: TensorBoard, and W&B where you are logged in to it."
     )
     resume_from_checkpoint: str | None = _option(
-        None, "A checkpoint's folder, or `latest` for the newest."
+        None,
+        "A checkpoint's folder; `latest` for the newest; `auto` for the newest, if there is one.",
     )
     hub_model_id: str | None = _option(
         None, "Repository on the Hub to push to (USER/NAME); the merged model goes to NAME-merged."
@@ -207,9 +208,7 @@ class TestArguments:
         "Server of --predictor server (default: OpenAI's own): its model's name goes to "
         "--model_name, its key to OPENAI_API_KEY, and it always decodes freely.",
     )
-    concurrency: int | None = _option(
-        None, "Questions that a server is asked at once (default: --batch_size)."
-    )
+    concurrency: int = _option(32, "Questions that a server is asked at once.")
     timeout: float = _option(600.0, "Seconds to wait for a server's reply.")
     temperature: float = _option(0.0, "Temperature that a server is asked for.")
     max_tokens_name: Literal["max_tokens", "max_completion_tokens"] | None = _option(

@@ -875,6 +875,7 @@ class _Batch:
         for (question, node), found, values, indices in zip(
             nodes, following, top.values.tolist(), top.indices.tolist(), strict=True
         ):
+            assert isinstance(question.search, _Search)  # the only one of span decoding
             if len(found.ids) > most:
                 question.search.cut(node.log_prob + values[most - 1])
             children = [

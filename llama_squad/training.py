@@ -336,18 +336,20 @@ class LossBar(ProgressCallback):
 
 
 def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
-    """Return the checkpoint to resume from; "latest" is the newest complete one.
+    """Return the checkpoint to resume from; "latest" and "auto" are the newest complete one.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, and "auto" was not asked for.
     """
     if asked is None or asked.lower() == "false":
         return None
-    if asked.lower() in ("latest", "true"):
+    if asked.lower() in ("latest", "true", "auto"):
         found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name[11:].isdigit()]
     else:
         found = [Path(asked)]
     complete = [path for path in found if _is_complete(path)]
+    if not complete and asked.lower() == "auto":
+        return None
     if not complete:
         raise ValueError(
             f"no complete checkpoint in {output_dir if len(found) != 1 else found[0]}: "

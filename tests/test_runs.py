@@ -113,6 +113,8 @@ def run_script(tmp_path, tiny, monkeypatch):
         ("llama2_70b.sh", ["llama2_70b/base.csv"], 0),
         ("llama3_8b.sh", ["llama3_8b/base.csv", "llama3_8b/results.csv"], 1),
         ("reasoning_tokens.sh", ["reasoning_tokens/results.csv"], 1),
+        ("smollm2_135m.sh", ["smollm2_135m/base_free.csv", "smollm2_135m/base_spans.csv",
+                             "smollm2_135m/tuned_free.csv", "smollm2_135m/tuned_spans.csv"], 1),
     ],
 )  # fmt: skip
 def test_run(name, files, trainings, run_script, tmp_path):
@@ -126,6 +128,6 @@ def test_run(name, files, trainings, run_script, tmp_path):
 
 
 def test_every_script_is_run():
-    tested = {mark.args[1][i][0] for mark in test_run.pytestmark if mark.name == "parametrize"
-              for i in range(len(mark.args[1]))}  # fmt: skip
+    (cases,) = [mark.args[1] for mark in test_run.pytestmark if mark.name == "parametrize"]
+    tested = {name for name, *_ in cases}
     assert {path.name for path in (ROOT / "runs").glob("*.sh")} == tested | {"others.sh"}

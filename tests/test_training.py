@@ -560,12 +560,13 @@ def test_find_checkpoint() -> None:
     assert find(None, "results") is None
     with pytest.raises(ValueError, match="no complete checkpoint in results"):
         find("latest", "results")
+    assert find("auto", "results") is None
     nine = checkpoint("checkpoint-9")
     ten = checkpoint("checkpoint-10")
     checkpoint("checkpoint-11", None)  # killed before its state was written,
     checkpoint("checkpoint-12", json.dumps({"global_step": 12})[:-4])  # and in the middle of it
     checkpoint("checkpoint-best")
-    assert find("latest", "results") == str(ten)
+    assert find("latest", "results") == find("auto", "results") == str(ten)
     assert find(str(nine), "results") == str(nine)
     assert find("results/checkpoint-best", "results") == "results/checkpoint-best"
     with pytest.raises(ValueError, match="no complete checkpoint in results/checkpoint-11"):
