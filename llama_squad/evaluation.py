@@ -465,12 +465,11 @@ def audit(
     for batch in tqdm(list(batch_paragraphs(sample, args.batch_size)), "Audit", unit=" batches"):
         answers = zip(model.answer(batch), exhaustive.answer(batch), strict=True)
         pairs += [(found.reply, true.reply) for found, true in answers]
-    same = [
-        abs(a.score - b.score)
-        for a, b in pairs
-        if a.score is not None and b.score is not None and a.best and a.token_ids == b.token_ids
-    ]
-    noise = max([LEAST_NOISE, *same])
+    noise = LEAST_NOISE
+    for found, true in pairs:
+        if found.best and found.token_ids == true.token_ids:
+            assert found.score is not None and true.score is not None
+            noise = max(noise, abs(found.score - true.score))
     best = unproven = 0
     for found, true in pairs:
         ours, theirs = found.best, true.best
