@@ -141,12 +141,14 @@ def _run(args: argparse.Namespace, options: Sequence[str]) -> None:
     sides = find_sides(args.model, args.base)
     chat = None if args.no_chat else _prepare_chat(args, sides.tokenizer)
     key = base_key(args, sides)
-    texts = [compare_benchmarks(args, options, sides, key)]
-    print(texts[0], end="", flush=True)
+    text = compare_benchmarks(args, options, sides, key)
+    print(text, end="", flush=True)
+    file = args.output_path / "comparison.md"
+    file.write_text(text, encoding="utf-8")  # at once: the rest may fail
     if chat:
-        texts.append("\n" + compare_chat(args, sides, chat, key))
-        print(texts[1], end="")
-    (args.output_path / "comparison.md").write_text("".join(texts), encoding="utf-8")
+        said = "\n" + compare_chat(args, sides, chat, key)
+        print(said, end="")
+        file.write_text(text + said, encoding="utf-8")
 
 
 def find_sides(model: str, base: str | None) -> Sides:
