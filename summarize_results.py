@@ -15,12 +15,12 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llama_squad.config import parse_stage
-from llama_squad.metrics import gold_texts, score_predictions
+from llama_squad.metrics import gold_texts, score_predictions, score_table
 from llama_squad.report import (
     Format,
     describe_differing,
@@ -28,7 +28,7 @@ from llama_squad.report import (
     render_figures,
     render_summaries,
 )
-from llama_squad.results import Row, official_predictions, read_results, summarize
+from llama_squad.results import Row, Tally, iter_results, rethreshold
 from llama_squad.stage import run_stage
 
 
@@ -64,7 +64,10 @@ class SummarizeArguments:
     )
     na_prob_thresh: float | None = dataclasses.field(
         default=None,
-        metadata={"help": "Abstain where --na_prob is above this (default: 1.0, never)."},
+        metadata={
+            "help": "Abstain where the no-answer probability is above this (default: as the result "
+            "file says; with --predictions 1.0, never)."
+        },
     )
     output: str | None = dataclasses.field(
         default=None, metadata={"help": "Also save the summary in this file."}
@@ -102,16 +105,27 @@ def name_files(files: Sequence[str]) -> dict[str, Path]:
     return names
 
 
+def read_rows(path: Path, threshold: float | None) -> Iterator[Row]:
+    """Read a result file, as another threshold would have made it where one is given."""
+    for row in iter_results(path):
+        try:
+            yield row if threshold is None else rethreshold(row, threshold)
+        except ValueError as error:
+            raise ValueError(f"--na_prob_thresh cannot be applied to {path}: {error}") from error
+
+
 def summarize_files(args: SummarizeArguments) -> str:
     """Summarise result files, one row each."""
-    if args.data or args.na_prob or args.na_prob_thresh is not None:
-        raise ValueError("--data, --na_prob and --na_prob_thresh need --predictions FILE")
+    if args.data or args.na_prob:
+        raise ValueError("--data and --na_prob need --predictions FILE")
     summaries, questions, unplotted = {}, {}, []
     for name, path in name_files(args.results).items():
-        rows = read_results(path)
-        summaries[name] = summarize(rows)
-        questions[name] = len(rows), digest_questions(rows)
-        if args.plot and not plot_file(rows, args.plot, name):
+        asked, tally = Questions(), Tally()
+        for row in read_rows(path, args.na_prob_thresh):
+            asked.add(row)
+            tally.add(row)
+        summaries[name], questions[name] = tally.figures(), asked.key()
+        if args.plot and not plot_file(tally, args.plot, name):
             unplotted.append(str(path))
     if unplotted and len(unplotted) == len(summaries):
         raise ValueError(f"no --plot of {', '.join(unplotted)}: some rows have no na_prob")
@@ -125,28 +139,34 @@ def summarize_files(args: SummarizeArguments) -> str:
     return f"{summary}\n{note}" if note else summary
 
 
-def digest_questions(rows: Sequence[Row]) -> str:
-    """Return a digest of the questions and their right answers, in any order; "" if not named.
+class Questions:
+    """Which questions a file answers, in any order: their number, and a digest."""
 
-    The original's files number their rows, and do not name the questions.
-    """
-    if not any(row["question"] for row in rows):
-        return ""
-    digest = 0
-    for row in rows:
+    def __init__(self) -> None:
+        self._count = self._digest = 0
+        self._named = False
+
+    def add(self, row: Row) -> None:
+        """Count a row's question and its right answers in."""
         text = json.dumps([row["id"], row["question"], row["answers"]])
-        digest ^= int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
-    return f"{digest:032x}"
+        self._digest ^= int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
+        self._named = self._named or bool(row["question"])
+        self._count += 1
+
+    def key(self) -> tuple[int, str]:
+        """Return the number and the digest: "" where the file does not name the questions.
+
+        The original's files number their rows, and name none.
+        """
+        return self._count, f"{self._digest:032x}" if self._named else ""
 
 
-def plot_file(rows: Sequence[Row], folder: str, name: str) -> bool:
+def plot_file(tally: Tally, folder: str, name: str) -> bool:
     """Draw one file's picture; False where a row has no na_prob."""
-    predictions, na_probs = official_predictions(rows)
-    if na_probs is None:
+    table = tally.weighed()
+    if table is None:
         return False
-    golds = {row["id"]: row["answers"] for row in rows}
-    picture = Path(folder, f"{name.replace('/', '_')}.png")
-    plot_na_probs(golds, predictions, na_probs, picture, name)
+    plot_na_probs(table, Path(folder, f"{name.replace('/', '_')}.png"), name)
     return True
 
 
@@ -162,7 +182,8 @@ def score_official(args: SummarizeArguments) -> str:
         if na_probs is None:
             raise ValueError("--plot draws no-answer probabilities: give --na_prob FILE")
         name = Path(args.predictions).stem
-        plot_na_probs(golds, predictions, na_probs, Path(args.plot, f"{name}.png"), name)
+        table = score_table(golds, predictions, na_probs)
+        plot_na_probs(table, Path(args.plot, f"{name}.png"), name)
     return render_figures(figures, args.format)
 
 

@@ -121,8 +121,7 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
             "--length_penalty needs --decoding free and several --num_beams: nothing else weighs "
             "replies by their length"
         )
-    if args.tune_threshold and args.na_prob_thresh is not None:
-        raise ValueError("--tune_threshold chooses what --na_prob_thresh sets: give one of them")
+    check_threshold_flags(args)
     for name in ("num_beams", "batch_size", "max_new_tokens", "num_samples", "concurrency"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -135,8 +134,21 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
             "--sample paragraphs takes --num_samples questions at random: give their number, and "
             "leave --shuffle out"
         )
+
+
+def check_threshold_flags(args: TestArguments) -> None:
+    """Refuse thresholds that are none, or that clash. Raises ValueError."""
     if args.na_prob_thresh is not None and not 0 <= args.na_prob_thresh <= 1:
         raise ValueError(f"--na_prob_thresh is a probability, not {args.na_prob_thresh}")
+    if args.tune_threshold and args.na_prob_thresh is not None:
+        raise ValueError("--tune_threshold chooses what --na_prob_thresh sets: give one of them")
+    if args.tune_for != "exact" and not args.tune_threshold:
+        raise ValueError("--tune_for says what --tune_threshold tunes for: give both")
+    if args.tune_threshold and not (args.adapter_name and Path(args.adapter_name).is_dir()):
+        raise ValueError(
+            "--tune_threshold keeps the threshold in the adapter's folder: give a local "
+            "--adapter_name, or choose a threshold with --na_prob_thresh"
+        )
 
 
 def check_server_flags(args: TestArguments) -> None:
@@ -171,12 +183,12 @@ def check_url(args: TestArguments) -> None:
 
 def run(args: TestArguments, model_args: ModelArguments) -> None:
     """Answer, score and print."""
+    from llama_squad import evaluation
     from llama_squad.data import load_squad
 
+    evaluation.check_outputs(args)
     dataset = load_squad(args.dataset_name)
-    from llama_squad import evaluation
-
-    threshold = 1.0 if args.tune_threshold else evaluation.load_threshold(args)
+    threshold = 1.0 if args.tune_threshold else evaluation.load_threshold(args, model_args)
     model = load_predictor(args, model_args)
     if args.batch_size is None:
         size = getattr(model(na_prob_thresh=threshold), "batch_size", 32)
@@ -193,7 +205,6 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
         evaluation.settings_of(args, model_args, threshold, records),
         batch_size=args.batch_size,
         overwrite=args.overwrite,
-        n_best=args.n_best > 0,
     )
     if evaluation.Processes.join().rank > 0:
         return
@@ -241,13 +252,12 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
 def report(args: TestArguments) -> None:
     """Print the row of the table; write the official files if asked."""
     from llama_squad.report import render_summaries
-    from llama_squad.results import read_results, summarize, write_official
+    from llama_squad.results import iter_results, summarize, write_official
 
-    rows = read_results(args.output)
     if args.predictions_dir:
-        write_official(rows, args.predictions_dir)
+        write_official(iter_results(args.output), args.predictions_dir)
     name = Path(args.adapter_name or args.output).name
-    print("\n" + render_summaries({name: summarize(rows)}, "table"))
+    print("\n" + render_summaries({name: summarize(iter_results(args.output))}, "table"))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from llama_squad.config import (
     parse_stage,
 )
 from llama_squad.flags import sft_config_fields
-from llama_squad.folders import check_dataset, check_file, check_weights
+from llama_squad.folders import check_dataset, check_file, check_output, check_weights
 from llama_squad.stage import if_interrupted, next_command, run_stage
 
 
@@ -57,9 +57,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check_flags(argv: Sequence[str], parsed: Sequence[Any]) -> None:
     """Check what can be checked before anything is loaded. Raises ValueError."""
+    if "--help_all" in argv:  # which the parser with all flags takes
+        return
     args, model_args, trainer = parsed
     check_training_numbers(args, trainer)
     check_adapter_flags(args, argv)
+    check_output(model_args.model_name, trainer.output_dir)
+    if args.resume_anyway and not trainer.resume_from_checkpoint:
+        raise ValueError("--resume_anyway needs --resume_from_checkpoint: nothing is gone on from")
     create = next_command("create", argv, dataset_name=args.dataset_name)
     check_dataset(args.dataset_name, ["train"], create)
     check_weights(
@@ -70,7 +75,7 @@ def check_flags(argv: Sequence[str], parsed: Sequence[Any]) -> None:
 
 def what_is_kept(sft_args: Any, started: float) -> str:
     """Say what an interrupted run leaves, and how to go on with it."""
-    from llama_squad.training import find_checkpoint, newest_checkpoint
+    from llama_squad.checkpoints import find_checkpoint, newest_checkpoint
 
     asked = sft_args.resume_from_checkpoint
     checkpoint = newest_checkpoint(sft_args.output_dir, started)
@@ -101,21 +106,22 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     """Train, save the adapter, and merge and push it where asked; return the adapter's folder."""
     from transformers import set_seed
 
-    from llama_squad import modeling, preflight, publishing, rows, training
+    from llama_squad import checkpoints, modeling, preflight, publishing, rows, training
     from llama_squad.collator import SquadDataCollator
     from llama_squad.data import load_squad
     from llama_squad.merge_error import Sample
 
-    publishing.check_output(model_args.model_name, sft_args.output_dir)
     preflight.check_hub(sft_args)
     modeling.say_device()
     settings = publishing.run_settings(args, model_args, sft_args.to_dict())
     set_seed(sft_args.seed)
-    checkpoint = training.find_checkpoint(sft_args.resume_from_checkpoint, sft_args.output_dir)
+    checkpoint = checkpoints.find_checkpoint(sft_args.resume_from_checkpoint, sft_args.output_dir)
     dataset = load_squad(args.dataset_name)
     if "val" in dataset:
         dataset["val"] = rows.sample_paragraphs(dataset["val"], args.eval_samples, sft_args.seed)
     encoder = modeling.load_encoder(model_args, args.reasoning_tokens)
+    record = checkpoints.make_record(settings, dataset["train"], encoder, sft_args.world_size)
+    differ = checkpoints.check_resume(checkpoint, record, args.resume_anyway)
     with sft_args.main_process_first(desc="encoding"):
         encoded = rows.encode_dataset(dataset, encoder, sft_args.max_length)
     model = training.prepare_model(args, model_args, encoder)
@@ -123,13 +129,17 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
         pad_token_id=encoder.tokenizer.pad_token_id, pad_to_multiple_of=sft_args.pad_to_multiple_of
     )
     validate = training.make_validation(sft_args, dataset, args.dataset_name, encoder)
-    features = training.lay_out(args, sft_args, encoded, model, collator)
+    layout = training.lay_out(args, sft_args, encoded, model, collator)
+    record["rows"] = layout.rows
+    if not differ:  # else they are laid out otherwise, of course
+        checkpoints.check_resume(checkpoint, {"rows": layout.rows}, args.resume_anyway)
+    settings[checkpoints.RECORD] = record
     trainer = training.SquadTrainer(
         model=model,
-        args=sft_args,
+        args=sft_args.replace(**layout.settings),
         data_collator=collator,
-        train_dataset=features["train"],
-        eval_dataset=features.get("val"),
+        train_dataset=layout.features["train"],
+        eval_dataset=layout.features.get("val"),
         processing_class=encoder.tokenizer,
         validate=validate,
         settings=settings,
@@ -139,7 +149,7 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     first = trainer.is_world_process_zero()
     del trainer, model
     if args.merge_and_push and first:
-        sample = Sample.take(features.get("val", features["train"]), collator)
+        sample = Sample.take(layout.features.get("val", layout.features["train"]), collator)
         with if_interrupted(f"{final} is complete, but neither merged nor pushed"):
             publishing.merge_and_push(final, args, model_args, sft_args, sample)
     return final

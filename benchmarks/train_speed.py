@@ -200,13 +200,13 @@ class Bench:
         collator = SquadDataCollator(pad_token_id=self.encoder.tokenizer.pad_token_id)
         model = self.model()
         train_args = dataclasses.replace(self.train_args, row_tokens=row_tokens)
-        features = training.lay_out(train_args, sft_args, {"train": self.encoded}, model, collator)
-        assert "paragraphs" in features["train"].column_names, "contexts are not shared"
+        layout = training.lay_out(train_args, sft_args, {"train": self.encoded}, model, collator)
+        assert "paragraphs" in layout.features["train"].column_names, "contexts are not shared"
         return training.SquadTrainer(
             model=model,
-            args=sft_args,
+            args=sft_args.replace(**layout.settings),
             data_collator=collator,
-            train_dataset=features["train"],
+            train_dataset=layout.features["train"],
             processing_class=self.encoder.tokenizer,
         )
 

@@ -29,12 +29,13 @@ MALFORMED_PREDICTION = "\ufffdmalformed\ufffd"
 """What stands for a malformed reply in an official prediction file, where "" means no answer: a
 text that shares no word with any gold answer, so that it is exact 0 and F1 0 everywhere."""
 
-State = Literal["answer", "no_answer", "malformed"]
+State = Literal["answer", "no_answer", "malformed", "failed"]
+"""A reply's three states, and that of a question that got no reply ("failed": scores as wrong)."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a reply says: ``text`` is the answer, ``NO_ANSWER``, or "" where it is malformed."""
+    """What a reply says: ``text`` is the answer, ``NO_ANSWER``, or "" (malformed or failed)."""
 
     state: State
     text: str
@@ -48,6 +49,7 @@ class Answer:
 
 
 MALFORMED = Answer("malformed", "")
+FAILED = Answer("failed", "")
 
 
 def escape_answer(text: str) -> str:

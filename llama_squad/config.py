@@ -138,6 +138,11 @@ class TrainArguments:
         "bits they are rounded at random, so that small updates survive on average; in float32 "
         "nothing is lost, in a file of twice the size.",
     )
+    resume_anyway: bool = _option(
+        False,
+        "Go on from a checkpoint although this run lays its questions out otherwise, or follows "
+        "another schedule; without it the differences are named, and refused.",
+    )
     show_mask: int = _option(
         0, "Print this many examples with their supervised tokens in colour, and exit."
     )
@@ -251,7 +256,12 @@ class TestArguments:
     tune_threshold: bool = _option(
         False, "Pick the threshold on the validation split first, and keep it with the adapter."
     )
-    n_best: int = _option(0, "Also write this many best spans a question, as JSON lines.")
+    tune_for: Literal["exact", "f1"] = _option(
+        "exact", "Which official score --tune_threshold makes as high as it can."
+    )
+    n_best: int = _option(
+        0, "Find this many best spans of each question: JSON, in a column of the result file."
+    )
     audit: int = _option(
         0, "Score every span for this many questions, and say how often the search found the best."
     )
@@ -564,7 +574,7 @@ def parse_stage(
         parsed = parse(values, str(path) if path else "")
     except ValueError as error:
         parser.error(str(error))
-    if check:
+    if check and "--help_all" not in arguments:  # which another call answers
         check(parsed)
     try:
         more = saved(parsed) if saved else {}
@@ -637,10 +647,13 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON aside, then rename: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(
-        json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
-    )
-    aside.replace(path)
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError:  # such as a full disk
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def save_run_config(folder: str | Path, stage: str, **settings: Any) -> None:

@@ -1,13 +1,13 @@
 """Evaluate a model on a split: resumable, in one process or several, with a tuned threshold.
 
-Reads records and a model, writes a result file (``llama_squad.results``) and, where asked, a
-``.n_best.jsonl`` beside it. Each process of several appends to a file of its own; the first one
-merges them, at the end and whenever a killed run is gone on with.
+Reads records and a model, writes a result file (``llama_squad.results``). Each process of several
+appends to a file of its own; the first one merges them, at the end and whenever a killed run is
+resumed, and holds the lock of the result file throughout.
 """
 
+import contextlib
 import hashlib
 import json
-import math
 import os
 import random
 import re
@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from llama_squad.config import ModelArguments, TestArguments, provenance, write_json
 from llama_squad.generation import Reply
-from llama_squad.modeling import resolve_dtype
+from llama_squad.metrics import Plateau, ScoreTable, choose_threshold, score_answer
+from llama_squad.modeling import resolve_dtype, whole_model
 from llama_squad.predictors import (
     Batch,
     ConcurrentPredictor,
@@ -33,7 +34,15 @@ from llama_squad.predictors import (
     Record,
     batch_paragraphs,
 )
-from llama_squad.results import ResultsFile, config_path, merge_results, read_results, summarize
+from llama_squad.results import (
+    ResultsFile,
+    check_writable,
+    config_path,
+    differences,
+    iter_results,
+    one_line_errors,
+    row_answer,
+)
 from llama_squad.rows import sample_paragraphs
 
 THRESHOLD_FILE = "na_prob_thresh.json"
@@ -44,7 +53,14 @@ AUDIT_BEAMS = 1000
 
 # What may change between two runs of one result file.
 _VOLATILE = ("output", "overwrite", "batch_size", "predictions_dir", "audit", "tune_threshold",
-             "concurrency", "timeout", "max_tokens_name", "versions", "commit")  # fmt: skip
+             "tune_for", "concurrency", "timeout", "max_tokens_name", "versions",
+             "commit")  # fmt: skip
+
+DEFAULT_THRESHOLD = 0.5
+
+# What a tuned threshold is good for: these move na_prob, or which span it is compared with.
+_TUNED_FOR = ("decoding", "num_beams", "dtype", "quantize", "bnb_4bit_quant_type", "prompt",
+              "system_prompt", "reasoning_tokens", "chat_template", "span_boundaries")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,7 +113,7 @@ def settings_of(
     With digests of the questions and of local weights: another training may write into the same
     folder, and its rows must not be taken for those of the last one.
     """
-    settings = {**asdict(args), **asdict(model_args), "na_prob_thresh": threshold}
+    settings = _resolved(args, model_args) | {"na_prob_thresh": threshold}
     text = json.dumps(list(records), sort_keys=True, ensure_ascii=False)
     return {
         **settings,
@@ -106,6 +122,31 @@ def settings_of(
         "adapter_digest": weights_digest(args.adapter_name),
         **provenance(),
     }
+
+
+def _resolved(args: TestArguments, model_args: ModelArguments) -> dict[str, Any]:
+    """Return the flags, with the number format that the weights really have."""
+    settings = {**asdict(args), **asdict(model_args)}
+    if args.predictor == "server":
+        return settings
+    exact = args.predictor == "encoder" and model_args.dtype == "auto"
+    dtype = resolve_dtype("float32" if exact else model_args.dtype)
+    return settings | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def check_outputs(args: TestArguments) -> None:
+    """Find out, before a model is loaded, whether all that a run writes can be written.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    paths = [Path(args.output)]
+    if args.predictions_dir:
+        paths.append(Path(args.predictions_dir, "predictions.json"))
+    if args.tune_threshold:
+        paths += [_validation_path(paths[0]), Path(args.adapter_name or "", THRESHOLD_FILE)]
+    for path in paths:
+        check_writable(path)
 
 
 def weights_digest(folder: str | None) -> str | None:
@@ -137,44 +178,52 @@ def evaluate(
     *,
     batch_size: int = 32,
     overwrite: bool = False,
-    n_best: bool = False,
 ) -> None:
     """Answer what ``output`` does not hold yet, and leave a complete result file there.
 
     The rows stand by paragraph, in the order of ``records``, whatever number of processes and
-    interruptions there was.
+    interruptions there was. Questions that failed before are asked again.
 
     Raises:
-        ValueError: ``output`` was made with other settings; see ``ResultsFile``.
+        ValueError: ``output`` was made with other settings, or another run is writing it; see
+            ``ResultsFile``.
     """
     processes = Processes.join()
     batches = list(batch_paragraphs(records, batch_size))
     order = [record["id"] for batch in batches for group in batch for record in group]
-    done: set[str] | str = set()
-    if processes.rank == 0:
-        _say_if_mixed(output, settings, overwrite)
-        try:
-            done = _gather(output, order, settings, overwrite)
-        except ValueError as error:
-            done = str(error)
-    done = processes.share(done)
-    if isinstance(done, str):
-        raise ValueError(done)
-    # A batch that was interrupted is answered whole: the same batches give the same figures, to
-    # the last bit, however often a run was killed and on however many processes it ran.
-    todo = [batch for batch in batches if _ids(batch) - done]
-    mine = todo[processes.rank :: processes.world]
-    path = output if processes.world == 1 else _shard_path(output, processes.rank)
-    with ResultsFile(path, settings, _VOLATILE) as results:
-        for predictions in _progress(model, mine, done, processes):
-            new = [item for item in predictions if item.record["id"] not in done]
-            if n_best:
-                _append_lines(_n_best_path(path), map(_n_best_line, new))
-            results.append([prediction.row() for prediction in new])
-    processes.share(None)
-    if processes.rank == 0:
-        _gather(output, order, settings)
-    processes.share(None)
+    with contextlib.ExitStack() as stack:
+        whole: ResultsFile | None = None
+        done: set[str] | str = set()
+        if processes.rank == 0:
+            _say_if_mixed(output, settings, overwrite)
+            try:
+                file = ResultsFile(output, settings, _VOLATILE, overwrite)
+                whole = stack.enter_context(file)
+                _gather(whole, order, settings, overwrite)
+                done = set(whole.done)
+            except ValueError as error:
+                done = str(error)
+        done = processes.share(done)
+        if isinstance(done, str):
+            raise ValueError(done)
+        # A batch that was interrupted is answered whole: the same batches give the same figures,
+        # to the last bit, however often a run was killed and on however many processes it ran.
+        todo = [batch for batch in batches if _ids(batch) - done]
+        mine = todo[processes.rank :: processes.world]
+        # A failed row stays in its place until a reply can take it, at the merge.
+        if whole and not whole.failed:
+            own: contextlib.AbstractContextManager[ResultsFile] = contextlib.nullcontext(whole)
+        else:
+            own = ResultsFile(_shard_path(output, processes.rank), settings, _VOLATILE)
+        with own as results:
+            for predictions in _progress(model, mine, done, processes):
+                new = [item for item in predictions if item.record["id"] not in done]
+                results.append([prediction.row() for prediction in new])
+        processes.share(None)
+        if whole:
+            _gather(whole, order, settings)
+            whole.check_complete(order)
+        processes.share(None)
 
 
 def _say_if_mixed(output: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
@@ -197,73 +246,31 @@ def _say_if_mixed(output: Path, settings: Mapping[str, Any], overwrite: bool) ->
 
 
 def _shard_path(output: Path, rank: int) -> Path:
-    return output.with_name(f".{output.stem}.shard{rank}.csv")
+    return output.with_name(f".{output.name}.shard{rank}")
 
 
-def _n_best_path(output: Path) -> Path:
-    return output.with_suffix(".n_best.jsonl")
+def _validation_path(output: Path) -> Path:
+    """Return where the answers stand that a threshold is tuned on."""
+    return output.with_name(f"{output.name}.val.csv")
 
 
 def _gather(
-    output: Path, order: Sequence[str], settings: Mapping[str, Any], overwrite: bool = False
-) -> set[str]:
-    """Merge the files of all processes into ``output``, in order; return the ids that it holds."""
-    name = re.compile(re.escape(f".{output.stem}.shard") + r"\d+\.csv")
-    shards = sorted(path for path in output.parent.glob(".*.csv") if name.fullmatch(path.name))
-    done: set[str] = set()
-    for path in [output, *shards]:
-        with ResultsFile(path, settings, _VOLATILE, overwrite) as results:  # checks and mends it
-            done |= results.done
-    merge_results([output, *shards], output, order, settings)
-    _merge_lines([_n_best_path(path) for path in [output, *shards]], order, done)
-    _remove(shards)
-    return done
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        for file in (path, config_path(path), _n_best_path(path)):
-            file.unlink(missing_ok=True)
-
-
-def _n_best_line(prediction: Prediction) -> dict[str, Any]:
-    """Return the spans of one question: their probabilities, and the abstention's, add up to 1."""
-    reply = prediction.reply
-    assert reply.no_answer_log_prob is not None
-    log_probs = [reply.no_answer_log_prob, *(span.log_prob for span in reply.spans)]
-    weights = [math.exp(value - max(log_probs)) for value in log_probs]
-    probabilities = [weight / sum(weights) for weight in weights]
-    return {
-        "id": prediction.record["id"],
-        "na_prob": reply.na_prob,
-        "no_answer": {"probability": probabilities[0], "log_prob": log_probs[0]},
-        "spans": [
-            {"text": span.text, "probability": probability, "log_prob": span.log_prob}
-            for span, probability in zip(reply.spans, probabilities[1:], strict=True)
-        ],
-    }
-
-
-def _append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _merge_lines(paths: Sequence[Path], order: Sequence[str], done: set[str]) -> None:
-    """Merge JSON-lines files into the first one: those of ``done`` questions, once each."""
-    lines: dict[str, bytes] = {}
-    for path in paths:
-        for line in path.read_bytes().split(b"\n") if path.exists() else []:
-            try:
-                lines[json.loads(line)["id"]] = line
-            except ValueError:  # the last line of a killed process
-                continue
-    if lines:
-        kept = [lines[id_] for id_ in order if id_ in lines and id_ in done]
-        aside = paths[0].with_name(f".{paths[0].name}.{os.getpid()}")
-        aside.write_bytes(b"".join(line + b"\n" for line in kept))
-        aside.replace(paths[0])
+    whole: ResultsFile,
+    order: Sequence[str],
+    settings: Mapping[str, Any],
+    overwrite: bool = False,
+) -> None:
+    """Merge the files of all processes into the whole one, in order, and remove them."""
+    name = re.compile(re.escape(f".{whole.path.name}.shard") + r"\d+")
+    shards = sorted(path for path in whole.path.parent.glob(".*") if name.fullmatch(path.name))
+    with contextlib.ExitStack() as stack:
+        for path in shards:  # each is checked and mended, and no one may be writing it
+            shard = ResultsFile(path, settings, _VOLATILE, overwrite)
+            stack.enter_context(shard)
+        whole.gather(shards, order)
+        for path in shards:
+            path.unlink()
+            config_path(path).unlink(missing_ok=True)
 
 
 def _ids(batch: Batch) -> set[str]:
@@ -307,8 +314,21 @@ def _progress(
 # The threshold -------------------------------------------------------------------------------
 
 
-def load_threshold(args: TestArguments) -> float:
+def _tuning_settings(args: TestArguments, model_args: ModelArguments) -> dict[str, Any]:
+    """Return what a threshold depends on: how the model computes, is asked and searched."""
+    settings = _resolved(args, model_args)
+    return {
+        **{name: settings[name] for name in _TUNED_FOR},
+        "merged": whole_model(args.adapter_name) is not None,
+        "model_digest": weights_digest(model_args.model_name),
+        "adapter_digest": weights_digest(args.adapter_name),
+    }
+
+
+def load_threshold(args: TestArguments, model_args: ModelArguments) -> float:
     """Return the threshold to abstain above: the flag's, else the adapter's tuned one, else 0.5.
+
+    A threshold that was tuned for other settings is not used; that is said.
 
     Raises:
         ValueError: the adapter's file is damaged.
@@ -316,53 +336,79 @@ def load_threshold(args: TestArguments) -> float:
     if args.na_prob_thresh is not None:
         return args.na_prob_thresh
     path = Path(args.adapter_name or "", THRESHOLD_FILE)
-    if not args.adapter_name or not path.is_file():
-        return 0.5
+    if not args.adapter_name or not path.is_file() or args.decoding == "free":
+        return DEFAULT_THRESHOLD
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["na_prob_thresh"])
-    except (ValueError, KeyError, TypeError) as error:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        threshold, tuned_for = float(saved["na_prob_thresh"]), saved.get("tuned_for")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, or tune again") from error
+    wanted = _tuning_settings(args, model_args)
+    if tuned_for == wanted:
+        return threshold
+    if Processes.join().rank == 0 and not args.tune_threshold:
+        what = "does not say what it was tuned for"
+        if isinstance(tuned_for, dict):
+            what = f"was tuned for other settings ({'; '.join(differences(tuned_for, wanted))})"
+        print(
+            f"{path} {what}: {DEFAULT_THRESHOLD} is used. --tune_threshold tunes for these "
+            "settings, and --na_prob_thresh sets it by hand.",
+            file=sys.stderr,
+        )
+    return DEFAULT_THRESHOLD
 
 
 def tune_threshold(
     model: Predictor, split: Any, args: TestArguments, model_args: ModelArguments
 ) -> float:
-    """Choose the threshold with the best exact match on the validation split, and save it.
+    """Choose the threshold with the best score on the validation split, and keep it.
 
-    ``model`` must not abstain (a threshold of 1): what it would have said is needed. The answers
-    are kept in a result file of their own, so that an interrupted tuning goes on.
+    The score is exact match or F1 (``args.tune_for``), the questions are chosen as those of the
+    test are. ``model`` must not abstain (a threshold of 1): what it would have said is needed. The
+    answers are kept in a result file of their own, so that an interrupted tuning is resumed.
 
     Raises:
-        ValueError: there is no adapter folder to save it in.
+        ValueError: see ``evaluate``.
     """
-    if not args.adapter_name or not Path(args.adapter_name).is_dir():
-        raise ValueError(
-            "--tune_threshold keeps the threshold in the adapter's folder: give a local "
-            "--adapter_name, or choose a threshold with --na_prob_thresh"
-        )
-    columns = [name for name in split.column_names if name != "messages"]
-    records = list(split.select_columns(columns))
+    present = load_threshold(args, model_args)
+    records = choose_records(split, args)
     assert args.batch_size is not None
-    output = Path(args.output).with_suffix(".val.csv")
-    settings = settings_of(args, model_args, 1.0, records) | {"split": "val", "num_samples": None}
+    output = _validation_path(Path(args.output))
+    settings = settings_of(args, model_args, 1.0, records) | {"split": "val", "n_best": 0}
     evaluate(model, records, output, settings, batch_size=args.batch_size, overwrite=args.overwrite)
-    figures = summarize(read_results(output))
-    threshold = figures["best_exact_thresh"]
-    if Processes.join().rank == 0:
-        write_json(
-            Path(args.adapter_name) / THRESHOLD_FILE,
-            {
-                **settings,
+    processes = Processes.join()
+    threshold = present
+    if processes.rank == 0:
+        table = ScoreTable()
+        for row in iter_results(output):
+            text, golds = row_answer(row).official, row["answers"]
+            table.add(bool(golds), text, score_answer(text, golds), row["na_prob"] or 0.0)
+        chosen = choose_threshold(table.curve(("exact", "f1").index(args.tune_for)), present)
+        threshold = chosen.threshold
+        path = Path(args.adapter_name or "", THRESHOLD_FILE)
+        tuned_for = _tuning_settings(args, model_args)
+        with one_line_errors(path):
+            content = {
                 "na_prob_thresh": threshold,
-                "questions": figures["n"],
-                "exact": figures["best_exact"],
-            },
-        )
-        print(
-            f"Threshold {threshold:.4f}: {figures['best_exact']:.2f} % exact on the "
-            f"{figures['n']:,} validation questions. Saved in {args.adapter_name}/{THRESHOLD_FILE}"
-        )
-    return threshold
+                "tune_for": args.tune_for,
+                args.tune_for: chosen.score,
+                "plateau": [chosen.low, chosen.high],
+                "questions": len(table),
+                "tuned_for": tuned_for,
+                "settings": settings,
+            }
+            write_json(path, content)
+        print(_describe(chosen, args.tune_for, len(table), present, path))
+    return processes.share(threshold)
+
+
+def _describe(chosen: Plateau, score: str, questions: int, present: float, path: Path) -> str:
+    kept = " (kept: none is better)" if chosen.threshold == present else ""
+    return (
+        f"Threshold {chosen.threshold:.4f}{kept}: {chosen.score:.2f} % {score} on {questions:,} "
+        f"validation questions, as with any from {chosen.low:.4f} to {chosen.high:.4f}. "
+        f"Saved in {path}"
+    )
 
 
 # The audit -----------------------------------------------------------------------------------
@@ -419,11 +465,12 @@ def audit(
     for batch in tqdm(list(batch_paragraphs(sample, args.batch_size)), "Audit", unit=" batches"):
         answers = zip(model.answer(batch), exhaustive.answer(batch), strict=True)
         pairs += [(found.reply, true.reply) for found, true in answers]
-    noise = LEAST_NOISE
-    for found, true in pairs:
-        if found.best and found.token_ids == true.token_ids:
-            assert found.score is not None and true.score is not None
-            noise = max(noise, abs(found.score - true.score))
+    same = [
+        abs(a.score - b.score)
+        for a, b in pairs
+        if a.score is not None and b.score is not None and a.best and a.token_ids == b.token_ids
+    ]
+    noise = max([LEAST_NOISE, *same])
     best = unproven = 0
     for found, true in pairs:
         ours, theirs = found.best, true.best

@@ -32,7 +32,7 @@ _GROUPS = {
     "training": (
         *("num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size"),
         *("gradient_accumulation_steps", "share_context", "row_tokens", "max_length", "bf16"),
-        *("resume_from_checkpoint", "eval_strategy", "eval_steps", "show_mask"),
+        *("resume_from_checkpoint", "resume_anyway", "eval_strategy", "eval_steps", "show_mask"),
     ),
     "answers": (
         *("decoding", "num_beams", "batch_size", "max_new_tokens", "na_prob_thresh"),

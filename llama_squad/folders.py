@@ -9,6 +9,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+FINAL = "final_checkpoints"
+"""Where training puts its result, in its output folder,"""
+MERGED = "final_merged_checkpoint"
+"""and the merged model."""
+
 _OUR_FOLDERS = ("results", "data", "quickstart")
 """Where this repository keeps what its stages write: no names of users on the Hub."""
 
@@ -83,4 +88,19 @@ def check_dataset(dataset_name: str, splits: Iterable[str] = (), command: str = 
             raise ValueError(
                 f"{dataset_name} has no {name} split, only {', '.join(found)}: build it with "
                 f"create_squad_dataset.py {makers[name]}"
+            )
+
+
+def check_output(model_name: str, output_dir: str) -> None:
+    """Refuse to train on a model that the run's own result would take the place of.
+
+    Raises:
+        ValueError: the base model lies there.
+    """
+    for name in (FINAL, MERGED):
+        folder = Path(output_dir) / name
+        if Path(model_name).resolve() == folder.resolve():
+            raise ValueError(
+                f"--model_name {model_name} is what this run would replace by its own result: "
+                "give another --output_dir"
             )

@@ -9,9 +9,11 @@ https://rajpurkar.github.io/SQuAD-explorer/), written anew and checked against i
 import math
 import re
 import string
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from llama_squad.answers import Answer
 
@@ -121,37 +123,110 @@ def score_predictions(
     predictions: Mapping[str, str],
     na_probs: Mapping[str, float] | None = None,
     na_prob_thresh: float = 1.0,
-    raw: Scores | None = None,
 ) -> dict[str, float]:
-    """Compute the figures of ``evaluate_predictions`` from the gold answers themselves.
+    """Compute the figures of ``evaluate_predictions`` from the gold answers themselves."""
+    table = score_table(golds, predictions, na_probs)
+    figures = table.averages(na_prob_thresh)
+    return figures if na_probs is None else figures | table.best()
 
-    ``raw`` saves the scoring where the caller has the ``raw_scores`` already.
-    """
-    raw = raw_scores(golds, predictions) if raw is None else raw
+
+def score_table(
+    golds: Golds,
+    predictions: Mapping[str, str],
+    na_probs: Mapping[str, float] | None = None,
+) -> "ScoreTable":
+    """Score predictions in official form. Raises ValueError as ``evaluate_predictions`` does."""
+    raw = raw_scores(golds, predictions)
     if na_probs is not None:
         _check_na_probs(golds, na_probs)
-    scores = (
-        raw
-        if na_probs is None and na_prob_thresh >= 0
-        else {
-            id_: (int(not golds[id_]), float(not golds[id_]))
-            if (na_probs or {}).get(id_, 0.0) > na_prob_thresh
-            else score
-            for id_, score in raw.items()
-        }
-    )
-    figures = _averages(scores, list(scores), "")
-    for prefix, has_answer in (("HasAns_", True), ("NoAns_", False)):
-        ids = [id_ for id_, texts in golds.items() if bool(texts) == has_answer]
-        if ids:
-            figures |= _averages(scores, ids, prefix)
-    if na_probs is not None:
+    table = ScoreTable()
+    for id_ in golds if na_probs is None else na_probs:  # of which the order counts in the curve
+        if id_ in golds:
+            na_prob = None if na_probs is None else na_probs[id_]
+            table.add(bool(golds[id_]), predictions[id_], raw[id_], na_prob)
+    return table
+
+
+@dataclass
+class ScoreTable:
+    """The scores of many questions in columns: 20 bytes per question, so that a million fit.
+
+    Attributes:
+        has_answer: 1 where there is a gold answer.
+        answered: 1 where the prediction is not "".
+        exact, f1: of the prediction, in [0, 1].
+        na_prob: probability of "no answer"; nan where there is none.
+    """
+
+    has_answer: bytearray = field(default_factory=bytearray)
+    answered: bytearray = field(default_factory=bytearray)
+    exact: bytearray = field(default_factory=bytearray)
+    f1: "array[float]" = field(default_factory=lambda: array("d"))
+    na_prob: "array[float]" = field(default_factory=lambda: array("d"))
+
+    def __len__(self) -> int:
+        return len(self.f1)
+
+    def add(
+        self,
+        has_answer: bool,
+        prediction: str,
+        score: tuple[int, float],
+        na_prob: float | None = None,
+    ) -> None:
+        """Add a question; ``score`` is that of ``score_answer``."""
+        self.has_answer.append(has_answer)
+        self.answered.append(bool(prediction))
+        self.exact.append(score[0])
+        self.f1.append(score[1])
+        self.na_prob.append(math.nan if na_prob is None else na_prob)
+
+    def averages(self, na_prob_thresh: float = 1.0) -> dict[str, float]:
+        """Return exact, f1 and total of all, and of the questions with and without an answer.
+
+        A prediction whose na_prob lies above the threshold (0 where there is none) counts as "".
+        """
+        sums: dict[bool, list[float]] = {True: [0, 0.0, 0], False: [0, 0.0, 0]}
+        for has, exact, f1, na_prob in zip(
+            self.has_answer, self.exact, self.f1, self.na_prob, strict=True
+        ):
+            if (0.0 if math.isnan(na_prob) else na_prob) > na_prob_thresh:
+                exact, f1 = int(not has), float(not has)
+            total = sums[bool(has)]
+            total[0] += exact
+            total[1] += f1
+            total[2] += 1
+        parts = {"": [sum(pair) for pair in zip(*sums.values(), strict=True)]}
+        parts |= {"HasAns_": sums[True], "NoAns_": sums[False]}
+        return {
+            f"{prefix}{name}": value
+            for prefix, (exact, f1, count) in parts.items()
+            if count
+            for name, value in (
+                ("exact", 100.0 * exact / count), ("f1", 100.0 * f1 / count), ("total", int(count))
+            )
+        }  # fmt: skip
+
+    def curve(self, index: int) -> Iterator[tuple[float, float]]:
+        """Yield the points of ``threshold_curve``; predictions of one na_prob in their order."""
+        correct: float = len(self) - sum(self.has_answer)
+        scores = self.f1 if index else self.exact
+        yield 0.0, 100.0 * correct / len(self)
+        for i in sorted(range(len(self)), key=self.na_prob.__getitem__):
+            if self.has_answer[i]:
+                correct += scores[i]
+            elif self.answered[i]:
+                correct -= 1
+            yield self.na_prob[i], 100.0 * correct / len(self)
+
+    def best(self) -> dict[str, float]:
+        """Return the official best_exact, best_f1 and their thresholds."""
+        figures: dict[str, float] = {}
         for index, name in enumerate(("exact", "f1")):
-            curve = threshold_curve(golds, predictions, raw, na_probs, index)
             # The first of equal maxima: the lowest threshold, as in the official script.
-            threshold, best = max(curve, key=lambda point: point[1])
+            threshold, best = max(self.curve(index), key=lambda point: point[1])
             figures |= {f"best_{name}": best, f"best_{name}_thresh": threshold}
-    return figures
+        return figures
 
 
 def raw_scores(golds: Golds, predictions: Mapping[str, str]) -> Scores:
@@ -170,45 +245,41 @@ def raw_scores(golds: Golds, predictions: Mapping[str, str]) -> Scores:
     return {id_: score_answer(predictions[id_], texts) for id_, texts in golds.items()}
 
 
-def threshold_curve(
-    golds: Golds,
-    predictions: Mapping[str, str],
-    scores: Scores,
-    na_probs: Mapping[str, float],
-    index: int,
-) -> list[tuple[float, float]]:
-    """Return the score at each threshold: [(threshold, percentage), ...].
+@dataclass(frozen=True)
+class Plateau:
+    """The thresholds in [low, high) that give the highest score, and the one to take of them."""
 
-    The first point (0.0) takes every question as unanswerable; each later one also accepts the
-    prediction with the next higher na_prob. As in the official script, predictions of one na_prob
-    join one by one, in the order of ``na_probs``.
+    threshold: float
+    score: float
+    low: float
+    high: float
+
+
+def choose_threshold(curve: Iterable[tuple[float, float]], present: float) -> Plateau:
+    """Choose the threshold with the highest score: the present one, where none is better.
+
+    Else it is the middle of the widest range of best thresholds: what lies farthest from where
+    the score falls is what new questions move least.
 
     Args:
-        golds: question id → gold answers.
-        predictions: question id → answer.
-        scores: of ``raw_scores``.
-        na_probs: question id → probability; ids without a score are passed over.
-        index: 0 for exact, 1 for F1.
+        curve: of ``ScoreTable.curve``.
+        present: the threshold in use, in [0, 1].
     """
-    correct: float = sum(not texts for texts in golds.values())
-    curve = [(0.0, 100.0 * correct / len(scores))]
-    for id_ in sorted(na_probs, key=na_probs.__getitem__):
-        if id_ not in scores:
+    steps = dict(curve)  # predictions of one na_prob join together: the last of them counts
+    best = max(steps.values())
+    ranges: list[tuple[float, float]] = []
+    for (low, score), high in zip(steps.items(), [*list(steps)[1:], math.inf], strict=True):
+        if score < best - 1e-9:  # sums of F1 are rounded
             continue
-        if golds[id_]:
-            correct += scores[id_][index]
-        elif predictions[id_]:
-            correct -= 1
-        curve.append((na_probs[id_], 100.0 * correct / len(scores)))
-    return curve
-
-
-def _averages(scores: Scores, ids: Sequence[str], prefix: str) -> dict[str, float]:
-    return {
-        f"{prefix}exact": 100.0 * sum(scores[id_][0] for id_ in ids) / len(ids),
-        f"{prefix}f1": 100.0 * sum(scores[id_][1] for id_ in ids) / len(ids),
-        f"{prefix}total": len(ids),
-    }
+        if ranges and ranges[-1][1] == low:
+            low = ranges.pop()[0]
+        ranges.append((low, high))
+    for low, high in ranges:
+        if low <= present < high:
+            return Plateau(present, best, low, min(high, 1.0))
+    ends = ((low, min(high, 1.0)) for low, high in ranges)
+    low, high = max(ends, key=lambda pair: pair[1] - pair[0])
+    return Plateau((low + high) / 2, best, low, high)
 
 
 def _check_complete(what: str, golds: Golds, given: Mapping[str, Any], cure: str) -> None:
@@ -236,25 +307,45 @@ def is_exact_match(answer: Answer, golds: Sequence[str]) -> bool:
     return answer.state == "answer" and answer.text in golds
 
 
-def strict_counts(
-    answers: Sequence[Answer], golds: Sequence[Sequence[str]]
-) -> dict[str, tuple[int, int]]:
-    """Return (successes, trials) of each of ``STRICT_COLUMNS``, by strict string equality.
+class Outcome(NamedTuple):
+    """What counts of one question for the strict columns."""
 
-    Valid JSON counts the replies that are not malformed; exact match the right ones of all; EM for
-    valid JSON the right ones of the valid; correct (no) answer the right ones of the questions with
-    (without) a gold answer.
+    valid: bool
+    """The reply holds an answer or abstains: it is neither malformed nor failed."""
+    has_answer: bool
+    """There is a gold answer."""
+    right: bool
+
+
+def strict_outcome(answer: Answer, golds: Sequence[str]) -> Outcome:
+    """Return the outcome of one question, by strict string equality."""
+    valid = answer.state in ("answer", "no_answer")
+    return Outcome(valid, bool(golds), is_exact_match(answer, golds))
+
+
+def strict_counts(outcomes: Mapping[Outcome, int]) -> dict[str, tuple[int, int]]:
+    """Return (successes, trials) of each of ``STRICT_COLUMNS``.
+
+    Valid JSON counts the valid replies; exact match the right ones of all; EM for valid JSON the
+    right ones of the valid; correct (no) answer the right ones of the questions with (without) a
+    gold answer.
+
+    Args:
+        outcomes: how many questions there are of each.
     """
-    right = [is_exact_match(answer, texts) for answer, texts in zip(answers, golds, strict=True)]
-    valid = sum(answer.state != "malformed" for answer in answers)
-    has_answer = [bool(texts) for texts in golds]
-    right_has_answer = sum(r and h for r, h in zip(right, has_answer, strict=True))
+
+    def count(wanted: Callable[[Outcome], bool]) -> int:
+        return sum(number for outcome, number in outcomes.items() if wanted(outcome))
+
+    total, valid = sum(outcomes.values()), count(lambda o: o.valid)
+    right, right_has = count(lambda o: o.right), count(lambda o: o.right and o.has_answer)
+    has_answer = count(lambda o: o.has_answer)
     counts = (
-        (valid, len(right)),
-        (sum(right), len(right)),
-        (sum(right), valid),
-        (sum(right) - right_has_answer, len(right) - sum(has_answer)),
-        (right_has_answer, sum(has_answer)),
+        (valid, total),
+        (right, total),
+        (right, valid),
+        (right - right_has, total - has_answer),
+        (right_has, has_answer),
     )
     return dict(zip(STRICT_COLUMNS, counts, strict=True))
 

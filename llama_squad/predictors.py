@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llama_squad.answers import NO_ANSWER, extract_answer, format_answer
+from llama_squad.answers import FAILED, NO_ANSWER, extract_answer, format_answer
 from llama_squad.collator import ConversationEncoder
 from llama_squad.generation import Generator, Paragraph, Reply, Span
 from llama_squad.prompts import SYSTEM_PROMPT, Message, build_messages
@@ -52,12 +52,35 @@ class Prediction:
 
     def row(self) -> Row:
         """Return the row of the result file."""
-        reply = self.reply
-        answer = extract_answer(reply.completion)
+        reply, best = self.reply, self.reply.best
         return make_row(
-            self.record, reply.completion, answer, self.prompt_text, reply.na_prob,
+            self.record,
+            self.failure or reply.completion,
+            FAILED if self.failure else extract_answer(reply.completion),
+            self.prompt_text,
+            reply.na_prob,
             score=reply.score,
-        )  # fmt: skip
+            best_span=best.text if best else None,
+            best_span_log_prob=best.log_prob if best else None,
+            no_answer_log_prob=reply.no_answer_log_prob,
+            n_best=_n_best(reply) if reply.spans else None,
+        )
+
+
+def _n_best(reply: Reply) -> list[dict[str, Any]]:
+    """Return a reply's spans; their probabilities and that of the abstention add up to 1."""
+    assert reply.no_answer_log_prob is not None
+    log_probs = [span.log_prob for span in reply.spans]
+    highest = max(*log_probs, reply.no_answer_log_prob)
+    total = sum(math.exp(value - highest) for value in (*log_probs, reply.no_answer_log_prob))
+    return [
+        {
+            "text": span.text,
+            "probability": math.exp(span.log_prob - highest) / total,
+            "log_prob": span.log_prob,
+        }
+        for span in reply.spans
+    ]
 
 
 def group_paragraphs(records: Sequence[Record]) -> list[list[Record]]:
@@ -169,7 +192,7 @@ class LocalModel:
         predictions = []
         for index, record in enumerate(itertools.chain.from_iterable(batch)):
             if index in failures:
-                failed = Prediction(record, "", Reply("", [], 0.0), failures[index])
+                failed = Prediction(record, "", Reply("", [], None), failures[index])
                 predictions.append(failed)
                 continue
             found = replies[index]
@@ -409,7 +432,10 @@ class Encoder:
         margin = nothing - best.log_prob if best else math.inf
         na_prob = float(torch.sigmoid(torch.tensor(margin)))
         if best is None or na_prob > self._threshold:
-            reply = Reply(format_answer(NO_ANSWER), [], nothing, best, na_prob=na_prob)
+            text, score = NO_ANSWER, nothing
         else:
-            reply = Reply(format_answer(best.text), [], best.log_prob, best, na_prob=na_prob)
+            text, score = best.text, best.log_prob
+        reply = Reply(
+            format_answer(text), [], score, best, no_answer_log_prob=nothing, na_prob=na_prob
+        )
         return Prediction(record, record["question"], reply)

@@ -18,25 +18,8 @@ from llama_squad.config import (
     save_run_config,
     write_json,
 )
+from llama_squad.folders import FINAL, MERGED
 from llama_squad.merge_error import MergeError, MergeMeter, Sample
-
-FINAL = "final_checkpoints"
-MERGED = "final_merged_checkpoint"
-
-
-def check_output(model_name: str, output_dir: str) -> None:
-    """Refuse to train on a model that the run's own result would take the place of.
-
-    Raises:
-        ValueError: the base model lies there.
-    """
-    for name in (FINAL, MERGED):
-        folder = Path(output_dir) / name
-        if Path(model_name).resolve() == folder.resolve():
-            raise ValueError(
-                f"--model_name {model_name} is what this run would replace by its own result: "
-                "give another --output_dir"
-            )
 
 
 def run_settings(

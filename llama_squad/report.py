@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_squad.metrics import STRICT_COLUMNS, Golds, Scores, raw_scores, threshold_curve
+from llama_squad.metrics import STRICT_COLUMNS, ScoreTable
 
 Format = Literal["table", "markdown", "csv", "json"]
 Summaries = Mapping[str, Mapping[str, Any]]
@@ -56,7 +56,16 @@ def render_summaries(summaries: Summaries, form: Format, intervals: bool = False
             cells = [_cell(summary, column, between if intervals else "") for column in columns]
             lines.append([name, f"{summary['n']:,}", *cells])
         tables.append(_terminal_table(lines) if form == "table" else _render_table(lines, form))
-    return "\n".join([*tables, *[_NOTE] * intervals])
+    return "\n".join([*tables, *_failed_note(summaries), *[_NOTE] * intervals])
+
+
+def _failed_note(summaries: Summaries) -> list[str]:
+    failed = [f"{s['states']['failed']:,} of {name}" for name, s in summaries.items()
+              if s["states"]["failed"]]  # fmt: skip
+    if not failed:
+        return []
+    text = f"Questions without a reply, which count as wrong: {'; '.join(failed)}."
+    return [textwrap.fill(text, _WIDTH, break_on_hyphens=False) + "\n"]
 
 
 def describe_differing(questions: Mapping[str, tuple[int, str]]) -> str:
@@ -238,13 +247,7 @@ def _render_table(cells: Sequence[Sequence[str]], form: Format) -> str:
     return "".join("  ".join(line).rstrip() + "\n" for line in [lines[0], rule, *lines[1:]])
 
 
-def plot_na_probs(
-    golds: Golds,
-    predictions: Mapping[str, str],
-    na_probs: Mapping[str, float],
-    path: str | Path,
-    title: str,
-) -> None:
+def plot_na_probs(table: ScoreTable, path: str | Path, title: str) -> None:
     """Draw what the no-answer probability is worth, in four panels of one picture.
 
     Score against threshold (the official ``best_exact`` and ``best_f1`` are its peaks); precision
@@ -258,15 +261,12 @@ def plot_na_probs(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
-    scores = raw_scores(golds, predictions)
     figure = Figure(figsize=(11, 8.5), layout="constrained")
     panels = figure.subplots(2, 2)
-    _plot_thresholds(panels[0, 0], golds, predictions, scores, na_probs)
-    _plot_histogram(panels[0, 1], golds, na_probs)
-    answered = {id_: scores[id_] if texts else (0, 0.0) for id_, texts in golds.items()}
-    _plot_precision_recall(panels[1, 0], golds, answered, na_probs)
-    given = [id_ for id_ in golds if predictions[id_]]
-    _plot_coverage(panels[1, 1], given, answered, na_probs, len(golds))
+    _plot_thresholds(panels[0, 0], table)
+    _plot_histogram(panels[0, 1], table)
+    _plot_precision_recall(panels[1, 0], table)
+    _plot_coverage(panels[1, 1], table)
     figure.suptitle(title)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -297,15 +297,9 @@ def _legend(panel: Any) -> None:
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
 
 
-def _plot_thresholds(
-    panel: Any,
-    golds: Golds,
-    predictions: Mapping[str, str],
-    scores: Scores,
-    na_probs: Mapping[str, float],
-) -> None:
+def _plot_thresholds(panel: Any, table: ScoreTable) -> None:
     for index, name in enumerate(("exact", "F1")):
-        curve = threshold_curve(golds, predictions, scores, na_probs, index)
+        curve = list(table.curve(index))
         threshold, best = max(curve, key=lambda point: point[1])
         thresholds = [_within(threshold) for threshold, _ in curve]
         values = [value for _, value in curve]
@@ -321,13 +315,13 @@ def _plot_thresholds(
     _legend(panel)
 
 
-def _plot_histogram(panel: Any, golds: Golds, na_probs: Mapping[str, float]) -> None:
+def _plot_histogram(panel: Any, table: ScoreTable) -> None:
     most = math.log((1 - _SURE) / _SURE)
     edges = [1 / (1 + math.exp(-most * index / 20)) for index in range(-20, 21)]
     edges[0], edges[-1] = _SURE / 1.0001, 1 - _SURE / 1.0001  # rounding must leave none outside
     for name, has_answer in (("HasAns", True), ("NoAns", False)):
-        chosen = (na_probs[id_] for id_, texts in golds.items() if bool(texts) == has_answer)
-        values = [_within(value) for value in chosen]
+        pairs = zip(table.has_answer, table.na_prob, strict=True)
+        values = [_within(na_prob) for has, na_prob in pairs if bool(has) == has_answer]
         panel.hist(values, bins=edges, alpha=0.6, label=f"{name} ({len(values):,})")
     panel.set(
         xlabel="na_prob (axis in log-odds)",
@@ -338,23 +332,25 @@ def _plot_histogram(panel: Any, golds: Golds, na_probs: Mapping[str, float]) -> 
     _legend(panel)
 
 
-def _running(
-    ids: Sequence[str], answered: Scores, na_probs: Mapping[str, float], index: int
-) -> list[float]:
-    """Sum the scores of ``ids``, the surest answer first."""
+def _running(table: ScoreTable, index: int, answered: bool = False) -> list[float]:
+    """Sum the scores of predictions that are spans, the surest first.
+
+    With ``answered`` those that abstain are passed over; else they count 0.
+    """
+    scores = table.f1 if index else table.exact
     total, sums = 0.0, []
-    for id_ in sorted(ids, key=na_probs.__getitem__):
-        total += answered[id_][index]
+    for i in sorted(range(len(table)), key=table.na_prob.__getitem__):
+        if answered and not table.answered[i]:
+            continue
+        total += scores[i] if table.has_answer[i] else 0.0
         sums.append(total)
     return sums
 
 
-def _plot_precision_recall(
-    panel: Any, golds: Golds, answered: Scores, na_probs: Mapping[str, float]
-) -> None:
-    answerable = sum(bool(texts) for texts in golds.values())
+def _plot_precision_recall(panel: Any, table: ScoreTable) -> None:
+    answerable = sum(table.has_answer)
     for index, name in enumerate(("exact", "F1")):
-        sums = _running(list(golds), answered, na_probs, index)
+        sums = _running(table, index)
         recall = [100.0 * total / max(answerable, 1) for total in sums]
         precision = [100.0 * total / count for count, total in enumerate(sums, 1)]
         panel.plot(recall, precision, label=name)
@@ -363,12 +359,10 @@ def _plot_precision_recall(
     _legend(panel)
 
 
-def _plot_coverage(
-    panel: Any, given: Sequence[str], answered: Scores, na_probs: Mapping[str, float], n: int
-) -> None:
+def _plot_coverage(panel: Any, table: ScoreTable) -> None:
     for index, name in enumerate(("exact", "F1")):
-        sums = _running(given, answered, na_probs, index)
-        coverage = [100.0 * count / n for count in range(1, len(sums) + 1)]
+        sums = _running(table, index, answered=True)
+        coverage = [100.0 * count / len(table) for count in range(1, len(sums) + 1)]
         accuracy = [100.0 * total / count for count, total in enumerate(sums, 1)]
         panel.plot(coverage, accuracy, label=name)
     panel.set(xlabel="questions given an answer (%)", ylabel="answers right (%)")

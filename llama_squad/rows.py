@@ -116,6 +116,14 @@ def row_dataset(examples: Any, rows: Sequence[Sequence[Sequence[int]]]) -> Any:
     return Dataset.from_dict({"paragraphs": held}).with_transform(read)
 
 
+def count_questions(dataset: Any) -> int:
+    """Count the questions of a dataset of rows, or of plain examples."""
+    if "paragraphs" not in dataset.column_names:
+        return len(dataset)
+    held = dataset.with_format(None)["paragraphs"]  # without reading the examples
+    return sum(len(paragraph) for row in held for paragraph in row)
+
+
 @dataclass(frozen=True)
 class Paragraph:
     """Questions that fit into one row together."""
@@ -132,18 +140,22 @@ class Plan:
     rows_per_step: int  # a process's micro-batches of one row each
     paragraphs_per_step: int  # of all processes
     questions_per_step: float  # of all processes, on average
+    steps: float  # an epoch; a broken number where the last one holds fewer rows
     tokens: int  # in the rows
     plain_tokens: int  # in the separate examples
 
     def describe(self) -> str:
         """Say what a step holds, for the log."""
         saved = 1 - self.tokens / self.plain_tokens
+        rest = "; the last of an epoch what is left" if self.steps % 1 else ""
+        if self.steps == 1:
+            rest = ": all that there are"
         text = (
             f"Shared contexts: {self.tokens:,} tokens an epoch instead of {self.plain_tokens:,} "
             f"({saved:.0%} saved). A step holds {self.paragraphs_per_step} paragraphs, "
-            f"{self.questions_per_step:.1f} questions on average."
+            f"{self.questions_per_step:.1f} questions on average{rest}."
         )
-        if self.paragraphs_per_step < 8:
+        if self.paragraphs_per_step < 8 and self.steps > 1:
             text += (
                 " Fewer than 8 paragraphs make a noisy step, as the questions of a paragraph come "
                 "together: raise --gradient_accumulation_steps if training is unstable."
@@ -205,11 +217,14 @@ def plan_rows(
     rows = _divisible(rows, processes, max_length or 1 << 62, encoded["length"])
     shared = shareable_prefix([encoded[p.examples[0]] for p in paragraphs[:50]])
     held = len(paragraphs) / len(rows)
+    # an epoch ends a step, however few rows it has
+    in_step = min(rows_per_step, len(rows) // processes)
     return Plan(
         rows=rows,
         rows_per_step=rows_per_step,
-        paragraphs_per_step=round(rows_per_step * held * processes),
-        questions_per_step=questions / len(rows) * rows_per_step * processes,
+        paragraphs_per_step=round(in_step * held * processes),
+        questions_per_step=questions / len(rows) * in_step * processes,
+        steps=len(rows) / processes / in_step,
         tokens=tokens - shared * (len(paragraphs) - len(rows)),
         plain_tokens=sum(encoded["length"]),
     )

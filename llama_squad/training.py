@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import os
 import time
 from collections import Counter
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llama_squad import modeling, preflight, rows
 from llama_squad.answers import extract_answer
+from llama_squad.checkpoints import digest
 from llama_squad.collator import IGNORE, ConversationEncoder, SquadDataCollator
 from llama_squad.config import (
     ModelArguments,
@@ -99,6 +99,12 @@ class SquadSFTConfig(TrainerArguments, SFTConfig):  # type: ignore[misc]  # bf16
     def __getstate__(self) -> dict[str, Any]:
         """Leave secrets out of training_args.bin: every checkpoint and what is pushed hold one."""
         return {k: None if k.endswith("_token") else v for k, v in vars(self).items()}
+
+    def replace(self, **settings: Any) -> Self:
+        """Return a copy with other settings, resolved already; secrets stay in it."""
+        changed = object.__new__(type(self))
+        vars(changed).update(vars(self) | settings)
+        return changed
 
 
 # The model ------------------------------------------------------------------------------------
@@ -238,8 +244,11 @@ class SquadTrainer(SFTTrainer):
         super().__init__(**kwargs)
         self._validate = validate
         self._settings = settings
-        self._counts = torch.zeros(3, dtype=torch.long)
-        self._since = time.perf_counter()
+        # since the last log: questions, tokens, tokens if nothing was shared; supervised tokens,
+        # and how many of them were predicted
+        self._counts = torch.zeros(5, dtype=torch.long)
+        self._questions = 0  # of all processes in this training, up to the last log
+        self._since = self._started = time.perf_counter()  # put off by what evaluations take
         # TRL casts the adapters of a 4-bit model to bfloat16, whose steps near 0.01 are 6e-5: at a
         # learning rate of 2e-7 the updates would be rounded away.
         for parameter in self.model.parameters():
@@ -261,9 +270,8 @@ class SquadTrainer(SFTTrainer):
         loss, right, supervised = answer_loss(model, inputs, self.args.label_smoothing_factor)
         if num_items_in_batch is None:
             return loss / supervised.clamp(min=1)
-        self._metrics["train"]["mean_token_accuracy"].append((right / supervised).item())
-        counts = count_batch(inputs).cpu()
-        self._counts += counts
+        counts = torch.cat([count_batch(inputs), torch.stack([supervised, right])])
+        self._counts = self._counts.to(counts.device) + counts
         loss = loss / num_items_in_batch
         # `num_items_in_batch` counts the tokens of all processes, and DDP averages gradients
         return (
@@ -273,22 +281,44 @@ class SquadTrainer(SFTTrainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the true throughput since the last log, over all processes."""
+        """Add the true accuracy and throughput, over all processes.
+
+        What the library calls samples are rows; here they are questions, and ``train_runtime`` is
+        without evaluations, so that all figures of the throughput agree.
+        """
         if "loss" in logs:
-            now = time.perf_counter()
-            total = self.accelerator.reduce(self._counts.to(self.accelerator.device))
-            questions, tokens, plain = total.tolist()
-            seconds = now - self._since
-            logs["questions_per_second"] = round(questions / seconds, 2)
-            logs["tokens_per_second"] = round(tokens / seconds, 1)
-            logs["tokens_saved"] = round(1 - tokens / max(plain, 1), 4)
-            # from the log itself, which a checkpoint brings back
-            earlier = (e["num_tokens"] for e in self.state.log_history[::-1] if "num_tokens" in e)
-            self._total_train_tokens = next(earlier, 0) + tokens
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-            self._counts.zero_()
-            self._since = now
+            logs |= self._since_last_log()
+        if "train_runtime" in logs:
+            self._since_last_log()  # the steps after the last log
+            seconds = time.perf_counter() - self._started
+            steps = self.state.global_step - self._initial_global_step
+            logs["train_runtime"] = round(seconds, 4)
+            logs["train_samples_per_second"] = round(self._questions / seconds, 3)
+            logs["train_steps_per_second"] = round(steps / seconds, 3)
+        if "eval_samples_per_second" in logs:
+            questions = rows.count_questions(self.eval_dataset)
+            logs["eval_samples_per_second"] = round(questions / logs["eval_runtime"], 3)
         super().log(logs, start_time)
+
+    def _since_last_log(self) -> dict[str, float]:
+        """Return the figures since the last call, over all processes, and start counting anew."""
+        now = time.perf_counter()
+        total = self.accelerator.reduce(self._counts.to(self.accelerator.device)).tolist()
+        questions, tokens, plain, supervised, right = total
+        self._questions += questions
+        # from the log itself, which a checkpoint brings back
+        earlier = (e["num_tokens"] for e in self.state.log_history[::-1] if "num_tokens" in e)
+        self._total_train_tokens = next(earlier, 0) + tokens
+        seconds = now - self._since
+        self._counts.zero_()
+        self._since = now
+        return {
+            "mean_token_accuracy": right / max(supervised, 1),
+            "num_tokens": self._total_train_tokens,
+            "questions_per_second": round(questions / seconds, 2),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "tokens_saved": round(1 - tokens / max(plain, 1), 4),
+        }
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save the run's settings first: the trainer's state comes last, and marks it complete."""
@@ -299,11 +329,25 @@ class SquadTrainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, the clock of the throughput starting now."""
-        self._since = time.perf_counter()
+        self._since = self._started = time.perf_counter()
+        self._questions = 0
         return super().train(*args, **kwargs)
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        """Load a checkpoint's weights. Raises ValueError where they are of other shapes."""
+        try:
+            super()._load_from_checkpoint(checkpoint, model)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise ValueError(
+                f"the weights in {checkpoint} do not fit this model: they were trained with "
+                "another --model_name, --lora_r or --lora_target_modules"
+            ) from error
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the loss, and answer validation questions by real generation."""
+        start = time.perf_counter()
         metrics = super().evaluate(*args, **kwargs)
         if self._validate is not None:
             prefix = kwargs.get("metric_key_prefix", "eval")
@@ -314,7 +358,9 @@ class SquadTrainer(SFTTrainer):
             figures = {f"{prefix}_{name}": value for name, value in figures.items()}
             metrics |= figures
             self.log(figures)
-        self._since = time.perf_counter()
+        seconds = time.perf_counter() - start
+        self._since += seconds
+        self._started += seconds
         return metrics
 
 
@@ -335,48 +381,6 @@ class LossBar(ProgressCallback):
 # Putting a run together ------------------------------------------------------------------------
 
 
-def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
-    """Return the checkpoint to resume from; "latest" and "auto" are the newest complete one.
-
-    Raises:
-        ValueError: there is none, and "auto" was not asked for.
-    """
-    if asked is None or asked.lower() == "false":
-        return None
-    if asked.lower() in ("latest", "true", "auto"):
-        found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name[11:].isdigit()]
-    else:
-        found = [Path(asked)]
-    complete = [path for path in found if _is_complete(path)]
-    if not complete and asked.lower() == "auto":
-        return None
-    if not complete:
-        raise ValueError(
-            f"no complete checkpoint in {output_dir if len(found) != 1 else found[0]}: "
-            "leave --resume_from_checkpoint out to start anew"
-        )
-    if len(complete) == 1:  # of any name
-        return str(complete[0])
-    return str(max(complete, key=lambda path: int(path.name[11:])))
-
-
-def newest_checkpoint(output_dir: str, since: float) -> str | None:
-    """Return the checkpoint that was completed last, if that was after ``since`` (Unix time, s)."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if _is_complete(path)]
-    times = {path: (path / "trainer_state.json").stat().st_mtime for path in found}
-    newest = max(times, key=times.__getitem__, default=None)
-    return str(newest) if newest and times[newest] >= since else None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint was written to its end: the trainer writes its state last."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def prepare_model(
     args: TrainArguments, model_args: ModelArguments, encoder: ConversationEncoder
 ) -> Any:
@@ -389,8 +393,18 @@ def prepare_model(
     model = add_lora(model, args, encoder.pause[0] if encoder.pause else None)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = "4 bits" if args.quantize else str(model.dtype)
-    print(f"LoRA: {trained:,} trainable parameters on a base in {base}.")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"LoRA: {trained:,} trainable parameters on a base in {base}.")
     return model
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The datasets to train and evaluate on, and what they ask of the trainer."""
+
+    features: dict[str, Any]  # by split: rows that share contexts, or plain examples
+    settings: dict[str, Any]  # of the trainer, for these; see ``SquadSFTConfig.replace``
+    rows: str  # tells the layout of the training split from others
 
 
 def lay_out(
@@ -399,17 +413,18 @@ def lay_out(
     encoded: dict[str, Any],
     model: Any,
     collator: SquadDataCollator,
-) -> dict[str, Any]:
-    """Return the datasets to train and evaluate on: rows that share contexts, or plain examples.
+) -> Layout:
+    """Lay the examples out in rows that share contexts, or plainly where that cannot be.
 
-    With rows, ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` of ``sft_args``
-    come to mean rows, so that a step holds about as many questions as was asked for.
+    With rows, ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` of the returned
+    settings mean rows, so that a step holds about as many questions as ``sft_args`` asks for.
     """
     questions = (
         sft_args.per_device_train_batch_size
         * sft_args.gradient_accumulation_steps
         * sft_args.world_size
     )
+    settings: dict[str, Any] = {} if "val" in encoded else {"eval_strategy": "no"}
     why = "as asked"
     if args.share_context:
         planned = {
@@ -431,14 +446,27 @@ def lay_out(
         row = features["train"][planned["train"].rows.index(tried)]
         why = check_shared_contexts(model, collator, row, max(encoded["train"]["length"]))
         if not why:
-            print(planned["train"].describe())
-            sft_args.per_device_train_batch_size = 1
-            sft_args.per_device_eval_batch_size = 1
-            sft_args.gradient_accumulation_steps = planned["train"].rows_per_step
-            sft_args.train_sampling_strategy = "random"  # the rows are balanced already
-            return features
-    print(f"Plain batches, contexts not shared: {why}. A step holds {questions} questions.")
-    return {name: split.remove_columns("paragraph") for name, split in encoded.items()}
+            if sft_args.process_index == 0:
+                print(planned["train"].describe())
+            settings |= {
+                "per_device_train_batch_size": 1,
+                "per_device_eval_batch_size": 1,
+                "gradient_accumulation_steps": planned["train"].rows_per_step,
+                "train_sampling_strategy": "random",  # the rows are balanced already
+            }
+            return Layout(features, settings, f"shared contexts {digest(planned['train'].rows)}")
+    if sft_args.process_index == 0:
+        step = _plain_step(questions, encoded["train"])
+        print(f"Plain batches, contexts not shared: {why}. {step}")
+    features = {name: split.remove_columns("paragraph") for name, split in encoded.items()}
+    return Layout(features, settings, "plain batches")
+
+
+def _plain_step(questions: int, train: Any) -> str:
+    if questions >= len(train):
+        return f"A step holds {len(train)} questions: all that there are."
+    rest = "; the last of an epoch what is left" if len(train) % questions else ""
+    return f"A step holds {questions} questions{rest}."
 
 
 def make_validation(
@@ -451,7 +479,6 @@ def make_validation(
     to validate on.
     """
     if "val" not in dataset or sft_args.eval_strategy == "no":
-        sft_args.eval_strategy = "no"
         return None
     created = load_run_config(dataset_name).get("create", {})
     prompts = {key: created[key] for key in ("prompt", "system_prompt") if key in created}

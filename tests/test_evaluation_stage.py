@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import random
 import shutil
@@ -18,13 +19,13 @@ from safetensors.torch import load_file, save_file
 
 import test_llama_squad
 from llama_squad import evaluation
-from llama_squad.answers import NO_ANSWER
+from llama_squad.answers import NO_ANSWER, format_answer
 from llama_squad.collator import ConversationEncoder
 from llama_squad.config import CreateArguments, TestArguments, load_yaml, save_run_config
 from llama_squad.data import write_dataset
 from llama_squad.generation import Reply, Span
 from llama_squad.predictors import LocalModel, Prediction
-from llama_squad.results import read_results, summarize
+from llama_squad.results import ResultsFile, read_results, rethreshold, summarize
 from llama_squad.spans import is_span
 
 PYTHON = sys.executable
@@ -87,19 +88,20 @@ def test_rows_hold_spans_or_abstain(run, capsys):
         }
         assert contexts[row["id"]] in row["Prompt"]
         assert (row["na_prob"] > 0.5) == (text == NO_ANSWER)
-    lines = [
-        json.loads(line) for line in Path("results/results.n_best.jsonl").read_text().splitlines()
-    ]
-    assert [line["id"] for line in lines] == list(contexts)
-    for line in lines:
-        total = line["no_answer"]["probability"] + sum(s["probability"] for s in line["spans"])
-        assert total == pytest.approx(1)
-        assert len({span["text"] for span in line["spans"]}) == 2
+    for row in rows:
+        spans = {span["text"]: span for span in row["n_best"]}
+        assert len(spans) == 2
+        best = spans[row["best_span"]]
+        assert best["log_prob"] == row["best_span_log_prob"]
+        odds = math.exp(row["no_answer_log_prob"] - best["log_prob"])
+        assert row["na_prob"] == pytest.approx(odds / (1 + odds), abs=1e-6)
+        nothing = best["probability"] * odds
+        assert nothing + sum(span["probability"] for span in spans.values()) == pytest.approx(1)
     assert json.loads(Path("official/na_prob.json").read_text()) == {
         row["id"]: row["na_prob"] for row in rows
     }
     out = capsys.readouterr()
-    assert "% Exact Match" in out.out
+    assert "strict equality" in out.out
     assert "Next: python summarize_results.py results/results.csv" in out.out
     assert out.err.count("running on the CPU") <= 1
 
@@ -139,14 +141,13 @@ def test_multi_turn_feeds_the_replies_back(run, monkeypatch):
 def test_adapter_brings_its_model_and_prompt(folder, run):
     rows = run(f"--adapter_name={folder}/adapter", "--num_samples=2", model=False)
     assert all("Only the text counts." in row["Prompt"] for row in rows)
-    saved = json.loads(Path("results/results.config.json").read_text())
+    saved = json.loads(Path("results/results.csv.config.json").read_text())
     assert saved["model_name"] == str(folder / "model")
 
 
 def test_interrupted_run_goes_on_with_the_same_rows(run, monkeypatch, capsys):
     whole = run("--n_best=2")
     expected = Path("results/results.csv").read_bytes()
-    lines = Path("results/results.n_best.jsonl").read_text()
     answer, calls = LocalModel.answer, []
 
     def stops(self, batch):
@@ -162,7 +163,6 @@ def test_interrupted_run_goes_on_with_the_same_rows(run, monkeypatch, capsys):
     assert 0 < len(done) < len(whole)
     run("--n_best=2")
     assert Path("results/results.csv").read_bytes() == expected
-    assert Path("results/results.n_best.jsonl").read_text() == lines
     assert f"{len(done)} questions are done" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="other settings.*num_beams"):
         run("--n_best=2", "--num_beams=3")
@@ -198,7 +198,9 @@ def test_killed_and_on_two_processes_the_file_is_the_same(folder, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Wrote ") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.config.json", "killed.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "killed.csv", "killed.csv.config.json"
+    ]  # fmt: skip
     whole = tmp_path / "whole.csv"
     subprocess.run(command(folder, whole), env=ENVIRONMENT, cwd=tmp_path, check=True)
     assert output.read_bytes() == whole.read_bytes()
@@ -239,9 +241,7 @@ def test_killed_at_ten_random_moments_the_files_are_the_same(folder, tmp_path):
     for path in (output, tmp_path / "whole.csv"):
         subprocess.run([*command(folder, path), *more], env=ENVIRONMENT, cwd=tmp_path, check=True)
     assert rows_of(output) == len(many)
-    for suffix in (".csv", ".n_best.jsonl"):
-        killed, whole = (tmp_path / (name + suffix) for name in ("killed", "whole"))
-        assert killed.read_bytes() == whole.read_bytes()
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 def rows_of(path):
@@ -252,29 +252,99 @@ def rows_of(path):
         return 0
 
 
-def test_threshold_is_tuned_on_validation_and_used_afterwards(folder, run, capsys):
-    flags = (f"--adapter_name={folder}/adapter",)
-    path = folder / "adapter" / evaluation.THRESHOLD_FILE
-    try:
-        rows = run(*flags, "--tune_threshold", model=False)
-        saved = json.loads(path.read_text())
-        judged = read_results("results/results.val.csv")
-        validation = {record["id"] for record in make_records(3, [4], seed=2)}
-        assert {row["id"] for row in judged} == validation  # and never on the test split
-        assert "no_answer" not in {row["state"] for row in judged}
-        threshold = saved["na_prob_thresh"]
-        assert threshold == summarize(judged)["best_exact_thresh"]
-        assert saved["questions"] == len(validation)
-        assert f"Threshold {threshold:.4f}" in capsys.readouterr().out
-        assert all((row["state"] == "no_answer") == (row["na_prob"] > threshold) for row in rows)
-        run(*flags, "--output=later/results.csv", model=False)
-        assert load_yaml_json("later/results.config.json")["na_prob_thresh"] == threshold
-    finally:
-        path.unlink(missing_ok=True)
+@pytest.fixture
+def adapter(folder, tmp_path):
+    """A copy of the adapter, to keep a threshold in."""
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    return tmp_path / "adapter"
 
 
-def load_yaml_json(path):
-    return load_yaml(Path(path))
+def test_threshold_is_tuned_on_validation_and_used_afterwards(adapter, run, capsys):
+    flags = (f"--adapter_name={adapter}",)
+    rows = run(*flags, "--tune_threshold", model=False)
+    saved = json.loads((adapter / evaluation.THRESHOLD_FILE).read_text())
+    judged = read_results("results/results.csv.val.csv")
+    validation = {record["id"] for record in make_records(3, [4], seed=2)}
+    assert {row["id"] for row in judged} == validation  # and never on the test split
+    assert "no_answer" not in {row["state"] for row in judged}
+    threshold, figures = saved["na_prob_thresh"], summarize(judged)
+    assert saved["exact"] == figures["best_exact"]
+    tuned = summarize(rethreshold(row, threshold) for row in judged)
+    assert tuned["exact"] == figures["best_exact"]
+    assert saved["questions"] == len(validation)
+    assert saved["tuned_for"]["num_beams"] == 4
+    assert f"Threshold {threshold:.4f}" in capsys.readouterr().out
+    assert all((row["state"] == "no_answer") == (row["na_prob"] > threshold) for row in rows)
+    run(*flags, "--output=later/results.csv", model=False)
+    assert load_yaml(Path("later/results.csv.config.json"))["na_prob_thresh"] == threshold
+
+
+def test_a_threshold_that_was_tuned_for_other_settings_is_not_used(adapter, run, capsys):
+    flags = (f"--adapter_name={adapter}", "--num_samples=2")
+    run(*flags, "--tune_threshold", model=False)
+    path = adapter / evaluation.THRESHOLD_FILE
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {"na_prob_thresh": 0.123}))
+
+    def used(*more):
+        run(*flags, "--overwrite", *more, model=False)
+        threshold = load_yaml(Path("results/results.csv.config.json"))["na_prob_thresh"]
+        return threshold, capsys.readouterr().err
+
+    capsys.readouterr()
+    assert used()[0] == 0.123
+    threshold, said = used("--num_beams=2")
+    assert threshold == 0.5
+    assert "tuned for other settings (num_beams: 4 in the file, 2 now): 0.5 is used" in said
+    assert used("--num_beams=2", "--na_prob_thresh=0.7")[0] == 0.7
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({k: v + 0.1 for k, v in weights.items()}, adapter / "adapter_model.safetensors")
+    threshold, said = used()
+    assert (threshold, "adapter_digest" in said) == (0.5, True)
+    path.write_text('{"na_prob_thresh": 0.123}')  # of an earlier version
+    threshold, said = used()
+    assert (threshold, "does not say what it was tuned for" in said) == (0.5, True)
+
+
+def test_tuning_takes_the_sample_and_goes_on_with_its_own_file(adapter, run, monkeypatch):
+    flags = (f"--adapter_name={adapter}", "--tune_threshold", "--num_samples=3")
+    run(*flags, model=False)
+    judged = Path("results/results.csv.val.csv")
+    assert len(read_results(judged)) == 3
+    before = judged.read_bytes()
+    # Another number of spans, of another file: the validation answers do not change.
+    run(*flags, "--n_best=2", "--overwrite", model=False)
+    answered = []
+    answer = LocalModel.answer
+    monkeypatch.setattr(
+        LocalModel, "answer",
+        lambda self, batch: answered.extend(batch) or answer(self, batch),
+    )  # fmt: skip
+    Path("results/results.csv").unlink()
+    run(*flags, "--n_best=3", "--tune_for=f1", model=False)
+    assert judged.read_bytes() == before
+    assert {record["id"][0] for group in answered for record in group} == {"3"}, "test's alone"
+    saved = json.loads((adapter / evaluation.THRESHOLD_FILE).read_text())
+    assert (saved["tune_for"], saved["questions"], "f1" in saved) == ("f1", 3, True)
+
+
+def test_any_file_can_be_thresholded_anew(run):
+    """As if another threshold had been given, row by row; best_exact knows no threshold."""
+    by_threshold = {
+        threshold: run(f"--na_prob_thresh={threshold}", "--overwrite")
+        for threshold in (0.0, 0.5, 1.0)
+    }
+    middle = sorted(row["na_prob"] for row in by_threshold[0.5])[7]
+    by_threshold[middle] = run(f"--na_prob_thresh={middle}", "--overwrite")
+    states = {row["state"] for row in by_threshold[middle]}
+    assert states == {"answer", "no_answer"}
+    for rows in by_threshold.values():
+        for threshold, expected in by_threshold.items():
+            assert [rethreshold(row, threshold) for row in rows] == expected
+    figures = [summarize(rows) for rows in by_threshold.values()]
+    best = [(f["best_exact"], f["best_exact_thresh"], f["best_f1"]) for f in figures]
+    assert len(set(best)) == 1
+    assert len({f["NoAns_exact"] for f in figures}) > 1
 
 
 @pytest.mark.parametrize(("gap", "counted"), [(0.0, "2 (100.0 %)"), (1.0, "0 (0.0 %)")])
@@ -321,9 +391,13 @@ def test_audit_of_a_search_that_is_wide_and_of_one_that_misses():
 
     wide = LocalModel(tiny_model(), encoder, num_beams=1000)
     args = TestArguments(audit=3, batch_size=2)
-    assert evaluation.audit(wide, wide, records, args) == evaluation.Audit(3, 3, 0)
+    assert evaluation.audit(wide, wide, records, args) == evaluation.Audit(
+        3, 3, 0, evaluation.LEAST_NOISE
+    )
     misses = Misses(tiny_model(), encoder, num_beams=1000)
-    assert evaluation.audit(misses, wide, records, args) == evaluation.Audit(3, 0, 0)
+    assert evaluation.audit(misses, wide, records, args) == evaluation.Audit(
+        3, 0, 0, evaluation.LEAST_NOISE
+    )
 
 
 def test_audit_counts():
@@ -394,14 +468,137 @@ def test_files_of_others_are_left_alone(folder, tmp_path, monkeypatch):
     assert len(run("run[1].csv")) == 3
 
 
-def test_a_torn_line_of_spans_is_dropped(run):
-    run("--num_samples=6", "--n_best=2")
-    path = Path("results/results.n_best.jsonl")
+# Without a model ---------------------------------------------------------------------------------
+
+
+class Answers:
+    """Answers all questions with their first word; ``watch`` sees each batch before it is."""
+
+    def __init__(self, watch=lambda batch: None, failing=()):
+        self.watch, self.failing, self.asked = watch, failing, []
+
+    def answer(self, batch):
+        self.watch(batch)
+        records = [record for group in batch for record in group]
+        self.asked += [record["id"] for record in records]
+        return [
+            Prediction(r, "p", Reply("", [], None), "400: too long")
+            if r["id"] in self.failing
+            else Prediction(r, "p", Reply(format_answer(r["context"].split()[0]), [], -1.0))
+            for r in records
+        ]
+
+
+class AnswersAlone(Answers):
+    """The same, one question after the other, from the last to the first."""
+
+    def answer_all(self, records):
+        for record in reversed(records):
+            yield self.answer([[record]])
+
+
+RECORDS = make_records(6, [3], seed=5)
+
+
+def evaluate(model, path, **options):
+    evaluation.evaluate(model, RECORDS, path, {"seed": 1}, batch_size=4, **options)
+    return read_results(path)
+
+
+def test_no_other_run_comes_between(tmp_path):
+    """From before the first answer to the last row, also while shards are gathered."""
+    path = tmp_path / "results.csv"
+    tried = []
+
+    def second(batch):
+        with pytest.raises(ValueError, match="another process is writing"):
+            evaluation.evaluate(Answers(), RECORDS, path, {"seed": 1})
+        tried.append(batch)
+
+    evaluate(Answers(second), path)
+    assert len(tried) == 6
     whole = path.read_bytes()
-    with path.open("ab") as file:
-        file.write('{"id": "1", "text": "é'.encode()[:-1])
-    run("--num_samples=6", "--n_best=2")
+    rows = read_results(path)
+    for shard, part in ((0, rows[3:9]), (1, rows[12:])):  # of a run that was killed
+        with ResultsFile(tmp_path / f".results.csv.shard{shard}", {"seed": 1}) as file:
+            file.append(part)
+    path.unlink()
+    model = Answers(second)
+    evaluate(model, path)
+    assert model.asked == [row["id"] for row in rows[:3] + rows[9:12]]
     assert path.read_bytes() == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["results.csv", "results.csv.config.json"]
+
+
+@pytest.mark.parametrize("kind", ["lost", "doubled"])
+def test_a_file_that_does_not_hold_each_question_once_gives_no_figures(tmp_path, monkeypatch, kind):
+    path = tmp_path / "results.csv"
+    append = ResultsFile.append
+
+    def damage(self, rows):
+        append(self, rows)
+        content = path.read_bytes()
+        header = content.index(b"\n") + 1
+        path.write_bytes(content[:header] if kind == "lost" else content + content[header:])
+
+    evaluate(Answers(), path)
+    whole = path.read_bytes()
+    monkeypatch.setattr(ResultsFile, "append", damage)
+    monkeypatch.setattr(ResultsFile, "gather", lambda self, shards, order: None)
+    with pytest.raises(ValueError, match="should have one row for each of 18 questions"):
+        evaluate(Answers(), path, overwrite=True)
+    monkeypatch.undo()
+    evaluate(Answers(), path)  # which is mended by the same command
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", [Answers, AnswersAlone])
+def test_failed_questions_are_kept_and_asked_again(tmp_path, kind):
+    path, failing = tmp_path / "results.csv", [RECORDS[4]["id"], RECORDS[10]["id"]]
+    first = evaluate(kind(failing=failing), path)
+    assert [row["id"] for row in first] == [record["id"] for record in RECORDS]
+    failed = [row for row in first if row["state"] == "failed"]
+    assert [row["id"] for row in failed] == failing
+    assert {row["completion"] for row in failed} == {"400: too long"}
+    assert {(row["score"], row["na_prob"], row["Exact match"]) for row in failed} == {
+        (None, None, False)
+    }
+    again = kind(failing=failing[1:])
+    second = evaluate(again, path)
+    assert [row["id"] for row in second if row["state"] == "failed"] == failing[1:]
+    if kind is AnswersAlone:
+        assert sorted(again.asked) == failing
+    third = evaluate(kind(), path)
+    assert {row["state"] for row in third} == {"answer"}
+    whole = evaluate(kind(), tmp_path / "whole.csv")
+    assert third == whole
+
+
+def test_pairs_of_simultaneous_starts(tmp_path):
+    """Each ends complete or is refused; see benchmarks/simultaneous_starts.py for 200."""
+    import simultaneous_starts  # in a folder that ``helpers`` adds to the path
+
+    counts = simultaneous_starts.run_pairs(6, tmp_path, questions=60, seed=1)
+    assert sum(counts.values()) == 6
+    assert counts["refused"] > 0
+
+
+def test_what_cannot_be_written_is_said_before_a_model_is_loaded(run, monkeypatch):
+    def load(*_):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(test_llama_squad, "load_predictor", load)
+    Path("taken.csv").mkdir()
+    Path("file").touch()
+    for flags, message in [
+        (["--output=taken.csv"], "cannot write taken.csv: it is no regular file"),
+        (["--output=file/results.csv"], "cannot write file/results.csv: "),
+        (["--predictions_dir=file"], "cannot write file/predictions.json: "),
+    ]:
+        with pytest.raises(SystemExit) as error:
+            run(*flags)
+        assert message in str(error.value.code)
+        assert "\n" not in str(error.value.code)
 
 
 @pytest.mark.parametrize(
@@ -412,6 +609,7 @@ def test_a_torn_line_of_spans_is_dropped(run):
         (["--split=val", "--decoding=free", "--n_best=2"], "--n_best needs --decoding span"),
         (["--tune_threshold", "--na_prob_thresh=0.3"], "give one of them"),
         (["--tune_threshold"], "local --adapter_name"),
+        (["--tune_for=f1"], "--tune_for says what --tune_threshold tunes for"),
         (["--num_beams=0"], "at least 1"),
     ],
 )

@@ -82,6 +82,8 @@ def test_words_of_a_later_parser_are_passed_over() -> None:
         (["--reasoning_tokens=-1"], "--reasoning_tokens must be at least 0, not -1"),
         (["--eval_samples=-1"], "--eval_samples must be at least 0, not -1"),
         (["--per_device_train_batch_size=0"], "--per_device_train_batch_size must be at least 1"),
+        (["--per_device_train_batch_size=-4"], "--per_device_train_batch_size must be at least 1"),
+        (["--gradient_accumulation_steps=-1"], "--gradient_accumulation_steps must be at least 1"),
         (["--per_device_eval_batch_size=-1"], "--per_device_eval_batch_size must be at least 1"),
         (["--gradient_accumulation_steps=0"], "--gradient_accumulation_steps must be at least 1"),
         (["--lora_alpha=0"], "--lora_alpha must be above 0, not 0"),

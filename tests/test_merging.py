@@ -41,7 +41,9 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def adapter_on(model: Any, size: float, folder: Path, **settings: Any) -> Path:
     """Save an adapter whose B entries are of the given size."""
     torch.manual_seed(1)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", **settings)
+    # Not "all-linear", of which PEFT makes suffixes as these only where a model has more layers.
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=layers, **settings)
     tuned = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():

@@ -8,6 +8,7 @@ import json
 import random
 import re
 import string
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import pytest
 
 from llama_squad.answers import Answer
 from llama_squad.metrics import (
+    Plateau,
+    ScoreTable,
+    choose_threshold,
     evaluate_predictions,
     gold_texts,
     is_exact_match,
@@ -22,6 +26,7 @@ from llama_squad.metrics import (
     normalize_answer,
     score_answer,
     strict_counts,
+    strict_outcome,
     wilson_interval,
 )
 
@@ -306,7 +311,8 @@ def test_strict_columns() -> None:
     )
     answers = [right, right, abstained, abstained, abstained, malformed, malformed, right]
     golds: list[list[str]] = [["x"], ["y"], [], [], ["x"], [], ["x"], []]
-    assert strict_counts(answers, golds) == {
+    outcomes = Counter(map(strict_outcome, answers, golds))
+    assert strict_counts(outcomes) == {
         "% Valid JSON": (6, 8),
         "% Exact Match": (3, 8),
         "% EM for Valid JSON": (3, 6),
@@ -337,3 +343,51 @@ def test_mean_interval() -> None:
     assert mean_interval([0.3]) == (0.0, 100.0)
     with pytest.raises(ValueError, match="nothing"):
         mean_interval([])
+
+
+def curve_of(*questions: tuple[float, bool, float]) -> list[tuple[float, float]]:
+    """Return the curve of questions: na_prob, whether there is an answer, F1 of what is given."""
+    table = ScoreTable()
+    for na_prob, has_answer, f1 in questions:
+        table.add(has_answer, "x", (int(f1 == 1), f1), na_prob)
+    return list(table.curve(1))
+
+
+def test_a_threshold_is_the_middle_of_its_plateau() -> None:
+    right, wrong = (0.0065, True, 1.0), (0.9, False, 0.0)
+    assert choose_threshold(curve_of(right, wrong), 0.0) == Plateau(0.45325, 100.0, 0.0065, 0.9)
+    # The present one where none is better, at both ends of the plateau.
+    for present in (0.0065, 0.5, 0.8999):
+        assert choose_threshold(curve_of(right, wrong), present).threshold == present
+    assert choose_threshold(curve_of(right, wrong), 0.9).threshold == 0.45325
+    # Up to 1 where nothing comes after; a score of 0.0 from 0.3 on leaves the plateau whole.
+    assert choose_threshold(curve_of((0.2, True, 1.0), (0.3, True, 0.0)), 0.0) == Plateau(
+        pytest.approx(0.6), 50.0, 0.2, 1.0
+    )
+    assert choose_threshold(curve_of((0.2, True, 1.0)), 1.0).threshold == 1.0
+    # At 1.0 itself a wrong answer would be given.
+    assert choose_threshold(curve_of((0.2, True, 1.0), (1.0, False, 0.0)), 1.0).threshold == 0.6
+
+
+def test_a_threshold_is_in_the_widest_of_several_plateaus() -> None:
+    curve = curve_of((0.1, True, 1.0), (0.2, False, 0.0), (0.4, True, 1.0), (0.8, False, 0.0))
+    assert [score for _, score in curve] == [50.0, 75.0, 50.0, 75.0, 50.0]
+    assert choose_threshold(curve, 0.9).threshold == pytest.approx(0.6)
+    assert choose_threshold(curve, 0.15).threshold == 0.15
+
+
+def test_questions_of_one_probability_are_told_apart_by_no_threshold() -> None:
+    """Between them the curve rises, as in the official script, but no threshold can stand there."""
+    curve = curve_of((0.3, True, 1.0), (0.3, False, 0.0))
+    assert max(score for _, score in curve) == 100.0
+    assert choose_threshold(curve, 0.5) == Plateau(0.5, 50.0, 0.0, 1.0)
+
+
+def test_a_threshold_for_exact_or_for_f1() -> None:
+    table = ScoreTable()
+    table.add(True, "x", (1, 1.0), 0.1)
+    table.add(False, "x", (0, 0.0), 0.4)
+    table.add(True, "x y", (0, 0.9), 0.5)
+    table.add(True, "x y", (0, 0.9), 0.6)
+    assert choose_threshold(table.curve(0), 0.0).threshold == pytest.approx(0.25)
+    assert choose_threshold(table.curve(1), 0.0).threshold == pytest.approx(0.8)

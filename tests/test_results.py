@@ -1,7 +1,9 @@
 """The result file: what it survives, when it refuses, and the figures that come out of it."""
 
 import csv
+import errno
 import json
+import math
 import os
 import random
 import signal
@@ -13,16 +15,17 @@ from typing import Any
 
 import pytest
 
-from llama_squad.answers import MALFORMED_PREDICTION, Answer, extract_answer, format_answer
+from llama_squad.answers import FAILED, MALFORMED_PREDICTION, Answer, extract_answer, format_answer
 from llama_squad.results import (
     COLUMNS,
     SEED_COLUMNS,
     ResultsFile,
     Row,
+    check_writable,
     config_path,
     make_row,
-    merge_results,
     read_results,
+    rethreshold,
     summarize,
     write_official,
 )
@@ -50,6 +53,13 @@ def row(id_: str = "q1", reply: str = "x", golds: tuple[str, ...] = ("x",), **mo
     return make_row(record, completion, extract_answer(completion), "prompt", **more)
 
 
+def failed(id_: str, golds: tuple[str, ...] = ("x",)) -> Row:
+    """Make the row of a question that was refused."""
+    return row(id_, "", golds) | {
+        "completion": "400: too long", "Full response": "400: too long", "state": FAILED.state
+    }  # fmt: skip
+
+
 def write(path: Path, rows: list[Row], **settings: Any) -> None:
     with ResultsFile(path, SETTINGS | settings) as file:
         file.append(rows)
@@ -66,6 +76,10 @@ def test_make_row() -> None:
         "completion": '```json\n{\n  "answer": "Beyoncé"\n}\n```',
         "na_prob": 0.25,
         "score": -1.5,
+        "best_span": None,
+        "best_span_log_prob": None,
+        "no_answer_log_prob": None,
+        "n_best": None,
         "Prompt": "prompt",
         "Correct answers": '["Beyoncé", "B"]',
         "Model answer": "Beyoncé",
@@ -105,7 +119,7 @@ def test_resume(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     write(path, [row("a"), row("b", "?", (), na_prob=0.75)])
     assert json.loads(config_path(path).read_text()) == SETTINGS
-    assert config_path(path).name == "results.config.json"
+    assert config_path(path).name == "results.csv.config.json"
     with ResultsFile(path, SETTINGS) as file:
         assert file.done == {"a", "b"}
         file.append([row("c")])
@@ -285,6 +299,20 @@ def test_seed_file_with_python_lists_and_json(tmp_path: Path) -> None:
             "not a list of strings",
         ),
         (b"Prompt,Correct answers,Model answer,Full response,Exact match\n", "holds no results"),
+        (
+            b"Prompt,Correct answers,Model answer,Full response,Exact match,note\na,[],c,d,e,f\n",
+            "no result file: nobody knows its column 'note'",
+        ),
+        (b"Prompt,Prompt,Model answer\n", "it has the column 'Prompt' twice"),
+        (",".join([*COLUMNS, "rank"]).encode() + b"\n", "nobody knows its column 'rank'"),
+        (
+            ",".join(c for c in COLUMNS if c != "question").encode() + b"\n",
+            "no result file: it has no column question$",
+        ),
+        (
+            ",".join("qestion" if c == "question" else c for c in COLUMNS).encode() + b"\n",
+            "it has no column question; nobody knows its column 'qestion'",
+        ),
     ],
 )
 def test_a_file_that_is_not_ours(tmp_path: Path, content: bytes, message: str) -> None:
@@ -304,30 +332,220 @@ def test_reading_errors_of_our_own_file(tmp_path: Path) -> None:
     write(path, [row("a")])
     whole = path.read_text()
     path.write_text(whole + whole.partition("\n")[2])
-    with pytest.raises(ValueError, match=r"1 ids twice \(the first: a\)"):
+    with pytest.raises(ValueError, match="row 2: question a is there twice"):
         read_results(path)
     path.write_text(whole.replace('"answer",', '"maybe",'))
     with pytest.raises(ValueError, match="row 1: state is 'maybe'"):
         read_results(path)
 
 
-def test_merge(tmp_path: Path) -> None:
+def test_gather(tmp_path: Path) -> None:
     shards = [tmp_path / f"results.{rank}.csv" for rank in range(2)]
     write(shards[0], [row("c"), row("a", "é\n")])
     write(shards[1], [row("d"), row("b"), row("a", "other")])
     path = tmp_path / "results.csv"
-    assert merge_results(shards, path, ["a", "b", "c", "d", "e"]) == 4
-    assert [r["id"] for r in read_results(path)] == ["a", "b", "c", "d"]
-    assert read_results(path)[0]["prediction_text"] == "é\n"
-    with ResultsFile(path, SETTINGS) as file:  # goes on like any other file
+    with ResultsFile(path, SETTINGS) as file:
+        file.gather(shards, ["a", "b", "c", "d", "e"])
+        assert file.done == {"a", "b", "c", "d"}
+        assert [r["id"] for r in read_results(path)] == ["a", "b", "c", "d"]
+        assert read_results(path)[0]["prediction_text"] == "é\n"
+        with pytest.raises(ValueError, match="one row for each of 5 .* 4 rows for 4 .look at e"):
+            file.check_complete(["a", "b", "c", "d", "e"])
         file.append([row("e")])
+        file.check_complete(["a", "b", "c", "d", "e"])
     single = tmp_path / "single.csv"
     write(single, [row("a", "é\n"), row("b"), row("c"), row("d"), row("e")])
     assert path.read_bytes() == single.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
-    with pytest.raises(ValueError, match=r"1 rows of .*not of this dataset \(the first: d\)"):
-        merge_results(shards, path, ["a", "b", "c"])
+    with (
+        ResultsFile(path, SETTINGS) as file,
+        pytest.raises(ValueError, match=r"2 rows of .*not of this dataset \(the first: d\)"),
+    ):
+        file.gather(shards, ["a", "b", "c"])
     assert path.read_bytes() == single.read_bytes()
+
+
+def test_a_failed_row_stays_until_a_reply_takes_its_place(tmp_path: Path) -> None:
+    path, shard = tmp_path / "results.csv", tmp_path / "shard"
+    with ResultsFile(path, SETTINGS) as file:
+        file.append([row("a"), failed("b"), row("c"), failed("d")])
+        assert (file.done, file.failed) == ({"a", "c"}, {"b", "d"})
+        with pytest.raises(ValueError, match="already has a row for question b"):
+            file.append([row("b")])
+    write(shard, [row("b"), failed("d")])
+    with ResultsFile(path, SETTINGS) as file:
+        assert (file.done, file.failed) == ({"a", "c"}, {"b", "d"})
+        file.gather([shard], ["a", "b", "c", "d"])
+        assert (file.done, file.failed) == ({"a", "b", "c"}, {"d"})
+        file.check_complete(["a", "b", "c", "d"])
+    assert read_results(path) == [row("a"), row("b"), row("c"), failed("d")]
+
+
+def test_the_lock_stays_where_a_file_takes_the_place_of_another(tmp_path: Path) -> None:
+    path, shard = tmp_path / "results.csv", tmp_path / "shard"
+    write(shard, [row("b")])
+    with ResultsFile(path, SETTINGS) as file:
+        file.append([row("a")])
+        before = path.stat().st_ino
+        file.gather([shard], ["b", "a"])
+        assert path.stat().st_ino != before
+        with pytest.raises(ValueError, match="another process is writing"):
+            ResultsFile(path, SETTINGS).__enter__()
+        file.append([row("c")])
+    assert [r["id"] for r in read_results(path)] == ["b", "a", "c"]
+
+
+def test_files_that_differ_behind_a_dot_share_nothing(tmp_path: Path) -> None:
+    for name in ("v1.0", "v1.1"):
+        with ResultsFile(tmp_path / name, {"name": name}) as file:
+            file.append([row(name)])
+    for name in ("v1.0", "v1.1"):
+        with ResultsFile(tmp_path / name, {"name": name}) as file:
+            assert file.done == {name}
+
+
+LIMITED = """
+import resource, sys
+from llama_squad.answers import extract_answer
+from llama_squad.results import ResultsFile, check_writable, make_row
+
+record = {"id": "", "title": "", "question": "", "answers": {"text": []}}
+row = make_row(record, "x" * 500, extract_answer("x"), "p")
+with ResultsFile(sys.argv[1], {}) as file:
+    file.append([row | {"id": "a"}])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+    try:
+        file.append([row | {"id": "b"}])
+    except ValueError as error:
+        print(error)
+try:
+    check_writable(sys.argv[1])
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_one_line_and_loses_no_whole_row(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    command = [sys.executable, "-c", LIMITED, path]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    line = f"cannot write {path}: File too large; make room, and the same command goes on"
+    assert [said.startswith(line) for said in done.stdout.splitlines()] == [True, True]
+    assert path.stat().st_size == 1500
+    with ResultsFile(path, {}) as file:
+        assert file.done == {"a"}
+        file.append([row("b")])
+    assert [r["id"] for r in read_results(path)] == ["a", "b"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["results.csv", "results.csv.config.json"]
+
+
+def test_a_full_disk_while_files_are_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, shard = tmp_path / "results.csv", tmp_path / "shard"
+    write(path, [row("b")])
+    write(shard, [row("a")])
+    before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with ResultsFile(path, SETTINGS) as file:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(ValueError, match=r"results\.csv: No space left on device; make room"):
+            file.gather([shard], ["a", "b"])
+        monkeypatch.undo()
+    assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == before
+
+
+def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for path, reason in [
+        (tmp_path / "folder", "it is no regular file; choose another place"),
+        (tmp_path / "file" / "results.csv", "(Not a directory|File exists); choose another place"),
+    ]:
+        with pytest.raises(ValueError, match=f"^cannot write {path}: {reason}"):
+            check_writable(path)
+        with pytest.raises(ValueError, match=f"^cannot write {path}: .*another place"):
+            ResultsFile(path, SETTINGS).__enter__()
+    write(tmp_path / "results.csv", [row("a")])
+    before = sorted(tmp_path.iterdir())
+    check_writable(tmp_path / "results.csv")
+    check_writable(tmp_path / "new" / "results.csv")
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "new"])
+    assert read_results(tmp_path / "results.csv") == [row("a")]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anything
+    with pytest.raises(ValueError, match=r"cannot write .*results\.csv: Permission denied"):
+        check_writable(tmp_path / "results.csv")
+
+
+def span_row(id_: str, text: str, golds: tuple[str, ...], margin: float, threshold: float) -> Row:
+    """Make the row of a best span whose log-probability is ``margin`` above that of "?"."""
+    na_prob = 1 / (1 + math.exp(margin))
+    given = "?" if na_prob > threshold else text
+    return row(
+        id_, given, golds, na_prob=na_prob, score=-5.0 if given == "?" else margin - 5.0, best_span=text,
+        best_span_log_prob=margin - 5.0, no_answer_log_prob=-5.0,
+    )  # fmt: skip
+
+
+def span_rows(threshold: float) -> list[Row]:
+    return [
+        span_row("a", "x", ("x",), 2.0, threshold),
+        span_row("b", "y", ("x",), 1.0, threshold),
+        span_row("c", "z", (), -1.0, threshold),
+        span_row("d", "x", ("x",), -2.0, threshold),
+    ]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 0.8, 1.0])
+def test_another_threshold_and_best_exact_whatever_the_threshold(
+    tmp_path: Path, threshold: float
+) -> None:
+    path = tmp_path / "results.csv"
+    write(path, span_rows(threshold))
+    rows = read_results(path)
+    for other in (0.0, 0.2, 0.5, 0.8, 1.0):
+        assert [rethreshold(r, other) for r in rows] == span_rows(other)
+    figures = summarize(rows)
+    # a is right from 0.12 on, c (without an answer) up to 0.73, d from 0.88 on.
+    assert (figures["best_exact"], figures["best_f1"]) == (50.0, 50.0)
+    assert figures["best_exact_thresh"] == pytest.approx(1 / (1 + math.exp(2)))
+
+
+def test_a_failed_question_is_wrong_at_every_threshold(tmp_path: Path) -> None:
+    rows = [*span_rows(0.5), failed("e", ())]
+    figures = summarize(rows)
+    assert figures["states"]["failed"] == 1
+    assert (figures["% Valid JSON"], figures["NoAns_exact"]) == (80.0, 50.0)
+    assert figures["best_exact"] == 40.0
+    assert rethreshold(rows[4], 0.0) == rows[4]
+    write_official(rows, tmp_path)
+    assert json.loads((tmp_path / "predictions.json").read_text())["e"] == MALFORMED_PREDICTION
+    assert json.loads((tmp_path / "na_prob.json").read_text())["e"] == 0.0
+
+
+def test_a_file_from_before_rows_kept_their_best_span(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    write(path, [row("a", na_prob=0.25), row("b", "?", (), na_prob=0.75)])
+    with path.open(newline="", encoding="utf-8") as file:
+        older = [{k: v for k, v in r.items() if k not in NEW} for r in csv.DictReader(file)]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, older[0], quoting=csv.QUOTE_ALL, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(older)
+    rows = read_results(path)
+    assert rows == [row("a", na_prob=0.25), row("b", "?", (), na_prob=0.75)]
+    assert "best_exact" not in summarize(rows)
+    assert rethreshold(rows[0], 0.2)["state"] == "no_answer"
+    with pytest.raises(ValueError, match="question b abstains, and this older file does not hold"):
+        rethreshold(rows[1], 0.9)
+    with pytest.raises(ValueError, match=r"earlier version, .*summarised, but not resumed"):
+        ResultsFile(path, SETTINGS).__enter__()
+
+
+NEW = ("best_span", "best_span_log_prob", "no_answer_log_prob", "n_best")
 
 
 def test_write_official(tmp_path: Path) -> None:
@@ -348,12 +566,12 @@ def test_summarize() -> None:
     rows = [
         row("a", "the x", ("x",), na_prob=0.1),  # official right, strict wrong
         row("b", "x y", ("x",), na_prob=0.2),  # F1 2/3
-        row("c", "?", (), na_prob=0.9),
+        row("c", "?", (), na_prob=0.9, best_span="z"),
         row("d", "", (), na_prob=0.3),  # malformed: no abstention
     ]
     figures = summarize(rows)
     assert figures["n"] == 4
-    assert figures["states"] == {"answer": 2, "no_answer": 1, "malformed": 1}
+    assert figures["states"] == {"answer": 2, "no_answer": 1, "malformed": 1, "failed": 0}
     assert figures["% Valid JSON"] == 75.0
     assert figures["% Exact Match"] == 25.0
     assert figures["% EM for Valid JSON"] == pytest.approx(100 / 3)

@@ -3,10 +3,12 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,8 +213,8 @@ def planned(
 ) -> tuple[Any, SquadSFTConfig]:
     """Lay out a dataset as the stage does; returns the features and the changed arguments."""
     sft_args = SquadSFTConfig(output_dir=str(folder), report_to="none", bf16=False, **settings)
-    features = lay_out(args or TrainArguments(), sft_args, {"train": encoded}, model, collator())
-    return features["train"], sft_args
+    layout = lay_out(args or TrainArguments(), sft_args, {"train": encoded}, model, collator())
+    return layout.features["train"], sft_args.replace(**layout.settings)
 
 
 def refuse_4d_masks(model: Any) -> None:
@@ -461,6 +463,69 @@ def test_advice_below_eight_paragraphs() -> None:
         assert ("Fewer than 8 paragraphs" in plan.describe()) is advised
 
 
+class Counting(training.SquadTrainer):
+    """Our trainer, which keeps how many questions each step held, by its number."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.held: Counter[int] = Counter()
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Count, and train."""
+        self.held[self.state.global_step] += int(count_batch(inputs)[0])
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("share_context", [True, False])
+@pytest.mark.parametrize(
+    ("paragraphs", "questions", "batch", "accumulate", "row_tokens"),
+    [
+        (2, 5, 20, 1, 300),  # all that there are are fewer than asked for, in a row each,
+        (2, 5, 20, 1, 2048),  # in one row,
+        (2, 5, 4, 5, 300),
+        (5, 5, 10, 2, 300),  # a step of four paragraphs, and one
+        (8, 1, 4, 2, 2048),
+        (6, 3, 2, 3, 2048),
+    ],
+)
+def test_what_is_said_of_a_step_is_true(
+    paragraphs: int,
+    questions: int,
+    batch: int,
+    accumulate: int,
+    row_tokens: int,
+    share_context: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    encoded = encoded_dataset(make_records(paragraphs, [questions]))
+    model = tiny_model(hidden_size=8, num_hidden_layers=1)
+    args = TrainArguments(share_context=share_context, row_tokens=row_tokens)
+    train, sft_args = planned(
+        model, encoded, tmp_path, args,
+        per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+    )  # fmt: skip
+    said = re.search(
+        r"A step holds (?:(\d+) paragraphs, )?([\d.]+) questions(?: on average)?([^.]*)\.",
+        capsys.readouterr().out, re.M,
+    )  # fmt: skip
+    assert said
+    trainer = make_trainer(
+        model, train, tmp_path, max_steps=-1, num_train_epochs=1, logging_steps=1,
+        per_device_train_batch_size=sft_args.per_device_train_batch_size,
+        gradient_accumulation_steps=sft_args.gradient_accumulation_steps, trainer=Counting,
+    )  # fmt: skip
+    trainer.train()
+    held = [trainer.held[step] for step in sorted(trainer.held)]
+    assert sum(held) == paragraphs * questions
+    full = held[:-1] or held
+    if said[1]:
+        assert int(said[1]) == round(sum(full) / len(full) / questions)
+    assert float(said[2]) == pytest.approx(sum(full) / len(full), abs=0.05)
+    assert ("all that there are" in said[3]) is (len(held) == 1)
+    assert ("the last of an epoch" in said[3]) is (held[-1] < held[0])
+
+
 def test_throughput_counts_are_true(tmp_path: Path) -> None:
     encoded = encoded_dataset(STEP)
     model = tiny_model()
@@ -484,6 +549,88 @@ def test_throughput_counts_are_true(tmp_path: Path) -> None:
     )
     seconds = [entry["tokens_per_second"] / entry["questions_per_second"] for entry in logs]
     assert sum(seconds) / len(seconds) == pytest.approx(tokens / 8, rel=0.2)
+
+
+def test_all_figures_of_the_throughput_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with evaluations in between, steps after the last log, and another training before."""
+    encoded = encoded_dataset(STEP)
+    model = tiny_model(hidden_size=8, num_hidden_layers=1)
+    train, sft_args = planned(model, encoded, tmp_path, per_device_train_batch_size=4)
+    validation = encoded_dataset(make_records(3, [2], seed=3))
+    held = [p.examples for p in rows.group_paragraphs(validation, None)]
+
+    now = [0.0]  # a step takes a second, a validation a hundred
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Clocked(Counting):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            now[0] += 1 / self.args.gradient_accumulation_steps
+            return super().training_step(*args, **kwargs)
+
+    def slowly(model: Any) -> dict[str, float]:
+        now[0] += 100
+        return {}
+
+    trainer = make_trainer(
+        model, train, tmp_path, max_steps=7, logging_steps=3, eval_strategy="steps", eval_steps=2,
+        gradient_accumulation_steps=sft_args.gradient_accumulation_steps,
+        per_device_train_batch_size=1,
+        trainer=functools.partial(
+            Clocked, validate=slowly, eval_dataset=rows.row_dataset(validation, [held])
+        ),
+    )  # fmt: skip
+    for _ in range(2):
+        trainer.held.clear()
+        result = trainer.train().metrics
+        logs = [e for e in trainer.state.log_history if "loss" in e]
+        held = [trainer.held[step] for step in range(7)]
+        asked = [entry["questions_per_second"] for entry in logs]
+        assert asked == [round(sum(held[:3]) / 3, 2), round(sum(held[3:6]) / 3, 2)]
+        assert result["train_runtime"] == pytest.approx(7)
+        assert result["train_samples_per_second"] == pytest.approx(sum(held) / 7, abs=1e-3)
+        assert result["train_steps_per_second"] == 1
+        last = trainer.state.log_history[-1]
+        assert last["train_samples_per_second"] == result["train_samples_per_second"]
+    for entry in trainer.state.log_history:
+        if "eval_runtime" in entry:
+            asked = entry["eval_samples_per_second"] * entry["eval_runtime"]
+            assert asked == pytest.approx(6, rel=0.05)
+
+
+def test_validation_does_not_hang_on_the_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    batch = training.batch_paragraphs
+
+    def spy(records: Any, size: int) -> Any:
+        sizes.append(size)
+        return batch(records, size)
+
+    monkeypatch.setattr(training, "batch_paragraphs", spy)
+    records = make_records(4, [3])
+    encoded = {name: encoded_dataset(records) for name in ("train", "val")}
+    encoder = ConversationEncoder(tiny_tokenizer())
+    args = SquadSFTConfig(output_dir=str(tmp_path), report_to="none", per_device_eval_batch_size=5)
+    before = args.to_dict()
+
+    def validate(dataset: dict[str, Any]) -> Any:
+        return training.make_validation(args, dataset, str(tmp_path), encoder)
+
+    layout = lay_out(TrainArguments(), args, encoded, tiny_model(), collator())
+    assert validate({"val": Dataset.from_list(records)}) is not None
+    assert sizes == [5]
+    assert layout.settings["per_device_eval_batch_size"] == 1
+    assert validate({}) is None
+    assert args.to_dict() == before
+    asked = args.replace(**layout.settings)
+    assert asked.per_device_eval_batch_size == 1
+    assert asked.eval_strategy == "steps"
+    assert args.to_dict() == before
+    layout = lay_out(TrainArguments(), args, {"train": encoded["train"]}, tiny_model(), collator())
+    assert args.replace(**layout.settings).eval_strategy == "no"
 
 
 # A whole epoch, on one process and on two --------------------------------------------------------
@@ -526,6 +673,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 from helpers import *
+from llama_squad import training
 from test_shared_contexts import epoch, planned, real_records, recorder, weights_after
 
 folder = Path(sys.argv[1])
@@ -542,7 +690,28 @@ trainer.data_collator = seen = recorder()
 weights = weights_after(trainer)
 assert seen.questions < 8, "every process has all questions"
 if rank == 0:
-    torch.save({"weights": weights, "log": trainer.state.log_history}, folder / "weights.pt")
+    log = trainer.state.log_history
+trainer = make_trainer(
+    model, train, folder / "run", per_device_train_batch_size=1, logging_steps=3, max_steps=6,
+    gradient_accumulation_steps=sft_args.gradient_accumulation_steps, learning_rate=0.1,
+)
+counts = [[0, 0, 0], [0, 0, 0]]  # of the first three steps and the others
+plain = training.answer_loss
+
+def count(model, inputs, *options):
+    loss, right, supervised = plain(model, inputs, *options)
+    found = (int(right), int(supervised), int(training.count_batch(inputs)[0]))
+    part = counts[trainer.state.global_step // 3]
+    part[:] = [a + b for a, b in zip(part, found)]
+    return loss, right, supervised
+
+training.answer_loss = count
+trainer.train()
+training.answer_loss = plain
+(folder / f"counts-{rank}.json").write_text(json.dumps(counts))
+if rank == 0:
+    figures = trainer.state.log_history
+    torch.save({"weights": weights, "log": log, "figures": figures}, folder / "weights.pt")
 encoded = encoded_dataset(real_records(), max_length=None)
 seen = epoch(encoded, folder / "run")
 (folder / f"seen-{rank}.json").write_text(json.dumps(seen.seen))
@@ -577,6 +746,19 @@ def test_two_processes(tmp_path: Path) -> None:
     trees = encoded_dataset(STEP)
     assert log["tokens_saved"] > 0.1
     assert log["num_tokens"] < sum(trees["length"])
+    logs = saved["figures"]
+    counts = [json.loads((tmp_path / f"counts-{rank}.json").read_text()) for rank in (0, 1)]
+    for log, first, second in zip(logs, *counts, strict=False):  # three steps each
+        right, supervised, questions = (a + b for a, b in zip(first, second, strict=True))
+        assert log["mean_token_accuracy"] == right / supervised
+        assert first[0] / first[1] != right / supervised, "one process would do"
+        assert questions > first[2] > 0
+    total = logs[-1]["train_samples_per_second"] * logs[-1]["train_runtime"]
+    questions = sum(part[2] for rank in counts for part in rank)
+    assert questions == 6 * 8
+    assert total == pytest.approx(questions, rel=0.01)
+    seconds = [3 * 8 / log["questions_per_second"] for log in logs[:2]]
+    assert sum(seconds) == pytest.approx(logs[-1]["train_runtime"], rel=0.2)
     encoded = encoded_dataset(real_records(), max_length=None)
     seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
     assert abs(len(seen[0]) - len(seen[1])) < 200, "one process does most of the work"

@@ -12,6 +12,7 @@ import pytest
 
 import summarize_results
 from llama_squad.answers import extract_answer, format_answer
+from llama_squad.metrics import score_table
 from llama_squad.results import ResultsFile, make_row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +31,8 @@ def write_results(path: str, replies: dict[str, tuple[str, list[str], float | No
             record = {"id": id_, "title": "T", "question": "Q", "answers": {"text": golds}}
             completion = format_answer(reply) if reply else "well"
             answer = extract_answer(completion)
-            rows.append(make_row(record, completion, answer, "p", na_prob))
+            best = None if na_prob is None else reply.replace("?", "best")
+            rows.append(make_row(record, completion, answer, "p", na_prob, best_span=best))
         file.append(rows)
 
 
@@ -123,9 +125,10 @@ def test_plots_are_in_log_odds_and_legends_cover_nothing(
         figure_module.Figure, "savefig",
         lambda self, *a, **k: (figures.append(self), save(self, *a, **k)),
     )  # fmt: skip
-    golds = {"a": ["x"], "b": [], "c": ["x"]}
+    golds: dict[str, list[str]] = {"a": ["x"], "b": [], "c": ["x"]}
     na_probs = {"a": 0.0, "b": 1.0, "c": 0.001}
-    plot_na_probs(golds, dict.fromkeys(golds, "x"), na_probs, tmp_path / "p.png", "p")
+    table = score_table(golds, dict.fromkeys(golds, "x"), na_probs)
+    plot_na_probs(table, tmp_path / "p.png", "p")
     panels = figures[0].axes
     assert [panel.get_xscale() for panel in panels] == ["logit", "logit", "linear", "linear"]
     assert sum(patch.get_height() for patch in panels[1].patches) == 3, "0 and 1 are drawn, too"
@@ -159,6 +162,31 @@ def test_csv_and_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     assert markdown[2].startswith("| pipe\\|d ")
     assert markdown[5].startswith("| official SQuAD 2.0 ")
     assert [cell.strip() for cell in markdown[7].split("|")][-3:] == ["–", "–", ""]
+
+
+def test_another_threshold(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results("tuned.csv", TUNED)
+    keys = ("exact", "NoAns_exact", "best_exact", "best_exact_thresh")
+    seen = {}
+    for threshold in ("0.05", "0.5", "0.95"):
+        out = run(capsys, "tuned.csv", "--na_prob_thresh", threshold, "--format=json")
+        seen[threshold] = [json.loads(out)[0][key] for key in keys]
+    assert seen == {
+        "0.05": [50.0, 100.0, 100.0, 0.1],
+        "0.5": [100.0, 100.0, 100.0, 0.1],
+        "0.95": [50.0, 0.0, 100.0, 0.1],
+    }
+
+
+def test_failed_questions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results("server.csv", BASE)
+    text = Path("server.csv").read_text().replace('"malformed"', '"failed"')
+    Path("server.csv").write_text(text)
+    note = "Questions without a reply, which count as wrong: 1 of server.\n"
+    assert run(capsys, "server.csv").endswith(note)
+    assert json.loads(run(capsys, "server.csv", "--format=json"))[0]["states"]["failed"] == 1
+    write_results("base.csv", BASE)
+    assert "without a reply" not in run(capsys, "base.csv")
 
 
 def test_files_of_one_name_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,7 +254,10 @@ def test_plots(capsys: pytest.CaptureFixture[str]) -> None:
         (["empty.csv"], "empty.csv is damaged or no result file: it is empty"),
         (["d.json"], "d.json is damaged or no result file"),
         (["base.csv", "--plot", "x"], "no --plot of base.csv: some rows have no na_prob"),
-        (["base.csv", "--na_prob_thresh", "0.5"], "need --predictions"),
+        (
+            ["base.csv", "--na_prob_thresh", "0.5"],
+            "cannot be applied to base.csv: question a has no",
+        ),
         (["--data", "d.json"], "need --predictions"),
         (["--predictions", "p.json"], "--predictions needs --data"),
         (["--predictions", "p.json", "--data", "no.json"], "cannot read no.json"),

@@ -354,9 +354,12 @@ def test_two_processes_save_one_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["final_checkpoints", "final_merged_checkpoint"])
-def test_a_run_does_not_replace_its_own_base(name: str) -> None:
+def test_a_run_does_not_replace_its_own_base(name: str, tmp_path: Path) -> None:
+    data = dataset_folder(tmp_path, make_records(1, [2]))
+    Path("results").mkdir()
+    Path(model_folder(tmp_path)).rename(Path("results") / name)
     with pytest.raises(SystemExit, match="give another --output_dir"):
-        train_llama_squad.main(["--model_name", f"results/{name}/"])
+        train_llama_squad.main(["--model_name", f"results/{name}/", "--dataset_name", data])
 
 
 def test_card_names_what_the_hub_knows(tmp_path: Path) -> None:
@@ -543,34 +546,7 @@ def test_a_wrong_setup_ends_with_a_message() -> None:
         train_llama_squad.main(["--dataset_name", "nowhere"])
 
 
-# Checkpoints -----------------------------------------------------------------------------------
-
-
-def checkpoint(name: str, state: str | None = '{"global_step": 1}') -> Path:
-    """Make a checkpoint's folder, its state as given."""
-    folder = Path("results") / name
-    folder.mkdir(parents=True)
-    if state is not None:
-        (folder / "trainer_state.json").write_text(state)
-    return folder
-
-
-def test_find_checkpoint() -> None:
-    find = training.find_checkpoint
-    assert find(None, "results") is None
-    with pytest.raises(ValueError, match="no complete checkpoint in results"):
-        find("latest", "results")
-    assert find("auto", "results") is None
-    nine = checkpoint("checkpoint-9")
-    ten = checkpoint("checkpoint-10")
-    checkpoint("checkpoint-11", None)  # killed before its state was written,
-    checkpoint("checkpoint-12", json.dumps({"global_step": 12})[:-4])  # and in the middle of it
-    checkpoint("checkpoint-best")
-    assert find("latest", "results") == find("auto", "results") == str(ten)
-    assert find(str(nine), "results") == str(nine)
-    assert find("results/checkpoint-best", "results") == "results/checkpoint-best"
-    with pytest.raises(ValueError, match="no complete checkpoint in results/checkpoint-11"):
-        find("results/checkpoint-11", "results")
+# Going on -----------------------------------------------------------------------------------
 
 
 def test_num_tokens_go_on_after_a_resume() -> None:
