@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from llama_squad.config import ModelArguments, write_json
-from llama_squad.harness import load_run, paired_errors, run_harness
+from llama_squad.harness import load_run, paired_errors, run_harness, stay_offline
 from llama_squad.report import render_comparison
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     args = _parse(arguments[:cut])
+    stay_offline()
     try:
         _run(args, arguments[cut + 1 :])
     except ValueError as error:
