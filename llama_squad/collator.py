@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -23,9 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llama_squad.answers import NO_ANSWER, format_answer
 from llama_squad.prompts import Message
-
-IGNORE = -100
-"""The label of a token that is not trained."""
+from llama_squad.tree import IGNORE, Encoded, Tree, batch_rows
 
 # Llama 3.1's template prints the date: training and evaluation must not differ by the day.
 _DATE = "26 Jul 2024"
@@ -45,7 +42,6 @@ _STRIP: dict[tuple[bool, bool], Callable[[str], str]] = {
 }
 """What a template does to a content, by the sides (left, right) that it strips."""
 
-Encoded = dict[str, list[int]]
 Offsets = list[tuple[int, int]]
 
 
@@ -342,68 +338,7 @@ def colour_labels(tokenizer: PreTrainedTokenizerBase, example: Encoded) -> str:
     return "".join(parts)
 
 
-# Shared contexts -----------------------------------------------------------------------------
-
-
-def common_prefix(sequences: Sequence[list[int]]) -> int:
-    """Return how many leading ids all sequences have in common."""
-    shortest, longest = min(sequences), max(sequences)  # the extremes differ first
-    for index, (a, b) in enumerate(zip(shortest, longest, strict=False)):
-        if a != b:
-            return index
-    return min(len(shortest), len(longest))
-
-
-@dataclass
-class Tree:
-    """Token sequences that share prefixes, flattened depth first into one row.
-
-    ``ends[i]`` is one past the last position whose token may attend to token ``i``: the end of the
-    subtree of its segment. ``mask[q, k] = (k <= q) & (q < ends[k])`` is the tree's attention.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    position_ids: list[int]
-    ends: list[int]
-
-    @classmethod
-    def build(cls, paragraphs: Sequence[Sequence[Encoded]]) -> "Tree":
-        """Share the prefix of all examples, then each paragraph's own, then branch.
-
-        Cuts are made where the ids of whole examples part, at most before the last prompt token:
-        a branch holds the token that predicts its first label, and a prefix holds no label.
-        """
-        tree = cls([], [], [], [])
-        examples = [example for paragraph in paragraphs for example in paragraph]
-        root = shareable_prefix(examples)
-        tree._append(examples[0], 0, root)
-        for paragraph in paragraphs:
-            start = len(tree.input_ids)
-            stem = shareable_prefix(paragraph)
-            tree._append(paragraph[0], root, stem)
-            for example in paragraph:
-                tree._append(example, stem, len(example["input_ids"]))
-            tree.ends[start : start + stem - root] = [len(tree.input_ids)] * (stem - root)
-        tree.ends[:root] = [len(tree.input_ids)] * root
-        return tree
-
-    def _append(self, example: Encoded, start: int, stop: int) -> None:
-        self.input_ids += example["input_ids"][start:stop]
-        self.labels += example["labels"][start:stop]
-        self.position_ids += range(start, stop)
-        self.ends += [len(self.input_ids)] * (stop - start)
-
-
-def shareable_prefix(examples: Sequence[Encoded]) -> int:
-    """Return how many leading tokens the examples may hold once."""
-    prompt = min(_prompt_length(example) for example in examples)
-    return min(prompt - 1, common_prefix([example["input_ids"] for example in examples]))
-
-
-def _prompt_length(example: Encoded) -> int:
-    labels = example["labels"]
-    return next(index for index, label in enumerate(labels) if label != IGNORE)
+# Batches ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -416,8 +351,8 @@ class SquadDataCollator(DataCollatorForLanguageModeling):
       ``attention_mask`` of shape (examples, length);
     - ``{"paragraphs": [[example, ...], ...]}``, a row: gives ``input_ids``, ``labels`` and
       ``position_ids`` of shape (rows, length) and ``attention_mask``, bool, of shape
-      (rows, 1, length, length), which needs ``attn_implementation="sdpa"`` (eager attention would
-      add the booleans to its scores).
+      (rows, 1, length, length), of which ``tree.make_masks`` makes what a model takes. Rows of one
+      example each are collated as that example.
 
     Padding is told apart by the attention mask, never by comparing with ``pad_token_id``, so the
     pad token may be the one that ends the turn.
@@ -425,29 +360,12 @@ class SquadDataCollator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate; see the class."""
-        if "paragraphs" not in examples[0]:
-            features = [{k: e[k] for k in ("input_ids", "labels")} for e in examples]
-            return super().torch_call(features)
-        trees = [Tree.build(example["paragraphs"]) for example in examples]
-        length = max(len(tree.input_ids) for tree in trees)
-        if self.pad_to_multiple_of:
-            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        pad = functools.partial(_pad, length=length)
-        # a pad attends to itself alone, and no token to it: a row without any key would be NaN
-        ends = torch.tensor([pad(t.ends, start=len(t.ends)) for t in trees])
-        position = torch.arange(length)
-        causal = position[None, :] <= position[:, None]
-        visible = position[None, :, None] < ends[:, None, :]
-        return {
-            "input_ids": torch.tensor([pad(t.input_ids, self.pad_token_id) for t in trees]),
-            "labels": torch.tensor([pad(t.labels, IGNORE) for t in trees]),
-            "position_ids": torch.tensor([pad(t.position_ids, 0) for t in trees]),
-            "attention_mask": (causal & visible)[:, None],
-        }
-
-
-def _pad(values: list[int], fill: int = 0, *, length: int, start: int | None = None) -> list[int]:
-    """Pad to ``length`` with ``fill``, or with 1 past each position where ``start`` is given."""
-    if start is not None:
-        return values + list(range(start + 1, length + 1))
-    return values + [fill] * (length - len(values))
+        if "paragraphs" in examples[0]:
+            rows = [example["paragraphs"] for example in examples]
+            if any(sum(map(len, row)) > 1 for row in rows):
+                trees = [Tree.build(row) for row in rows]
+                return dict(batch_rows(trees, self.pad_token_id, self.pad_to_multiple_of))
+            examples = [row[0][0] for row in rows]  # nothing to share
+        return super().torch_call(
+            [{k: example[k] for k in ("input_ids", "labels")} for example in examples]
+        )

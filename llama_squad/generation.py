@@ -17,26 +17,21 @@ partial replies of one length are taken, so the worst case is beam search's, too
   costs no steps: the header is part of the prompt, the tail is one pass.
 """
 
-import contextlib
 import heapq
 import itertools
 import math
 import operator
-import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llama_squad.answers import NO_ANSWER, format_answer
-from llama_squad.collator import ConversationEncoder, common_prefix
+from llama_squad.collator import ConversationEncoder
 from llama_squad.spans import (
     Boundaries,
     SpanGrammar,
@@ -45,6 +40,7 @@ from llama_squad.spans import (
     reply_ids,
     span_vocabulary,
 )
+from llama_squad.tree import Branch, TokenTree, check_tree, common_prefix, is_out_of_memory
 
 SPECULATION = 0.7
 """Partial replies this close (in nats) to the likeliest one are run along with it: they will
@@ -118,263 +114,6 @@ class Paragraph:
     prompts: Sequence[list[int]]
 
 
-# The tree ------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Branch:
-    """Tokens that follow those of ``parent``; ``wanted`` of their logits, the last ones."""
-
-    parent: "_Branch | None"
-    tokens: list[int]
-    wanted: int = 1
-    columns: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """Where in the cache its tokens and all their ancestors' are."""
-
-
-class TokenTree:
-    """Token sequences that share stems, one tree a row, run with one key/value cache.
-
-    Rows are padded on the right; a pad is seen by itself alone.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self._cache = DynamicCache()
-        self._length = self._compact_length = 0
-        self._depths = np.zeros((0, 0), dtype=np.int64)  # of the cache's columns, a row each
-
-    @torch.inference_mode()
-    def plant(self, stems: Sequence[list[int]]) -> list[_Branch]:
-        """Run each row's stem; nothing is wanted of its logits."""
-        self._length = max(map(len, stems))
-        ids = np.zeros((len(stems), self._length), dtype=np.int64)
-        for row, stem in zip(ids, stems, strict=True):
-            row[: len(stem)] = stem
-        self._depths = np.tile(np.arange(self._length), (len(stems), 1))
-        # Causal order keeps the pads, which come last, from being seen: no mask is needed.
-        if self._length:
-            self._forward(ids, logits_to_keep=1)
-        return [_Branch(None, stem, columns=np.arange(len(stem))) for stem in stems]
-
-    @torch.inference_mode()
-    def grow(self, rows: Sequence[Sequence[_Branch]]) -> torch.Tensor:
-        """Run new branches of each row; a branch's parent stands before it.
-
-        Returns:
-            the wanted logits in float32, of shape (wanted tokens, vocabulary), in the order of the
-            branches.
-        """
-        # Tokens of which no logits are wanted come first, so that the head is spared them.
-        silent = max(sum(len(b.tokens) - b.wanted for b in row) for row in rows)
-        wanted = max(sum(b.wanted for b in row) for row in rows)
-        width, past = silent + wanted, self._length
-        ids = np.zeros((len(rows), width), dtype=np.int64)
-        positions = np.zeros((len(rows), width), dtype=np.int64)
-        visible = np.zeros((len(rows), 1, width, past + width), dtype=bool)
-        visible[:, 0, np.arange(width), past + np.arange(width)] = True
-        chosen = []
-        for r, row in enumerate(rows):
-            quiet, loud = itertools.count(), itertools.count(silent)
-            for branch in row:
-                first_loud = len(branch.tokens) - branch.wanted
-                new = np.array([next(quiet if i < first_loud else loud)
-                                for i in range(len(branch.tokens))])  # fmt: skip
-                stem = branch.parent.columns if branch.parent else np.empty(0, dtype=np.int64)
-                ids[r, new] = branch.tokens
-                positions[r, new] = len(stem) + np.arange(len(new))
-                visible[r, 0, new[:, None], stem] = True
-                own = np.tril(np.ones((len(new), len(new)), dtype=bool))
-                visible[r, 0, new[:, None], past + new] = own
-                branch.columns = np.concatenate([stem, past + new])
-                chosen += [r * wanted + column - silent for column in new[first_loud:]]
-        if not past:
-            self._depths = np.zeros((len(rows), 0), dtype=np.int64)
-        self._length += width
-        self._depths = np.concatenate([self._depths, positions], axis=1)
-        if not self._compact_length:  # the first branches are the questions
-            self._compact_length = self._length
-        logits = self._forward(ids, positions, visible, logits_to_keep=wanted)
-        if len(chosen) == logits.shape[0] * wanted:
-            return logits.flatten(0, 1).float()
-        return logits.flatten(0, 1)[torch.tensor(chosen, device=logits.device)].float()
-
-    @classmethod
-    def join(cls, trees: Sequence["TokenTree"]) -> "TokenTree":
-        """Make one tree of the rows of several, whose branches stay as they are.
-
-        The given ones are used up, layer by layer, so that no second copy of them is held.
-        """
-        if len(trees) == 1:
-            return trees[0]
-        joined = cls(trees[0]._model)
-        joined._length = joined._compact_length = max(tree._length for tree in trees)
-        missing = [joined._length - tree._length for tree in trees]
-        joined._depths = np.concatenate(
-            [np.pad(t._depths, ((0, 0), (0, pad))) for t, pad in zip(trees, missing, strict=True)]
-        )
-        caches = [cast(list[Any], tree._cache.layers) for tree in trees]
-        for index, layers in enumerate(zip(*caches, strict=True)):
-            pairs = list(zip(layers, missing, strict=True))
-            keys = torch.cat([F.pad(layer.keys, (0, 0, 0, pad)) for layer, pad in pairs])
-            values = torch.cat([F.pad(layer.values, (0, 0, 0, pad)) for layer, pad in pairs])
-            for layer in layers:
-                layer.keys = layer.values = None
-            joined._cache.update(keys, values, index)
-        return joined
-
-    def compact(self, branches: Sequence[Sequence[_Branch]]) -> None:
-        """Forget every token that is in no given branch (a list a row)."""
-        kept = [np.unique(np.concatenate([b.columns for b in row])) for row in branches]
-        length = max(map(len, kept))
-        index = np.zeros((len(kept), length), dtype=np.int64)
-        for r, (columns, row) in enumerate(zip(kept, branches, strict=True)):
-            index[r, : len(columns)] = columns
-            for branch in {id(b): b for b in row}.values():
-                branch.columns = np.searchsorted(columns, branch.columns)
-        self._length = self._compact_length = length
-        self._depths = np.take_along_axis(self._depths, index, axis=1)
-        for layer in cast(list[Any], self._cache.layers):
-            where = torch.from_numpy(index).to(layer.keys.device)[:, None, :, None]
-            layer.keys = layer.keys.take_along_dim(where, dim=2)
-            layer.values = layer.values.take_along_dim(where, dim=2)
-
-    @property
-    def grown(self) -> int:
-        """Columns of the cache that came since it was last compact."""
-        return self._length - self._compact_length
-
-    def _forward(
-        self,
-        ids: np.ndarray,
-        positions: np.ndarray | None = None,
-        visible: np.ndarray | None = None,
-        logits_to_keep: int = 0,
-    ) -> torch.Tensor:
-        device = self._model.device
-        more: dict[str, Any] = {}
-        if positions is not None and visible is not None:
-            # Both or neither: position ids without the mask would let a branch see its sisters.
-            more["position_ids"] = torch.from_numpy(positions).to(device)
-            more["attention_mask"] = self._masks(visible, positions)
-        with exact_head(self._model):
-            output = self._model(
-                input_ids=torch.from_numpy(ids).to(device),
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=logits_to_keep,
-                **more,
-            )
-        return output.logits
-
-    def _masks(
-        self, visible: np.ndarray, positions: np.ndarray
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Return the mask, or one for each kind of layer where some see a window only."""
-        config = self._model.config.get_text_config()
-        window = getattr(config, "sliding_window", None)
-        kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"] * bool(window))
-        if not getattr(config, "use_sliding_window", True) or "sliding_attention" not in kinds:
-            window = None
-        if not window or positions.max() < window:
-            return self._mask(visible)
-        near = positions[:, None, :, None] - self._depths[:, None, None, :] < window
-        if kinds == {"sliding_attention"}:
-            return self._mask(visible & near)
-        return {
-            "full_attention": self._mask(visible),
-            "sliding_attention": self._mask(visible & near),
-        }
-
-    def _mask(self, seen: np.ndarray) -> torch.Tensor:
-        """Return a mask in the form of this model's attention."""
-        visible = torch.from_numpy(seen).to(self._model.device)
-        kind = self._model.config._attn_implementation
-        if kind == "sdpa":
-            return visible
-        if kind == "eager":  # which adds the mask to its scores
-            dtype = self._model.dtype
-            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-            return mask.masked_fill_(~visible, torch.finfo(dtype).min)
-        raise ValueError(
-            f"{kind} attention cannot hold a tree of questions: take --attn_implementation sdpa"
-        )
-
-
-HEAD_ROWS = 8192
-"""So many rows of a 16-bit head are turned to float32 at once."""
-
-
-@contextlib.contextmanager
-def exact_head(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model with 16-bit weights give its logits in float32, in the body of ``with``.
-
-    A logit of 20 is rounded to the next 0.125 in bfloat16: that is the coarsest rounding of all,
-    and it falls on what is compared. Heads of other kinds (quantised, adapted) stay as they are.
-    """
-    head = cast(Any, model.get_output_embeddings())
-    kinds = (torch.bfloat16, torch.float16)
-    if type(head) is not nn.Linear or head.weight.dtype not in kinds or hasattr(head, "_hf_hook"):
-        yield
-        return
-
-    def product(hidden: torch.Tensor) -> torch.Tensor:
-        wide = hidden.float()
-        parts = [F.linear(wide, rows.float()) for rows in head.weight.split(HEAD_ROWS)]
-        logits = torch.cat(parts, dim=-1)
-        return logits if head.bias is None else logits + head.bias.float()
-
-    own = head.__dict__.get("forward")
-    head.forward = product  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        if own is None:
-            del head.forward
-        else:
-            head.forward = own  # type: ignore[method-assign]
-
-
-_CHECKED: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
-
-
-@torch.inference_mode()
-def check_tree(model: PreTrainedModel, prompt: Sequence[int]) -> None:
-    """Compare a prompt's last logits in a tree, beside a sister branch, with those of it alone.
-
-    Done once a model: an architecture that overlooks the mask or the positions would answer
-    wrongly, and no one would know.
-
-    Raises:
-        ValueError: this architecture's questions cannot share their context.
-    """
-    if model in _CHECKED:
-        return
-    ids = list(prompt)
-    half = len(ids) // 2
-    name = type(model).__name__
-    try:
-        tree = TokenTree(model)
-        stem = tree.plant([ids[:half]])[0]
-        shared = tree.grow([[_Branch(stem, ids[:half:-1] or ids), _Branch(stem, ids[half:])]])[-1]
-    except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-        raise ValueError(
-            f"{name} cannot evaluate questions that share their context "
-            f"({type(error).__name__}: {error}): it needs a 4D attention mask, position ids and a "
-            "key/value cache, as Llama, Mistral, Qwen, Gemma and Phi have them"
-        ) from error
-    output = model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1)
-    alone = output.logits[0, -1].float()
-    exact = model.dtype == torch.float32 and not getattr(model, "is_loaded_in_4bit", False)
-    gap = ((shared - alone).norm() / (alone - alone.mean()).norm().clamp(min=1e-9)).item()
-    if not gap < (1e-2 if exact else 0.3):
-        raise ValueError(
-            f"{name} gives other logits where questions share their context (off by {gap:.0%}): "
-            "it overlooks the attention mask or the position ids, so its answers would be wrong"
-        )
-    _CHECKED.add(model)
-
-
 # The search ----------------------------------------------------------------------------------
 
 
@@ -385,12 +124,12 @@ class _Node:
     log_prob: float
     ids: tuple[int, ...]
     level: int
-    stem: _Branch
+    stem: Branch
     kind: Literal["open", "closing", "complete"] = "open"
     state: State = ()
     tail: Sequence[int] = ()  # forced tokens that follow (closing)
     text: str = ""  # the span (closing, complete)
-    branch: _Branch | None = None  # once it was run
+    branch: Branch | None = None  # once it was run
     children: "list[_Node] | None" = None
 
 
@@ -448,7 +187,7 @@ class _Search:
         self.cut_off = max(self.cut_off, log_prob)
 
     @property
-    def branches(self) -> list[_Branch]:
+    def branches(self) -> list[Branch]:
         """The branches that may yet grow."""
         nodes = [*self._spare, *(node for _, _, node in self._queue)]
         return [node.branch or node.stem for node in nodes]
@@ -515,7 +254,7 @@ class _BeamSearch:
         return dict(enumerate(node for _, node in self._complete[:1]))
 
     @property
-    def branches(self) -> list[_Branch]:
+    def branches(self) -> list[Branch]:
         """The branches that may yet grow."""
         return [node.branch or node.stem for node in self._running]
 
@@ -595,7 +334,7 @@ class Generator:
             try:
                 return _Batch(self, paragraphs).replies()
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if not halves:
                     error.add_note("One question alone does not fit: --quantize the model.")
@@ -696,13 +435,6 @@ def _halve(paragraphs: Sequence[Paragraph]) -> list[list[Paragraph]]:
     )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Tell an allocation that failed, on a GPU or a CPU (where torch has no class for it)."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        "DefaultCPUAllocator" in str(error) or "CUDA out of memory" in str(error)
-    )
-
-
 @dataclass
 class _Question:
     root: _Node
@@ -747,11 +479,11 @@ class _Batch:
         """
         vocabulary = self._vocabulary
         cut = min(common_prefix(paragraph.prompts), *(len(ids) - 1 for ids in paragraph.prompts))
-        branches: list[_Branch] = []
+        branches: list[Branch] = []
         if cut > STEM_ALONE:
             stem = tree.plant([paragraph.prompts[0][:cut]])[0]
         else:
-            stem = _Branch(None, paragraph.prompts[0][:cut], wanted=0)
+            stem = Branch(None, paragraph.prompts[0][:cut], wanted=0)
             branches.append(stem)
         questions = self._questions(paragraph, stem, cut)
         for question in questions:
@@ -760,8 +492,8 @@ class _Batch:
             branches.append(root)
             if vocabulary:
                 abstain, lead = vocabulary.no_answer[:-1], vocabulary.lead
-                branches.append(_Branch(root, abstain, len(abstain)))
-                branches.append(_Branch(root, lead))
+                branches.append(Branch(root, abstain, len(abstain)))
+                branches.append(Branch(root, lead))
         logits = tree.grow([branches]).unflatten(0, (len(questions), -1))
         roots = [(question, question.root) for question in questions]
         self._expand(roots, logits[:, 0], _norms(logits[:, 0]))
@@ -769,7 +501,7 @@ class _Batch:
             self._open(questions, branches[-3 * len(questions) :], logits)
         return questions
 
-    def _questions(self, paragraph: Paragraph, stem: _Branch, cut: int) -> list[_Question]:
+    def _questions(self, paragraph: Paragraph, stem: Branch, cut: int) -> list[_Question]:
         """Make the empty replies to a paragraph's questions; the header is forced on them."""
         generator, vocabulary = self._generator, self._vocabulary
         grammar = None
@@ -778,7 +510,7 @@ class _Batch:
         questions = []
         for prompt in paragraph.prompts:
             tokens = prompt[cut:] + (vocabulary.header if vocabulary else [])
-            branch = _Branch(stem, tokens)
+            branch = Branch(stem, tokens)
             root = _Node(0.0, (), 0, stem, state=grammar.start if grammar else (), branch=branch)
             longest = min(generator.max_new_tokens, generator.room(len(prompt)))
             search = generator.search(root)
@@ -786,7 +518,7 @@ class _Batch:
         return questions
 
     def _open(
-        self, questions: Sequence[_Question], branches: Sequence[_Branch], logits: torch.Tensor
+        self, questions: Sequence[_Question], branches: Sequence[Branch], logits: torch.Tensor
     ) -> None:
         """Read what the abstentions and the leads of questions gave.
 
@@ -813,7 +545,7 @@ class _Batch:
         for row in wanted:
             for _, node in row:
                 forced = [*node.ids[-1:], *node.tail[:-1]]
-                node.branch = _Branch(node.stem, forced, max(1, len(node.tail)))
+                node.branch = Branch(node.stem, forced, max(1, len(node.tail)))
         branches = [[node.branch for _, node in row if node.branch] for row in wanted]
         pairs = [pair for row in wanted for pair in row]
         logits = self._tree.grow(branches)

@@ -321,6 +321,9 @@ def load_model(
             f"cannot load the model {args.model_name}: {error}\nInstall the missing package, "
             "or ask for less: --attn_implementation sdpa, --no_quantize"
         ) from error
+    config = model.config.get_text_config()
+    if getattr(config, "sliding_window", None) == 0:  # which masks would take for seeing nothing
+        config.sliding_window = None
     if quantize:
         _keep_4bit_differentiable(model)
     if adapter_name and not whole_model(adapter_name):

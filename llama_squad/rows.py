@@ -3,11 +3,12 @@
 import hashlib
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama_squad.collator import ConversationEncoder, Encoded, shareable_prefix
+from llama_squad.collator import ConversationEncoder
+from llama_squad.tree import Encoded, shareable_prefix
 
 
 def encode_split(
@@ -143,6 +144,23 @@ class Plan:
     steps: float  # an epoch; a broken number where the last one holds fewer rows
     tokens: int  # in the rows
     plain_tokens: int  # in the separate examples
+    plain_paragraphs: int = 0  # whose examples have a row each
+
+    def row_to_try(self, lengths: Sequence[int], windows: Iterable[int]) -> int | None:
+        """Return a row that shares much, and outgrows the windows where one does; None: no row.
+
+        Args:
+            lengths: of all examples, and
+            windows: how far the model's layers see, in tokens.
+        """
+        sharing = [i for i, row in enumerate(self.rows) if sum(map(len, row)) > 1]
+        sharing = sharing or ([] if self.plain_paragraphs else list(range(len(self.rows))))
+        for window in sorted(windows, reverse=True):
+            beyond = [i for i in sharing if _longest(self.rows[i], lengths) > window]
+            if beyond:
+                sharing = beyond
+                break
+        return max(sharing[:64], key=lambda i: sum(map(len, self.rows[i])), default=None)
 
     def describe(self) -> str:
         """Say what a step holds, for the log."""
@@ -155,6 +173,11 @@ class Plan:
             f"({saved:.0%} saved). A step holds {self.paragraphs_per_step} paragraphs, "
             f"{self.questions_per_step:.1f} questions on average{rest}."
         )
+        if self.plain_paragraphs:
+            text += (
+                f" {self.plain_paragraphs:,} paragraphs with examples too long for this model to "
+                "share are trained plainly."
+            )
         if self.paragraphs_per_step < 8 and self.steps > 1:
             text += (
                 " Fewer than 8 paragraphs make a noisy step, as the questions of a paragraph come "
@@ -195,6 +218,7 @@ def plan_rows(
     row_tokens: int,
     max_length: int | None,
     seed: int,
+    longest_shared: int | None = None,
 ) -> Plan:
     """Lay the examples out in rows so that a step holds about ``questions_per_step`` questions.
 
@@ -202,6 +226,9 @@ def plan_rows(
     shuffled (so that a row's come from different articles), then put together long with short, so
     that all rows are about as long; a row is one micro-batch. The number of rows is a multiple of
     ``processes``, so that no question is seen twice in an epoch on any number of them.
+
+    A paragraph with an example of more than ``longest_shared`` tokens is trained plainly: each of
+    its examples has a row to itself.
 
     Raises:
         ValueError: there are too few questions for the processes.
@@ -213,8 +240,17 @@ def plan_rows(
     fitting = max(1, int(row_tokens * len(paragraphs) / tokens))
     rows_per_step = -(-wanted // fitting)
     per_row = wanted / rows_per_step  # on average: five paragraphs in two rows are 2.5
-    rows = _balanced_rows(paragraphs, per_row, max_length or 1 << 62, random.Random(seed))
-    rows = _divisible(rows, processes, max_length or 1 << 62, encoded["length"])
+    most, rng = max_length or 1 << 62, random.Random(seed)
+    too_long = _paragraphs_beyond(encoded, longest_shared)
+    alone = [p for p in paragraphs if encoded["paragraph"][p.examples[0]] in too_long]
+    sharing = [p for p in paragraphs if p not in alone] if alone else paragraphs
+    rows = _balanced_rows(sharing, per_row, most, rng)
+    plain: list[list[tuple[int, ...]]] = [[(i,)] for p in alone for i in p.examples]
+    if sharing:
+        rows = _divisible(rows, processes, most, encoded["length"], len(plain))
+    if plain:
+        rows += plain
+        rng.shuffle(rows)
     shared = shareable_prefix([encoded[p.examples[0]] for p in paragraphs[:50]])
     held = len(paragraphs) / len(rows)
     # an epoch ends a step, however few rows it has
@@ -225,8 +261,26 @@ def plan_rows(
         paragraphs_per_step=round(in_step * held * processes),
         questions_per_step=questions / len(rows) * in_step * processes,
         steps=len(rows) / processes / in_step,
-        tokens=tokens - shared * (len(paragraphs) - len(rows)),
+        tokens=tokens
+        + _repeated(alone, encoded["length"])
+        - shared * (len(sharing) - len(rows) + len(plain)),
         plain_tokens=sum(encoded["length"]),
+        plain_paragraphs=len(too_long),
+    )
+
+
+def _paragraphs_beyond(encoded: Any, longest: int | None) -> set[str]:
+    """Return the paragraphs that hold an example of more than ``longest`` tokens."""
+    if longest is None:
+        return set()
+    pairs = zip(encoded["paragraph"], encoded["length"], strict=True)
+    return {paragraph for paragraph, length in pairs if length > longest}
+
+
+def _repeated(alone: Sequence[Paragraph], lengths: Sequence[int]) -> int:
+    """Return how many tokens paragraphs take more than their trees, an example a row."""
+    return sum(lengths[example] for p in alone for example in p.examples) - sum(
+        p.tokens for p in alone
     )
 
 
@@ -258,19 +312,25 @@ def _balanced_rows(
 
 
 def _divisible(
-    rows: list[list[tuple[int, ...]]], processes: int, max_length: int, lengths: Sequence[int]
+    rows: list[list[tuple[int, ...]]],
+    processes: int,
+    max_length: int,
+    lengths: Sequence[int],
+    others: int = 0,
 ) -> list[list[tuple[int, ...]]]:
-    """Split rows until their number is a multiple of ``processes``, or else put some together.
+    """Split rows until their number, with the ``others``, is a multiple of ``processes``.
+
+    Where none can be split, some are put together.
 
     Raises:
         ValueError: there are fewer questions than processes, or rows of one question each cannot be
             put together within ``max_length``.
     """
     rows = list(rows)
-    if sum(len(paragraph) for row in rows for paragraph in row) < processes:
+    if sum(len(paragraph) for row in rows for paragraph in row) + others < processes:
         raise ValueError("fewer training questions than processes: start fewer processes")
     index = 0
-    while len(rows) % processes and index < len(rows):
+    while (len(rows) + others) % processes and index < len(rows):
         paragraphs = rows[index]
         flat = [(number, example) for number, p in enumerate(paragraphs) for example in p]
         if len(flat) > 1:
@@ -278,17 +338,22 @@ def _divisible(
             rows[index], extra = (_regroup(half) for half in halves)
             rows.append(extra)
         index += 1
-    if len(rows) % processes:  # a question a row: none can be split
+    surplus = (len(rows) + others) % processes
+    if surplus:  # a question a row: none can be split
         rows.sort(key=lambda row: _length(row, lengths))
-        for _ in range(len(rows) % processes):
-            short, longer = rows.pop(0), rows.pop(0)
-            if _length(short, lengths) + _length(longer, lengths) > max_length:
+        for _ in range(surplus):
+            short, longer = (rows.pop(0) if rows else [] for _ in range(2))
+            if not longer or _length(short, lengths) + _length(longer, lengths) > max_length:
                 raise ValueError(
-                    f"{len(rows) + 2} rows of a question each cannot be dealt out to {processes} "
-                    "processes: raise --max_seq_length, or start another number of processes"
+                    f"{len(rows) + 2 + others} rows of a question each cannot be dealt out to "
+                    f"{processes} processes: raise --max_seq_length, or start more or fewer"
                 )
             rows.append([*short, *longer])
     return rows
+
+
+def _longest(row: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    return max(lengths[example] for paragraph in row for example in paragraph)
 
 
 def _length(row: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:

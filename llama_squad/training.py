@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from llama_squad import modeling, preflight, rows
 from llama_squad.answers import extract_answer
 from llama_squad.checkpoints import digest
-from llama_squad.collator import IGNORE, ConversationEncoder, SquadDataCollator
+from llama_squad.collator import ConversationEncoder, SquadDataCollator
 from llama_squad.config import (
     ModelArguments,
     TrainArguments,
@@ -28,10 +28,17 @@ from llama_squad.config import (
     load_run_config,
     save_run_config,
 )
-from llama_squad.generation import check_tree
 from llama_squad.metrics import is_exact_match
 from llama_squad.predictors import LocalModel, Prediction, batch_paragraphs
 from llama_squad.prompts import build_messages
+from llama_squad.tree import (
+    RowProbe,
+    answer_logits,
+    attention_windows,
+    check_tree,
+    longest_shared,
+    why_not_shared,
+)
 
 # Flags of TRL's own data preparation, whose part is taken by our encoder and collator. Setting one
 # would change nothing, so it is refused, with what does the job here.
@@ -131,64 +138,17 @@ def add_lora(model: Any, args: TrainArguments, reasoning_token: int | None = Non
 
 
 def check_shared_contexts(
-    model: PreTrainedModel, collator: SquadDataCollator, row: Mapping[str, Any], longest: int
+    model: PreTrainedModel, collator: SquadDataCollator, row: Mapping[str, Any]
 ) -> str:
-    """Compare the loss of a row that shares contexts with that of its separate examples.
-
-    Returns:
-        "" where they agree, after printing both; else why contexts cannot be shared.
-    """
-    text_config = model.config.get_text_config()
-    if text_config._attn_implementation != "sdpa":
-        return f"attention {text_config._attn_implementation!r} takes no tree mask; sdpa does"
-    window = getattr(text_config, "sliding_window", None)
-    if window is not None and longest > window:
-        return f"examples of up to {longest} tokens outgrow the sliding window of {window}"
-    examples = [example for paragraph in row["paragraphs"] for example in paragraph]
-    exact = next(model.parameters()).dtype == torch.float32
-    exact = exact and not getattr(model, "is_loaded_in_4bit", False)
-    separate = torch.cat([_token_losses(model, collator, example) for example in examples])
-    try:
-        shared = _token_losses(model, collator, row)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # architectures fail in many ways; plain batches work for all
-        return f"this architecture takes no tree mask ({type(error).__name__}: {error})"
-    # token by token: a branch that loses its prefix may be as wrong as before on average
-    if shared.shape != separate.shape or (shared - separate).abs().mean() > (
-        1e-4 if exact else 0.1
-    ) * max(1.0, separate.mean().item()):
-        return f"the loss would be {shared.mean():.6f} instead of {separate.mean():.6f}"
-    if os.environ.get("RANK", "0") == "0":
+    """Return why contexts cannot be shared, as found on a row of the run; else "", and say so."""
+    probe = RowProbe(model, collator, row["paragraphs"])
+    why = why_not_shared(model, probe)
+    if not why and os.environ.get("RANK", "0") == "0":
         print(
-            f"Shared contexts checked on {len(examples)} questions: "
-            f"loss {shared.mean():.6f}, separately {separate.mean():.6f}."
+            f"Shared contexts checked on {len(probe.examples)} questions: none sees another, and "
+            "all give the logits that they give alone."
         )
-    return ""
-
-
-def _token_losses(
-    model: PreTrainedModel, collator: SquadDataCollator, feature: Mapping[str, Any]
-) -> torch.Tensor:
-    """Return the cross entropy of each supervised token of an example or a row, in order."""
-    training = model.training
-    model.eval()
-    batch = {k: v.to(model.device) for k, v in collator([dict(feature)]).items()}
-    with torch.no_grad():
-        logits, wanted = answer_logits(model, batch)
-    model.train(training)
-    return F.cross_entropy(logits, wanted, reduction="none")
-
-
-def answer_logits(
-    model: Any, inputs: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits that predict the supervised tokens, in order, and these tokens."""
-    targets = F.pad(inputs["labels"], (0, 1), value=IGNORE)[:, 1:]
-    keep = targets != IGNORE
-    features = {key: value for key, value in inputs.items() if key != "labels"}
-    logits = model(**features, logits_to_keep=keep, use_cache=False).logits
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[keep]
+    return why
 
 
 def answer_loss(
@@ -427,6 +387,7 @@ def lay_out(
     settings: dict[str, Any] = {} if "val" in encoded else {"eval_strategy": "no"}
     why = "as asked"
     if args.share_context:
+        limit = longest_shared(model)
         planned = {
             name: rows.plan_rows(
                 split,
@@ -436,15 +397,18 @@ def lay_out(
                 row_tokens=args.row_tokens,
                 max_length=sft_args.max_length,
                 seed=sft_args.seed,
+                longest_shared=limit,
             )
             for name, split in encoded.items()
         }
         features = {
             name: rows.row_dataset(encoded[name], plan.rows) for name, plan in planned.items()
         }
-        tried = max(planned["train"].rows[:64], key=lambda row: sum(map(len, row)))
-        row = features["train"][planned["train"].rows.index(tried)]
-        why = check_shared_contexts(model, collator, row, max(encoded["train"]["length"]))
+        windows = attention_windows(model.config)
+        tried = planned["train"].row_to_try(encoded["train"]["length"], windows.values())
+        why = f"every paragraph holds an example of more than {limit} tokens"
+        if tried is not None:
+            why = check_shared_contexts(model, collator, features["train"][tried])
         if not why:
             if sft_args.process_index == 0:
                 print(planned["train"].describe())

@@ -34,6 +34,7 @@ from llama_squad.config import CreateArguments
 from llama_squad.data import write_dataset
 from llama_squad.prompts import build_messages
 from llama_squad.training import SquadSFTConfig, SquadTrainer, answer_loss
+from llama_squad.tree import answer_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -360,10 +361,8 @@ def outcome(
         loss, _, _ = answer_loss(model, batch)
         (loss / count).backward()
         total = total + loss.detach() / count
-        keep = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
-        features = {key: value for key, value in batch.items() if key != "labels"}
         with torch.no_grad():
-            logits.append(model(**features, use_cache=False).logits[keep])
+            logits.append(answer_logits(model, batch)[0].flatten(0, -2))
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return torch.cat(logits), total, gradients
 

@@ -18,15 +18,13 @@ from helpers import (
 
 from llama_squad.answers import format_answer
 from llama_squad.collator import (
-    IGNORE,
     ConversationEncoder,
     SquadDataCollator,
-    Tree,
     colour_labels,
-    common_prefix,
     encode_messages,
 )
 from llama_squad.prompts import build_messages
+from llama_squad.tree import IGNORE, Tree, common_prefix
 
 
 def chat(*contents: str) -> list[dict[str, str]]:

@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from llama_squad import generation
 from llama_squad.answers import NO_ANSWER, extract_answer, format_answer
-from llama_squad.generation import Generator, Paragraph, TokenTree
+from llama_squad.generation import Generator, Paragraph
 from llama_squad.prompts import build_messages
 from llama_squad.spans import SpanGrammar, is_span, reply_ids, span_vocabulary
+from llama_squad.tree import TokenTree
 
 # Double spaces, line ends, quotes, a backslash, a control character, composed and decomposed
 # accents, wide characters, an abstention's own sign, punctuation that merges with the quotes.
