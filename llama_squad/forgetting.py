@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from llama_squad.config import ModelArguments, write_json
-from llama_squad.harness import load_run, paired_errors, run_harness
+from llama_squad.harness import load_run, paired_errors, run_harness, stay_offline
 from llama_squad.report import render_comparison
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     args = _parse(arguments[:cut])
+    stay_offline()
     try:
         _run(args, arguments[cut + 1 :])
     except ValueError as error:
@@ -141,12 +142,14 @@ def _run(args: argparse.Namespace, options: Sequence[str]) -> None:
     sides = find_sides(args.model, args.base)
     chat = None if args.no_chat else _prepare_chat(args, sides.tokenizer)
     key = base_key(args, sides)
-    texts = [compare_benchmarks(args, options, sides, key)]
-    print(texts[0], end="", flush=True)
+    text = compare_benchmarks(args, options, sides, key)
+    print(text, end="", flush=True)
+    file = args.output_path / "comparison.md"
+    file.write_text(text, encoding="utf-8")  # at once: the rest may fail
     if chat:
-        texts.append("\n" + compare_chat(args, sides, chat, key))
-        print(texts[1], end="")
-    (args.output_path / "comparison.md").write_text("".join(texts), encoding="utf-8")
+        said = "\n" + compare_chat(args, sides, chat, key)
+        print(said, end="")
+        file.write_text(text + said, encoding="utf-8")
 
 
 def find_sides(model: str, base: str | None) -> Sides:

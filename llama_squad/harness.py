@@ -39,20 +39,15 @@ class Run(NamedTuple):
 def run_harness(arguments: Sequence[str], log: Path) -> None:
     """Run lm_eval: its output goes to ``log`` and, up to a traceback, to standard error.
 
-    Without a network it is told so, and takes what is here already instead of trying again.
-
     Raises:
         ValueError: it fails; the message is its own last line.
     """
-    environment = dict(os.environ)
-    if not _online():
-        environment["HF_HUB_OFFLINE"] = "1"
     show, last, rest = True, b"", b""
     with (
         log.open("wb") as file,
         subprocess.Popen(
             [sys.executable, "-m", "lm_eval", "run", *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         ) as process,
     ):  # fmt: skip
         assert process.stdout is not None
@@ -70,17 +65,20 @@ def run_harness(arguments: Sequence[str], log: Path) -> None:
         raise ValueError(f"lm_eval failed: {line or process.returncode}{_cure(line)}. See {log}")
 
 
-def _online() -> bool:
-    """Tell whether the Hub answers at all."""
+def stay_offline() -> None:
+    """Tell the Hub's library, here and in the harness, where the Hub does not answer.
+
+    It then takes what is here already, instead of trying again for a minute. The library reads this
+    when it is imported: call it before.
+    """
     if os.environ.get("HF_HUB_OFFLINE"):
-        return False
+        return
     try:
         urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5)
     except urllib.error.HTTPError:
-        return True
+        return  # it answers
     except (OSError, ValueError):
-        return False
-    return True
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _cure(line: str) -> str:

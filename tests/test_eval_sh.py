@@ -219,8 +219,10 @@ def test_a_harness_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_missing_network_ends_in_one_line(
-    adapter: Path, capfd: pytest.CaptureFixture[str]
+    adapter: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens
     install(
         "import sys, os\nprint('loading', file=sys.stderr, flush=True)\n"
         "raise ConnectionError(f\"Couldn't reach 'x' on the Hub {os.environ['HF_HUB_OFFLINE']}\")"
