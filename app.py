@@ -20,7 +20,8 @@ from functools import partial
 from typing import Any
 
 from llama_squad.answers import NO_ANSWER, Answer, extract_answer
-from llama_squad.config import AppArguments, ModelArguments, check_at_least, parse_stage
+from llama_squad.arguments import AppArguments, ModelArguments, check_at_least
+from llama_squad.config import parse_stage
 from llama_squad.folders import check_file, check_weights
 from llama_squad.metrics import is_exact_match, score_answer
 from llama_squad.prompts import Message
@@ -83,7 +84,7 @@ def run(args: AppArguments, model_args: ModelArguments) -> None:
     import gradio
 
     from llama_squad import modeling
-    from llama_squad.chat import Talker
+    from llama_squad.decoding.chat import Talker
 
     modeling.say_device()
     encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_squad.config import CreateArguments, parse_stage
+from llama_squad.arguments import CreateArguments
+from llama_squad.config import parse_stage
 from llama_squad.stage import if_interrupted, next_command, run_stage
 
 if TYPE_CHECKING:
-    from llama_squad.cleaning import Cleaner
-    from llama_squad.records import Record
+    from llama_squad.sources.cleaning import Cleaner
+    from llama_squad.sources.records import Record
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "create", (CreateArguments,), argv, saved=files_for_sample, description=__doc__
     )
     from llama_squad import data
-    from llama_squad.cleaning import Cleaner
+    from llama_squad.sources.cleaning import Cleaner
 
     cleaner = Cleaner(mend=args.mend, skip_bad=args.skip_bad)
     try:

@@ -21,15 +21,12 @@ from typing import Any
 
 from llama_squad.config import parse_stage
 from llama_squad.metrics import gold_texts, score_predictions, score_table
-from llama_squad.report import (
-    Format,
-    describe_differing,
-    plot_na_probs,
-    render_figures,
-    render_summaries,
-)
-from llama_squad.results import Row, Tally, iter_results, rethreshold
+from llama_squad.plots import plot_na_probs
+from llama_squad.report import Format, describe_differing, render_figures, render_summaries
+from llama_squad.result_reader import iter_results
+from llama_squad.rows import Row, rethreshold
 from llama_squad.stage import run_stage
+from llama_squad.summary import Tally
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from llama_squad.config import ModelArguments, TestArguments, parse_stage, resolve_beams
+from llama_squad.arguments import ModelArguments, TestArguments, resolve_beams
+from llama_squad.audit import AUDIT_BEAMS, audit
+from llama_squad.config import parse_stage
+from llama_squad.evaluation import Processes, check_outputs, choose_records, evaluate, settings_of
 from llama_squad.folders import check_dataset, check_file, check_weights
 from llama_squad.stage import if_interrupted, next_command, run_stage
+from llama_squad.thresholds import load_threshold, tune_threshold
 
 if TYPE_CHECKING:
-    from llama_squad.predictors import Predictor
+    from llama_squad.predictors.base import Predictor
 
 SERVER_FLAGS = (
     "base_url", "concurrency", "timeout", "temperature", "max_tokens_name", "structured_output"
@@ -183,35 +187,34 @@ def check_url(args: TestArguments) -> None:
 
 def run(args: TestArguments, model_args: ModelArguments) -> None:
     """Answer, score and print."""
-    from llama_squad import evaluation
     from llama_squad.data import load_squad
 
-    evaluation.check_outputs(args)
+    check_outputs(args)
     dataset = load_squad(args.dataset_name)
-    threshold = 1.0 if args.tune_threshold else evaluation.load_threshold(args, model_args)
+    threshold = 1.0 if args.tune_threshold else load_threshold(args, model_args)
     model = load_predictor(args, model_args)
     if args.batch_size is None:
         size = getattr(model(na_prob_thresh=threshold), "batch_size", 32)
-        args = dataclasses.replace(args, batch_size=evaluation.Processes.join().share(size))
+        args = dataclasses.replace(args, batch_size=Processes.join().share(size))
     assert args.batch_size is not None
     if args.tune_threshold:
         judge = model(na_prob_thresh=threshold)
-        threshold = evaluation.tune_threshold(judge, dataset["val"], args, model_args)
-    records = evaluation.choose_records(dataset[args.split], args)
-    evaluation.evaluate(
+        threshold = tune_threshold(judge, dataset["val"], args, model_args)
+    records = choose_records(dataset[args.split], args)
+    evaluate(
         model(na_prob_thresh=threshold, n_best=max(1, args.n_best)),
         records,
         Path(args.output),
-        evaluation.settings_of(args, model_args, threshold, records),
+        settings_of(args, model_args, threshold, records),
         batch_size=args.batch_size,
         overwrite=args.overwrite,
     )
-    if evaluation.Processes.join().rank > 0:
+    if Processes.join().rank > 0:
         return
     report(args)
     if args.audit:
-        exhaustive = model(na_prob_thresh=1.0, num_beams=evaluation.AUDIT_BEAMS)
-        print(evaluation.audit(model(na_prob_thresh=1.0), exhaustive, records, args))
+        exhaustive = model(na_prob_thresh=1.0, num_beams=AUDIT_BEAMS)
+        print(audit(model(na_prob_thresh=1.0), exhaustive, records, args))
 
 
 def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable[..., Predictor]":
@@ -221,7 +224,8 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
         ValueError: it cannot be loaded.
     """
     from llama_squad import modeling
-    from llama_squad.predictors import Encoder, LocalModel
+    from llama_squad.predictors.extractive import Encoder
+    from llama_squad.predictors.local import LocalModel
 
     chat: dict[str, Any] = {
         "prompt": args.prompt,
@@ -229,7 +233,7 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
         "max_new_tokens": args.max_new_tokens,
     }
     if args.predictor == "server":
-        from llama_squad.server import ServerModel
+        from llama_squad.predictors.server import ServerModel
 
         server = ServerModel(
             model_args.model_name, args.base_url, temperature=args.temperature,
@@ -252,7 +256,8 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
 def report(args: TestArguments) -> None:
     """Print the row of the table; write the official files if asked."""
     from llama_squad.report import render_summaries
-    from llama_squad.results import iter_results, summarize, write_official
+    from llama_squad.result_reader import iter_results
+    from llama_squad.summary import summarize, write_official
 
     if args.predictions_dir:
         write_official(iter_results(args.output), args.predictions_dir)

@@ -17,17 +17,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llama_squad.config import (
+from llama_squad.arguments import (
     ModelArguments,
     TrainArguments,
     TrainerArguments,
     check_adapter_flags,
     check_training_numbers,
-    parse_stage,
 )
+from llama_squad.config import parse_stage
 from llama_squad.flags import sft_config_fields
 from llama_squad.folders import check_dataset, check_file, check_output, check_weights
 from llama_squad.stage import if_interrupted, next_command, run_stage
+from llama_squad.training.packing import encode_dataset, sample_paragraphs
+from llama_squad.training.setup import lay_out, make_validation, prepare_model
+from llama_squad.training.trainer import SquadTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check = partial(check_flags, argv)
         later = sft_config_fields()
         parse_stage("train", own, argv, description=__doc__, check=check, later=later)
-        from llama_squad.training import REPLACED, SquadSFTConfig
+        from llama_squad.training.arguments import REPLACED, SquadSFTConfig
 
         args, model_args, sft_args = parse_stage(
             "train", (*own[:2], SquadSFTConfig), argv, description=__doc__, hidden=REPLACED
@@ -75,7 +78,7 @@ def check_flags(argv: Sequence[str], parsed: Sequence[Any]) -> None:
 
 def what_is_kept(sft_args: Any, started: float) -> str:
     """Say what an interrupted run leaves, and how to go on with it."""
-    from llama_squad.checkpoints import find_checkpoint, newest_checkpoint
+    from llama_squad.training.checkpoints import find_checkpoint, newest_checkpoint
 
     asked = sft_args.resume_from_checkpoint
     checkpoint = newest_checkpoint(sft_args.output_dir, started)
@@ -106,10 +109,11 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     """Train, save the adapter, and merge and push it where asked; return the adapter's folder."""
     from transformers import set_seed
 
-    from llama_squad import checkpoints, modeling, preflight, publishing, rows, training
+    from llama_squad import modeling
     from llama_squad.collator import SquadDataCollator
     from llama_squad.data import load_squad
-    from llama_squad.merge_error import Sample
+    from llama_squad.training import checkpoints, preflight, publishing
+    from llama_squad.training.merge_error import Sample
 
     preflight.check_hub(sft_args)
     modeling.say_device()
@@ -118,23 +122,23 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     checkpoint = checkpoints.find_checkpoint(sft_args.resume_from_checkpoint, sft_args.output_dir)
     dataset = load_squad(args.dataset_name)
     if "val" in dataset:
-        dataset["val"] = rows.sample_paragraphs(dataset["val"], args.eval_samples, sft_args.seed)
+        dataset["val"] = sample_paragraphs(dataset["val"], args.eval_samples, sft_args.seed)
     encoder = modeling.load_encoder(model_args, args.reasoning_tokens)
     record = checkpoints.make_record(settings, dataset["train"], encoder, sft_args.world_size)
     differ = checkpoints.check_resume(checkpoint, record, args.resume_anyway)
     with sft_args.main_process_first(desc="encoding"):
-        encoded = rows.encode_dataset(dataset, encoder, sft_args.max_length)
-    model = training.prepare_model(args, model_args, encoder)
+        encoded = encode_dataset(dataset, encoder, sft_args.max_length)
+    model = prepare_model(args, model_args, encoder)
     collator = SquadDataCollator(
         pad_token_id=encoder.tokenizer.pad_token_id, pad_to_multiple_of=sft_args.pad_to_multiple_of
     )
-    validate = training.make_validation(sft_args, dataset, args.dataset_name, encoder)
-    layout = training.lay_out(args, sft_args, encoded, model, collator)
+    validate = make_validation(sft_args, dataset, args.dataset_name, encoder)
+    layout = lay_out(args, sft_args, encoded, model, collator)
     record["rows"] = layout.rows
     if not differ:  # else they are laid out otherwise, of course
         checkpoints.check_resume(checkpoint, {"rows": layout.rows}, args.resume_anyway)
     settings[checkpoints.RECORD] = record
-    trainer = training.SquadTrainer(
+    trainer = SquadTrainer(
         model=model,
         args=sft_args.replace(**layout.settings),
         data_collator=collator,

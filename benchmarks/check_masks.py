@@ -61,7 +61,7 @@ def batches(records: Sequence[dict]) -> Iterator[Sequence[dict]]:
 def faults(encoder: Any, records: Sequence[dict], prompt: str, end: str) -> Iterator[str]:
     """Yield what is wrong with the masks of some records."""
     from llama_squad.answers import format_answer
-    from llama_squad.collator import IGNORE
+    from llama_squad.encoding import IGNORE
     from llama_squad.prompts import build_messages, gold_answer
 
     tokenizer = encoder.tokenizer
@@ -93,8 +93,8 @@ def normal(text: str) -> str:
 
 def check(job: tuple[str, str, str, str, int | None]) -> tuple[str, int, list[str], float]:
     """Check one tokenizer with one template and one prompt style."""
-    from llama_squad.collator import ConversationEncoder
     from llama_squad.data import read_files
+    from llama_squad.encoding import ConversationEncoder
 
     name, template, end, prompt, limit = job
     started = time.perf_counter()

@@ -25,15 +25,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(ROOT))
 from llama_squad.answers import escape_answer, format_answer
-from llama_squad.collator import IGNORE, ConversationEncoder
 from llama_squad.data import read_files
-from llama_squad.predictors import (
-    LocalModel,
-    Record,
-    batch_paragraphs,
-    group_paragraphs,
-)
-from llama_squad.spans import SpanGrammar, SpanVocabulary, span_vocabulary
+from llama_squad.decoding.spans import SpanGrammar, SpanVocabulary, span_vocabulary
+from llama_squad.encoding import IGNORE, ConversationEncoder
+from llama_squad.predictors.base import Record, batch_paragraphs, group_paragraphs
+from llama_squad.predictors.local import LocalModel
 
 CASES = [("llama2", "llama2"), ("llama3", "llama3"), ("qwen2_5_rebuilt", "qwen2_5")]
 

@@ -29,12 +29,14 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from llama_squad import generation
 from llama_squad.answers import extract_answer
-from llama_squad.collator import IGNORE, ConversationEncoder, SquadDataCollator
+from llama_squad.collator import SquadDataCollator
 from llama_squad.data import read_files
-from llama_squad.generation import Generator, Paragraph
-from llama_squad.predictors import Record, group_paragraphs
+from llama_squad.decoding.generator import Generator
+from llama_squad.decoding.replies import Paragraph
+from llama_squad.decoding.search import SPECULATION
+from llama_squad.encoding import IGNORE, ConversationEncoder
+from llama_squad.predictors.base import Record, group_paragraphs
 from llama_squad.prompts import build_messages, gold_answer
 
 Run = Callable[[], list[str]]
@@ -263,7 +265,7 @@ def main() -> None:
             seconds[name].append((wall, processor))
             print(f"{repeat} {name}: {wall:.2f} s", flush=True)
     report(golds, seconds, completions)
-    print(f"\nspeculation {generation.SPECULATION}, {torch.get_num_threads()} threads")
+    print(f"\nspeculation {SPECULATION}, {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

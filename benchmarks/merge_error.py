@@ -49,9 +49,10 @@ def paragraphs(split: Any, encoder: Any, seed: int) -> Iterator[dict[str, Any]]:
 
 def tune(args: argparse.Namespace, rate: float, batches: Sequence[Any], folder: Path) -> float:
     """Tune an adapter at a constant rate, and save it; return its largest B."""
-    from llama_squad.config import ModelArguments, TrainArguments
+    from llama_squad.arguments import ModelArguments, TrainArguments
     from llama_squad.modeling import load_model
-    from llama_squad.training import add_lora, answer_loss
+    from llama_squad.training.setup import add_lora
+    from llama_squad.training.trainer import answer_loss
 
     torch.manual_seed(0)
     model = add_lora(
@@ -73,8 +74,8 @@ def tune(args: argparse.Namespace, rate: float, batches: Sequence[Any], folder: 
 def merge_nearest(args: argparse.Namespace, adapter: Path, sample: Any) -> Any:
     """Measure PEFT's own merge into bfloat16 weights."""
     from llama_squad import modeling
-    from llama_squad.config import ModelArguments
-    from llama_squad.merge_error import MergeMeter
+    from llama_squad.arguments import ModelArguments
+    from llama_squad.training.merge_error import MergeMeter
 
     def load(dtype: Any) -> Any:
         model_args = ModelArguments(model_name=args.model_name, dtype=dtype)
@@ -87,8 +88,8 @@ def merge_nearest(args: argparse.Namespace, adapter: Path, sample: Any) -> Any:
 
 def compare(args: argparse.Namespace, name: str, adapter: Path, sample: Any) -> bool:
     """Print the rows of one adapter; tell whether each merge of ours keeps 98 % of its gain."""
-    from llama_squad.config import ModelArguments, TrainArguments
-    from llama_squad.publishing import merge_adapter
+    from llama_squad.arguments import ModelArguments, TrainArguments
+    from llama_squad.training.publishing import merge_adapter
 
     good = True
     for way in ["PEFT's own, bfloat16", *WAYS]:
@@ -123,11 +124,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    from llama_squad.arguments import ModelArguments
     from llama_squad.collator import SquadDataCollator
-    from llama_squad.config import ModelArguments
     from llama_squad.data import load_squad
-    from llama_squad.merge_error import Sample
     from llama_squad.modeling import load_encoder
+    from llama_squad.training.merge_error import Sample
 
     dataset = load_squad(args.dataset_name)
     encoder = load_encoder(ModelArguments(model_name=args.model_name))

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from llama_squad.data import load_squad  # noqa: E402
-from llama_squad.results import read_results  # noqa: E402
+from llama_squad.result_reader import read_results  # noqa: E402
 
 START_S = 300
 """Seconds in which the server must answer."""

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from llama_squad import evaluation
 from llama_squad.answers import format_answer
-from llama_squad.generation import Reply
-from llama_squad.predictors import Batch, Prediction, Record
-from llama_squad.results import ResultsFile, read_results
+from llama_squad.decoding.replies import Reply
+from llama_squad.evaluation import evaluate
+from llama_squad.predictors.base import Batch, Prediction, Record
+from llama_squad.result_reader import read_results
+from llama_squad.results import ResultsFile
 
 SETTINGS = {"seed": 1}
 BATCH_SIZE = 8
@@ -68,7 +69,7 @@ def start(records: Sequence[Record], path: Path, delay: float, seconds: float, b
     sys.stderr = open("/dev/null", "w")  # noqa: SIM115 - this process ends here
     try:
         model = FirstWord(seconds)
-        evaluation.evaluate(model, records, path, SETTINGS, batch_size=BATCH_SIZE)
+        evaluate(model, records, path, SETTINGS, batch_size=BATCH_SIZE)
         rows = read_results(path)
         box.put("complete" if len(rows) == len(records) else f"success with {len(rows)} rows")
     except Exception as error:  # whatever it is, it is told
@@ -96,7 +97,7 @@ def run_pairs(pairs: int, folder: Path, questions: int = 600, seed: int = 0) -> 
     context: Any = multiprocessing.get_context("fork")  # what is imported is imported once
     rng, records = random.Random(seed), make_records(questions)
     whole = folder / "whole.csv"
-    evaluation.evaluate(FirstWord(0), records, whole, SETTINGS, batch_size=BATCH_SIZE)
+    evaluate(FirstWord(0), records, whole, SETTINGS, batch_size=BATCH_SIZE)
     counts = Counter[str]()
     for pair in range(pairs):
         path = folder / f"pair{pair}" / "results.csv"

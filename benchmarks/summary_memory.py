@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama_squad.answers import Answer, format_answer
-from llama_squad.results import ResultsFile, Row, make_row
+from llama_squad.results import ResultsFile
+from llama_squad.rows import Row, make_row
 
 STAGE = Path(__file__).resolve().parent.parent / "summarize_results.py"
 AT_ONCE = 10_000

@@ -93,10 +93,10 @@ def encode_sample(args: argparse.Namespace) -> tuple[Any, Any, float]:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from llama_squad import rows
-    from llama_squad.collator import ConversationEncoder
     from llama_squad.data import read_files
+    from llama_squad.encoding import ConversationEncoder
     from llama_squad.prompts import build_messages
+    from llama_squad.training.packing import encode_split
 
     records = read_files([args.train_files])
     members: dict[tuple[str, str], list[dict]] = {}
@@ -113,7 +113,7 @@ def encode_sample(args: argparse.Namespace) -> tuple[Any, Any, float]:
         for paragraph in chosen
         for record in paragraph
     ]
-    encoded, dropped = rows.encode_split(Dataset.from_list(examples), encoder, 4096, "sample")
+    encoded, dropped = encode_split(Dataset.from_list(examples), encoder, 4096, "sample")
     assert not dropped
     return encoder, encoded, len(records) / len(members)
 
@@ -145,7 +145,7 @@ class Bench:
     """What all ways have in common: the examples, the base model, and the trainers' settings."""
 
     def __init__(self, args: argparse.Namespace, folder: str) -> None:
-        from llama_squad.config import ModelArguments, TrainArguments
+        from llama_squad.arguments import ModelArguments, TrainArguments
 
         self.args = args
         self.encoder, self.encoded, self.corpus_ratio = encode_sample(args)
@@ -162,10 +162,10 @@ class Bench:
         """Load the base and put a new adapter on it, the same each time."""
         import torch
 
-        from llama_squad import training
-
         torch.manual_seed(self.args.seed)
-        return training.prepare_model(self.train_args, self.model_args, self.encoder)
+        from llama_squad.training.setup import prepare_model
+
+        return prepare_model(self.train_args, self.model_args, self.encoder)
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """Return the settings that all trainers share."""
@@ -188,10 +188,12 @@ class Bench:
         """Make our trainer."""
         import dataclasses
 
-        from llama_squad import training
         from llama_squad.collator import SquadDataCollator
+        from llama_squad.training.arguments import SquadSFTConfig
+        from llama_squad.training.setup import lay_out
+        from llama_squad.training.trainer import SquadTrainer
 
-        sft_args = training.SquadSFTConfig(
+        sft_args = SquadSFTConfig(
             **self.settings(
                 per_device_train_batch_size=self.args.questions_per_step,
                 gradient_accumulation_steps=1,
@@ -200,9 +202,9 @@ class Bench:
         collator = SquadDataCollator(pad_token_id=self.encoder.tokenizer.pad_token_id)
         model = self.model()
         train_args = dataclasses.replace(self.train_args, row_tokens=row_tokens)
-        layout = training.lay_out(train_args, sft_args, {"train": self.encoded}, model, collator)
+        layout = lay_out(train_args, sft_args, {"train": self.encoded}, model, collator)
         assert "paragraphs" in layout.features["train"].column_names, "contexts are not shared"
-        return training.SquadTrainer(
+        return SquadTrainer(
             model=model,
             args=sft_args.replace(**layout.settings),
             data_collator=collator,
@@ -214,7 +216,7 @@ class Bench:
         """Make TRL's trainer with packing, with its own loss or with ours."""
         from trl import SFTConfig, SFTTrainer
 
-        from llama_squad.training import answer_loss
+        from llama_squad.training.trainer import answer_loss
 
         class AnswerTrainer(SFTTrainer):
             def compute_loss(
@@ -288,7 +290,7 @@ class Bench:
 
     def ways(self) -> dict[str, Callable[[], Any]]:
         """Return the ways that were asked for, by name."""
-        from llama_squad.config import TrainArguments
+        from llama_squad.arguments import TrainArguments
 
         found: dict[str, Callable[[], Any]] = {}
         budgets = self.args.row_tokens or [TrainArguments().row_tokens]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_squad.answers import extract_answer
-from llama_squad.collator import ConversationEncoder
+from llama_squad.encoding import ConversationEncoder
 from llama_squad.metrics import wilson_interval
 
 CHAT_PROMPTS = Path(__file__).with_name("chat_prompts.txt")
@@ -172,7 +172,7 @@ def _generate(
 ) -> Iterator[list[int]]:
     """Yield each prompt's greedy reply, without the padding and the token that ends the turn."""
     # imported here: the module loads without the search and its grammar
-    from llama_squad.generation import stop_ids
+    from llama_squad.decoding.generator import stop_ids
 
     stops = stop_ids(model, encoder)
     width = max(map(len, prompts))

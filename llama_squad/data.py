@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_squad.cleaning import Cleaner, Dropped
-from llama_squad.config import CreateArguments, save_run_config
+from llama_squad.arguments import CreateArguments
+from llama_squad.config import save_run_config
 from llama_squad.folders import check_dataset
-from llama_squad.formats import COLUMNS, Row, check_columns, read_rows
-from llama_squad.matching import context_key
 from llama_squad.prompts import build_messages
-from llama_squad.records import Record
+from llama_squad.sources.cleaning import Cleaner, Dropped
+from llama_squad.sources.formats import COLUMNS, Row, check_columns, read_rows
+from llama_squad.sources.matching import context_key
+from llama_squad.sources.records import Record
 
 SAMPLE = Path(__file__).parent.parent / "quickstart" / "data"
 DROPPED = "dropped.csv"

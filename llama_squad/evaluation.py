@@ -22,11 +22,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from llama_squad.config import ModelArguments, TestArguments, provenance, write_json
-from llama_squad.generation import Reply
-from llama_squad.metrics import Plateau, ScoreTable, choose_threshold, score_answer
-from llama_squad.modeling import resolve_dtype, whole_model
-from llama_squad.predictors import (
+from llama_squad.arguments import ModelArguments, TestArguments
+from llama_squad.config import provenance
+from llama_squad.modeling import resolve_dtype
+from llama_squad.predictors.base import (
     Batch,
     ConcurrentPredictor,
     Prediction,
@@ -34,33 +33,14 @@ from llama_squad.predictors import (
     Record,
     batch_paragraphs,
 )
-from llama_squad.results import (
-    ResultsFile,
-    check_writable,
-    config_path,
-    differences,
-    iter_results,
-    one_line_errors,
-    row_answer,
-)
-from llama_squad.rows import sample_paragraphs
-
-THRESHOLD_FILE = "na_prob_thresh.json"
-"""The threshold tuned on the validation split, beside the adapter."""
-
-AUDIT_BEAMS = 1000
-"""So many partial replies of a length are rarely wanted: then the audit's answer is proven best."""
+from llama_squad.results import ResultsFile, check_writable, config_path
+from llama_squad.thresholds import THRESHOLD_FILE
+from llama_squad.training.packing import sample_paragraphs
 
 # What may change between two runs of one result file.
 _VOLATILE = ("output", "overwrite", "batch_size", "predictions_dir", "audit", "tune_threshold",
              "tune_for", "concurrency", "timeout", "max_tokens_name", "versions",
              "commit")  # fmt: skip
-
-DEFAULT_THRESHOLD = 0.5
-
-# What a tuned threshold is good for: these move na_prob, or which span it is compared with.
-_TUNED_FOR = ("decoding", "num_beams", "dtype", "quantize", "bnb_4bit_quant_type", "prompt",
-              "system_prompt", "reasoning_tokens", "chat_template", "span_boundaries")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -309,174 +289,3 @@ def _progress(
             count += len(predictions)
             bar.set_postfix_str(f"exact match {100 * exact / count:.1f} %", refresh=False)
             bar.update(len(predictions))
-
-
-# The threshold -------------------------------------------------------------------------------
-
-
-def _tuning_settings(args: TestArguments, model_args: ModelArguments) -> dict[str, Any]:
-    """Return what a threshold depends on: how the model computes, is asked and searched."""
-    settings = _resolved(args, model_args)
-    return {
-        **{name: settings[name] for name in _TUNED_FOR},
-        "merged": whole_model(args.adapter_name) is not None,
-        "model_digest": weights_digest(model_args.model_name),
-        "adapter_digest": weights_digest(args.adapter_name),
-    }
-
-
-def load_threshold(args: TestArguments, model_args: ModelArguments) -> float:
-    """Return the threshold to abstain above: the flag's, else the adapter's tuned one, else 0.5.
-
-    A threshold that was tuned for other settings is not used; that is said.
-
-    Raises:
-        ValueError: the adapter's file is damaged.
-    """
-    if args.na_prob_thresh is not None:
-        return args.na_prob_thresh
-    path = Path(args.adapter_name or "", THRESHOLD_FILE)
-    if not args.adapter_name or not path.is_file() or args.decoding == "free":
-        return DEFAULT_THRESHOLD
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        threshold, tuned_for = float(saved["na_prob_thresh"]), saved.get("tuned_for")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, or tune again") from error
-    wanted = _tuning_settings(args, model_args)
-    if tuned_for == wanted:
-        return threshold
-    if Processes.join().rank == 0 and not args.tune_threshold:
-        what = "does not say what it was tuned for"
-        if isinstance(tuned_for, dict):
-            what = f"was tuned for other settings ({'; '.join(differences(tuned_for, wanted))})"
-        print(
-            f"{path} {what}: {DEFAULT_THRESHOLD} is used. --tune_threshold tunes for these "
-            "settings, and --na_prob_thresh sets it by hand.",
-            file=sys.stderr,
-        )
-    return DEFAULT_THRESHOLD
-
-
-def tune_threshold(
-    model: Predictor, split: Any, args: TestArguments, model_args: ModelArguments
-) -> float:
-    """Choose the threshold with the best score on the validation split, and keep it.
-
-    The score is exact match or F1 (``args.tune_for``), the questions are chosen as those of the
-    test are. ``model`` must not abstain (a threshold of 1): what it would have said is needed. The
-    answers are kept in a result file of their own, so that an interrupted tuning is resumed.
-
-    Raises:
-        ValueError: see ``evaluate``.
-    """
-    present = load_threshold(args, model_args)
-    records = choose_records(split, args)
-    assert args.batch_size is not None
-    output = _validation_path(Path(args.output))
-    settings = settings_of(args, model_args, 1.0, records) | {"split": "val", "n_best": 0}
-    evaluate(model, records, output, settings, batch_size=args.batch_size, overwrite=args.overwrite)
-    processes = Processes.join()
-    threshold = present
-    if processes.rank == 0:
-        table = ScoreTable()
-        for row in iter_results(output):
-            text, golds = row_answer(row).official, row["answers"]
-            table.add(bool(golds), text, score_answer(text, golds), row["na_prob"] or 0.0)
-        chosen = choose_threshold(table.curve(("exact", "f1").index(args.tune_for)), present)
-        threshold = chosen.threshold
-        path = Path(args.adapter_name or "", THRESHOLD_FILE)
-        tuned_for = _tuning_settings(args, model_args)
-        with one_line_errors(path):
-            content = {
-                "na_prob_thresh": threshold,
-                "tune_for": args.tune_for,
-                args.tune_for: chosen.score,
-                "plateau": [chosen.low, chosen.high],
-                "questions": len(table),
-                "tuned_for": tuned_for,
-                "settings": settings,
-            }
-            write_json(path, content)
-        print(_describe(chosen, args.tune_for, len(table), present, path))
-    return processes.share(threshold)
-
-
-def _describe(chosen: Plateau, score: str, questions: int, present: float, path: Path) -> str:
-    kept = " (kept: none is better)" if chosen.threshold == present else ""
-    return (
-        f"Threshold {chosen.threshold:.4f}{kept}: {chosen.score:.2f} % {score} on {questions:,} "
-        f"validation questions, as with any from {chosen.low:.4f} to {chosen.high:.4f}. "
-        f"Saved in {path}"
-    )
-
-
-# The audit -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Audit:
-    """How the search's answers compare with the best of all spans.
-
-    ``noise``: log-probabilities that differ by no more are not told apart, in nats.
-    """
-
-    questions: int
-    best: int
-    unproven: int
-    noise: float
-
-    def __str__(self) -> str:
-        text = (
-            f"Audit of {self.questions:,} questions: the search found the best of all spans for "
-            f"{self.best:,} ({100 * self.best / max(1, self.questions):.1f} %)."
-        )
-        if self.noise > LEAST_NOISE:
-            text += (
-                f" The same tokens' log-probabilities differ by up to {self.noise:.2g} between its "
-                "passes: spans within that of the best one count as found."
-            )
-        if self.unproven:
-            text += (
-                f" For {self.unproven:,} of the others the best one is not known: the model is so "
-                f"unsure that more than {AUDIT_BEAMS:,} partial replies of a length were open."
-            )
-        return text
-
-
-LEAST_NOISE = 1e-4
-"""Differences of log-probabilities that float32 makes."""
-
-
-def audit(
-    model: Predictor, exhaustive: Predictor, records: Sequence[Record], args: TestArguments
-) -> Audit:
-    """Compare a model's best spans with the best of all spans, for a sample of the questions.
-
-    ``exhaustive`` gives up next to nothing. Its answer counts where it is proven: every span that
-    it did not finish had already become less likely, which is as good as scoring each. Texts must
-    agree, or log-probabilities to within the noise: that is how far the same tokens' differ between
-    the two searches, whose passes have other shapes (next to nothing in float32). Neither may
-    abstain (a threshold of 1).
-    """
-    assert args.batch_size is not None
-    sample = random.Random(args.seed).sample(list(records), min(args.audit, len(records)))
-    pairs: list[tuple[Reply, Reply]] = []
-    for batch in tqdm(list(batch_paragraphs(sample, args.batch_size)), "Audit", unit=" batches"):
-        answers = zip(model.answer(batch), exhaustive.answer(batch), strict=True)
-        pairs += [(found.reply, true.reply) for found, true in answers]
-    noise = LEAST_NOISE
-    for found, true in pairs:
-        if found.best and found.token_ids == true.token_ids:
-            assert found.score is not None and true.score is not None
-            noise = max(noise, abs(found.score - true.score))
-    best = unproven = 0
-    for found, true in pairs:
-        ours, theirs = found.best, true.best
-        if ours is None or theirs is None:
-            best += ours is theirs
-        elif not true.certain:
-            unproven += 1
-        else:
-            best += ours.text == theirs.text or theirs.log_prob - ours.log_prob <= noise
-    return Audit(len(sample), best, unproven, noise)

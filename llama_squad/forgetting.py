@@ -19,13 +19,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from llama_squad.config import ModelArguments, write_json
+from llama_squad.arguments import ModelArguments
+from llama_squad.config import write_json
 from llama_squad.harness import load_run, paired_errors, run_harness, stay_offline
 from llama_squad.report import render_comparison
 
 if TYPE_CHECKING:
     from llama_squad.chat_check import ChatReply
-    from llama_squad.collator import ConversationEncoder
+    from llama_squad.encoding import ConversationEncoder
 
 RUN_FILE = "run.json"
 """What a run of the harness was made with; written last, so it marks a complete one."""
@@ -300,7 +301,7 @@ def _save_in_4_bits(args: argparse.Namespace, model: str, tokenizer: str, folder
 def _prepare_chat(args: argparse.Namespace, tokenizer: str) -> Chat | None:
     """Load what the chat check needs, before the long run; None, and said, without a template."""
     from llama_squad.chat_check import CHAT_PROMPTS, read_prompts
-    from llama_squad.collator import ConversationEncoder
+    from llama_squad.encoding import ConversationEncoder
     from llama_squad.modeling import load_tokenizer
 
     prompts = read_prompts(args.chat_prompts or CHAT_PROMPTS)

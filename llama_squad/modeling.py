@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from llama_squad import merging
-from llama_squad.collator import ConversationEncoder
-from llama_squad.config import RUN_CONFIG, ModelArguments, load_run_config
+from llama_squad.arguments import ModelArguments
+from llama_squad.config import RUN_CONFIG, load_run_config
+from llama_squad.encoding import ConversationEncoder
 from llama_squad.folders import is_hub_name
 
 _ROOT = Path(__file__).resolve().parents[1]

@@ -1,7 +1,7 @@
 """Prompt styles: from a SQuAD record to chat messages.
 
 The context stands before the question in every style, which lets the questions of one paragraph
-share everything up to the question (see ``llama_squad.collator``). Contexts and questions are data:
+share everything up to the question (see ``llama_squad.tree``). Contexts and questions are data:
 they are joined in, never formatted in, so braces in them mean nothing.
 """
 

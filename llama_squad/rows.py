@@ -1,367 +1,132 @@
-"""From a split of the dataset to rows that share contexts, and to what an optimizer step holds."""
+"""One row per question: what a row of the result file holds, and other thresholds for it."""
 
-import hashlib
-import math
-import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
-from llama_squad.collator import ConversationEncoder
-from llama_squad.tree import Encoded, shareable_prefix
+from llama_squad.answers import NO_ANSWER, Answer, State, format_answer
+from llama_squad.metrics import is_exact_match
 
+Row = dict[str, Any]
 
-def encode_split(
-    split: Any, encoder: ConversationEncoder, max_length: int | None, name: str
-) -> tuple[Any, int]:
-    """Encode a split's messages: a dataset with input_ids, labels and group; and how many dropped.
+SEED_COLUMNS = ("Prompt", "Correct answers", "Model answer", "Full response", "Exact match")
+"""The columns of the original repository's result file."""
 
-    An example longer than ``max_length`` tokens is left out. ``group`` numbers the paragraphs.
-    Results are cached on disk, keyed by the data, the tokenizer and the template.
-    """
-    from datasets.fingerprint import Hasher
+_FIRST_COLUMNS = (
+    *("id", "title", "question", "answers", "prediction_text", "state", "completion"),
+    *("na_prob", "score"),
+)
 
-    def encode(batch: Mapping[str, list]) -> dict[str, list]:
-        out: dict[str, list] = {"input_ids": [], "labels": [], "paragraph": [], "length": []}
-        encoded = encoder.encode(batch["messages"])
-        for example, title, context in zip(encoded, batch["title"], batch["context"], strict=True):
-            if max_length is None or len(example["input_ids"]) <= max_length:
-                out["input_ids"].append(example["input_ids"])
-                out["labels"].append(example["labels"])
-                out["paragraph"].append(_paragraph_key(title, context))
-                out["length"].append(len(example["input_ids"]))
-        return out
+_SPAN_COLUMNS = ("best_span", "best_span_log_prob", "no_answer_log_prob", "n_best")
 
-    backend = encoder.tokenizer.backend_tokenizer.to_str()
-    key = (split._fingerprint, backend, encoder.tokenizer.chat_template, encoder.pause, max_length)
-    dataset = split.map(
-        encode,
-        batched=True,
-        batch_size=500,
-        remove_columns=split.column_names,
-        new_fingerprint=Hasher.hash((_ENCODING_VERSION, *key)),
-        desc=f"Encoding {name}",
-    )
-    return dataset, len(split) - len(dataset)
+COLUMNS = (*_FIRST_COLUMNS, *_SPAN_COLUMNS, *SEED_COLUMNS)
+
+_OLDER_COLUMNS = (*_FIRST_COLUMNS, *SEED_COLUMNS)
+"""The columns of our files before rows kept their best span."""
+
+_STATES: tuple[State, ...] = get_args(State)
+
+_NUMBERS = ("na_prob", "score", "best_span_log_prob", "no_answer_log_prob")
 
 
-def encode_dataset(
-    dataset: Any, encoder: ConversationEncoder, max_length: int | None
-) -> dict[str, Any]:
-    """Encode the train and val splits, and say how many examples had to be left out.
-
-    Raises:
-        ValueError: nothing is left of a split.
-    """
-    encoded = {}
-    for name in ("train", "val"):
-        if name not in dataset:
-            continue
-        encoded[name], dropped = encode_split(dataset[name], encoder, max_length, name)
-        if dropped:
-            print(
-                f"{name}: {dropped:,} of {len(dataset[name]):,} examples are longer than "
-                f"{max_length} tokens and were left out (raise --max_seq_length to keep them)."
-            )
-        if not len(encoded[name]):
-            raise ValueError(f"no example of the {name} split fits in {max_length} tokens")
-    if "train" not in encoded:
-        raise ValueError("the dataset has no train split: build it with --train_files")
-    return encoded
-
-
-def sample_paragraphs(split: Any, questions: int, seed: int) -> Any:
-    """Return whole paragraphs of a split, at random, with at least ``questions`` questions.
-
-    0 questions, or more than there are, mean all.
-    """
-    if not 0 < questions < len(split):
-        return split
-    members: dict[str, list[int]] = {}
-    for index, (title, context) in enumerate(zip(split["title"], split["context"], strict=True)):
-        members.setdefault(_paragraph_key(title, context), []).append(index)
-    paragraphs = list(members.values())
-    random.Random(seed).shuffle(paragraphs)
-    chosen: list[int] = []
-    for paragraph in paragraphs:
-        if len(chosen) >= questions:
-            break
-        chosen += paragraph
-    return split.select(sorted(chosen))
-
-
-def _paragraph_key(title: str, context: str) -> str:
-    return hashlib.blake2b(f"{title}\0{context}".encode(), digest_size=12).hexdigest()
-
-
-_ENCODING_VERSION = 1
-"""Raised when ``ConversationEncoder`` changes what it gives, so that no stale cache is read."""
-
-
-def row_dataset(examples: Any, rows: Sequence[Sequence[Sequence[int]]]) -> Any:
-    """Return a dataset of ``{"paragraphs": [[example, ...], ...]}``, read when it is asked for."""
-    from datasets import Dataset
-
-    examples = examples.select_columns(["input_ids", "labels"])
-
-    def read(batch: dict[str, list[list[list[int]]]]) -> dict[str, list[list[list[Encoded]]]]:
-        wanted = [index for row in batch["paragraphs"] for group in row for index in group]
-        found = iter(examples.select(wanted))
-        return {
-            "paragraphs": [
-                [[next(found) for _ in group] for group in row] for row in batch["paragraphs"]
-            ]
-        }
-
-    held = [[list(group) for group in row] for row in rows]
-    return Dataset.from_dict({"paragraphs": held}).with_transform(read)
-
-
-def count_questions(dataset: Any) -> int:
-    """Count the questions of a dataset of rows, or of plain examples."""
-    if "paragraphs" not in dataset.column_names:
-        return len(dataset)
-    held = dataset.with_format(None)["paragraphs"]  # without reading the examples
-    return sum(len(paragraph) for row in held for paragraph in row)
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    """Questions that fit into one row together."""
-
-    examples: tuple[int, ...]  # indices into the encoded dataset
-    tokens: int  # of the tree: its prefix once, and its branches
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the examples are laid out in rows, and rows in steps."""
-
-    rows: list[list[tuple[int, ...]]]
-    rows_per_step: int  # a process's micro-batches of one row each
-    paragraphs_per_step: int  # of all processes
-    questions_per_step: float  # of all processes, on average
-    steps: float  # an epoch; a broken number where the last one holds fewer rows
-    tokens: int  # in the rows
-    plain_tokens: int  # in the separate examples
-    plain_paragraphs: int = 0  # whose examples have a row each
-
-    def row_to_try(self, lengths: Sequence[int], windows: Iterable[int]) -> int | None:
-        """Return a row that shares much, and outgrows the windows where one does; None: no row.
-
-        Args:
-            lengths: of all examples, and
-            windows: how far the model's layers see, in tokens.
-        """
-        sharing = [i for i, row in enumerate(self.rows) if sum(map(len, row)) > 1]
-        sharing = sharing or ([] if self.plain_paragraphs else list(range(len(self.rows))))
-        for window in sorted(windows, reverse=True):
-            beyond = [i for i in sharing if _longest(self.rows[i], lengths) > window]
-            if beyond:
-                sharing = beyond
-                break
-        return max(sharing[:64], key=lambda i: sum(map(len, self.rows[i])), default=None)
-
-    def describe(self) -> str:
-        """Say what a step holds, for the log."""
-        saved = 1 - self.tokens / self.plain_tokens
-        rest = "; the last of an epoch what is left" if self.steps % 1 else ""
-        if self.steps == 1:
-            rest = ": all that there are"
-        text = (
-            f"Shared contexts: {self.tokens:,} tokens an epoch instead of {self.plain_tokens:,} "
-            f"({saved:.0%} saved). A step holds {self.paragraphs_per_step} paragraphs, "
-            f"{self.questions_per_step:.1f} questions on average{rest}."
-        )
-        if self.plain_paragraphs:
-            text += (
-                f" {self.plain_paragraphs:,} paragraphs with examples too long for this model to "
-                "share are trained plainly."
-            )
-        if self.paragraphs_per_step < 8 and self.steps > 1:
-            text += (
-                " Fewer than 8 paragraphs make a noisy step, as the questions of a paragraph come "
-                "together: raise --gradient_accumulation_steps if training is unstable."
-            )
-        return text
-
-
-def group_paragraphs(encoded: Any, max_length: int | None) -> list[Paragraph]:
-    """Group the examples by paragraph; one that outgrows ``max_length`` is split, never cut."""
-    members: dict[str, list[int]] = {}
-    for index, key in enumerate(encoded["paragraph"]):
-        members.setdefault(key, []).append(index)
-    paragraphs = []
-    ordered = [index for indices in members.values() for index in indices]
-    examples = iter(encoded.select(ordered))
-    for indices in members.values():
-        group = [next(examples) for _ in indices]
-        prefix = shareable_prefix(group)
-        part: list[int] = []
-        tokens = prefix
-        for index, example in zip(indices, group, strict=True):
-            branch = len(example["input_ids"]) - prefix
-            if part and max_length is not None and tokens + branch > max_length:
-                paragraphs.append(Paragraph(tuple(part), tokens))
-                part, tokens = [], prefix
-            part.append(index)
-            tokens += branch
-        paragraphs.append(Paragraph(tuple(part), tokens))
-    return paragraphs
-
-
-def plan_rows(
-    encoded: Any,
+def make_row(
+    record: Mapping[str, Any],
+    completion: str,
+    answer: Answer,
+    prompt_text: str,
+    na_prob: float | None = None,
     *,
-    questions_per_step: int,
-    processes: int,
-    row_tokens: int,
-    max_length: int | None,
-    seed: int,
-    longest_shared: int | None = None,
-) -> Plan:
-    """Lay the examples out in rows so that a step holds about ``questions_per_step`` questions.
+    score: float | None = None,
+    best_span: str | None = None,
+    best_span_log_prob: float | None = None,
+    no_answer_log_prob: float | None = None,
+    n_best: Sequence[Mapping[str, Any]] | None = None,
+) -> Row:
+    """Make the row of one question.
 
-    A step takes the nearest whole number of paragraphs, at least one a process. Paragraphs are
-    shuffled (so that a row's come from different articles), then put together long with short, so
-    that all rows are about as long; a row is one micro-batch. The number of rows is a multiple of
-    ``processes``, so that no question is seen twice in an epoch on any number of them.
+    Args:
+        record: {id, title, question, answers: {"text": [...], "answer_start": [...]}}.
+        completion: the model's whole reply, or why there is none (``FAILED``).
+        answer: what the reply says (``extract_answer``), after any threshold.
+        prompt_text: the prompt as the model saw it.
+        na_prob: probability that there is no answer.
+        score: log-probability of the reply, or whatever the search ranks by.
+        best_span: what the model answers if it must not abstain, also where it does.
+        best_span_log_prob: log-probability of the reply that holds it.
+        no_answer_log_prob: log-probability of the reply that abstains.
+        n_best: the likeliest spans, best first.
+    """
+    golds = list(record["answers"]["text"])
+    return {
+        "id": record["id"],
+        "title": record.get("title", ""),
+        "question": record["question"],
+        "answers": golds,
+        "prediction_text": answer.text,
+        "state": answer.state,
+        "completion": completion,
+        "na_prob": na_prob,
+        "score": score,
+        "best_span": best_span,
+        "best_span_log_prob": best_span_log_prob,
+        "no_answer_log_prob": no_answer_log_prob,
+        "n_best": None if n_best is None else [dict(span) for span in n_best],
+        "Prompt": prompt_text,
+        "Correct answers": json.dumps(golds or [NO_ANSWER], ensure_ascii=False),
+        "Model answer": answer.text,
+        "Full response": completion,
+        "Exact match": is_exact_match(answer, golds),
+    }
 
-    A paragraph with an example of more than ``longest_shared`` tokens is trained plainly: each of
-    its examples has a row to itself.
+
+def row_answer(row: Row) -> Answer:
+    """Return what the reply of a row says."""
+    return Answer(row["state"], row["prediction_text"])
+
+
+def best_answer(row: Row) -> Answer | None:
+    """Return what a row would say if it must not abstain; None where the row does not tell.
+
+    Only rows of older files, in which an abstention replaced the best span, do not tell.
+    """
+    if row["best_span"] is not None:
+        return Answer("answer", row["best_span"])
+    thresholded = row["state"] == "no_answer" and row["na_prob"] is not None
+    if thresholded and row["no_answer_log_prob"] is None:
+        return None
+    return row_answer(row)  # an abstention here: the context holds no span, or none was weighed
+
+
+def rethreshold(row: Row, threshold: float) -> Row:
+    """Return the row that another threshold would have made: of a failed question, the same.
 
     Raises:
-        ValueError: there are too few questions for the processes.
+        ValueError: the row has no na_prob, or does not tell its best span.
     """
-    paragraphs = group_paragraphs(encoded, max_length)
-    questions = sum(len(p.examples) for p in paragraphs)
-    tokens = sum(p.tokens for p in paragraphs)
-    wanted = max(1, round(questions_per_step * len(paragraphs) / questions / processes))
-    fitting = max(1, int(row_tokens * len(paragraphs) / tokens))
-    rows_per_step = -(-wanted // fitting)
-    per_row = wanted / rows_per_step  # on average: five paragraphs in two rows are 2.5
-    most, rng = max_length or 1 << 62, random.Random(seed)
-    too_long = _paragraphs_beyond(encoded, longest_shared)
-    alone = [p for p in paragraphs if encoded["paragraph"][p.examples[0]] in too_long]
-    sharing = [p for p in paragraphs if p not in alone] if alone else paragraphs
-    rows = _balanced_rows(sharing, per_row, most, rng)
-    plain: list[list[tuple[int, ...]]] = [[(i,)] for p in alone for i in p.examples]
-    if sharing:
-        rows = _divisible(rows, processes, most, encoded["length"], len(plain))
-    if plain:
-        rows += plain
-        rng.shuffle(rows)
-    shared = shareable_prefix([encoded[p.examples[0]] for p in paragraphs[:50]])
-    held = len(paragraphs) / len(rows)
-    # an epoch ends a step, however few rows it has
-    in_step = min(rows_per_step, len(rows) // processes)
-    return Plan(
-        rows=rows,
-        rows_per_step=rows_per_step,
-        paragraphs_per_step=round(in_step * held * processes),
-        questions_per_step=questions / len(rows) * in_step * processes,
-        steps=len(rows) / processes / in_step,
-        tokens=tokens
-        + _repeated(alone, encoded["length"])
-        - shared * (len(sharing) - len(rows) + len(plain)),
-        plain_tokens=sum(encoded["length"]),
-        plain_paragraphs=len(too_long),
-    )
-
-
-def _paragraphs_beyond(encoded: Any, longest: int | None) -> set[str]:
-    """Return the paragraphs that hold an example of more than ``longest`` tokens."""
-    if longest is None:
-        return set()
-    pairs = zip(encoded["paragraph"], encoded["length"], strict=True)
-    return {paragraph for paragraph, length in pairs if length > longest}
-
-
-def _repeated(alone: Sequence[Paragraph], lengths: Sequence[int]) -> int:
-    """Return how many tokens paragraphs take more than their trees, an example a row."""
-    return sum(lengths[example] for p in alone for example in p.examples) - sum(
-        p.tokens for p in alone
-    )
-
-
-def _balanced_rows(
-    paragraphs: Sequence[Paragraph], per_row: float, max_length: int, rng: random.Random
-) -> list[list[tuple[int, ...]]]:
-    shuffled = list(paragraphs)
-    rng.shuffle(shuffled)
-    rows = []
-    most = math.ceil(per_row)
-    window = most * 64  # sorting all of them would put the same paragraphs together each time
-    for start in range(0, len(shuffled), window):
-        batch = sorted(shuffled[start : start + window], key=lambda p: -p.tokens)
-        bins: list[tuple[list[Paragraph], int]] = [
-            ([], 0) for _ in range(math.ceil(len(batch) / per_row))
-        ]
-        for paragraph in batch:  # longest first, each into the emptiest row that has room for it
-            open_bins = [
-                b for b in bins if len(b[0]) < most and b[1] + paragraph.tokens <= max_length
-            ]
-            target = min(open_bins, key=lambda b: b[1], default=None)
-            if target is None:
-                bins.append(([paragraph], paragraph.tokens))
-            else:
-                bins[bins.index(target)] = ([*target[0], paragraph], target[1] + paragraph.tokens)
-        rows += [[p.examples for p in held] for held, _ in bins if held]
-    rng.shuffle(rows)
-    return rows
-
-
-def _divisible(
-    rows: list[list[tuple[int, ...]]],
-    processes: int,
-    max_length: int,
-    lengths: Sequence[int],
-    others: int = 0,
-) -> list[list[tuple[int, ...]]]:
-    """Split rows until their number, with the ``others``, is a multiple of ``processes``.
-
-    Where none can be split, some are put together.
-
-    Raises:
-        ValueError: there are fewer questions than processes, or rows of one question each cannot be
-            put together within ``max_length``.
-    """
-    rows = list(rows)
-    if sum(len(paragraph) for row in rows for paragraph in row) + others < processes:
-        raise ValueError("fewer training questions than processes: start fewer processes")
-    index = 0
-    while (len(rows) + others) % processes and index < len(rows):
-        paragraphs = rows[index]
-        flat = [(number, example) for number, p in enumerate(paragraphs) for example in p]
-        if len(flat) > 1:
-            halves = flat[: len(flat) // 2], flat[len(flat) // 2 :]
-            rows[index], extra = (_regroup(half) for half in halves)
-            rows.append(extra)
-        index += 1
-    surplus = (len(rows) + others) % processes
-    if surplus:  # a question a row: none can be split
-        rows.sort(key=lambda row: _length(row, lengths))
-        for _ in range(surplus):
-            short, longer = (rows.pop(0) if rows else [] for _ in range(2))
-            if not longer or _length(short, lengths) + _length(longer, lengths) > max_length:
-                raise ValueError(
-                    f"{len(rows) + 2 + others} rows of a question each cannot be dealt out to "
-                    f"{processes} processes: raise --max_seq_length, or start more or fewer"
-                )
-            rows.append([*short, *longer])
-    return rows
-
-
-def _longest(row: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
-    return max(lengths[example] for paragraph in row for example in paragraph)
-
-
-def _length(row: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
-    return sum(lengths[example] for paragraph in row for example in paragraph)
-
-
-def _regroup(flat: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
-    groups: dict[int, tuple[int, ...]] = {}
-    for number, example in flat:
-        groups[number] = (*groups.get(number, ()), example)
-    return list(groups.values())
+    if row["state"] == "failed":
+        return row
+    best = best_answer(row)
+    if row["na_prob"] is None:
+        raise ValueError(
+            f"question {row['id']} has no na_prob to compare with a threshold: free decoding, "
+            "servers and the original's files have none"
+        )
+    if best is None:
+        raise ValueError(
+            f"question {row['id']} abstains, and this older file does not hold what it would have "
+            "answered: evaluate again for a file that does"
+        )
+    abstains = row["na_prob"] > threshold
+    answer = Answer("no_answer", NO_ANSWER) if abstains else best
+    if answer == row_answer(row):
+        return row
+    completion = format_answer(answer.text)
+    return row | {
+        "prediction_text": answer.text,
+        "state": answer.state,
+        "completion": completion,
+        "score": row["no_answer_log_prob" if abstains else "best_span_log_prob"],
+        "Model answer": answer.text,
+        "Full response": completion,
+        "Exact match": is_exact_match(answer, row["answers"]),
+    }

@@ -16,16 +16,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from llama_squad.config import (
+from llama_squad.arguments import (
     AppArguments,
     CreateArguments,
     ModelArguments,
     TestArguments,
     TrainArguments,
     TrainerArguments,
-    given_config,
-    stage_values,
 )
+from llama_squad.config import given_config, stage_values
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as the shells have it: 128 + SIGINT."""

@@ -41,7 +41,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from llama_squad.answers import format_answer  # noqa: E402
-from llama_squad.prompts import PROMPTS, SYSTEM_PROMPT  # noqa: E402
+from llama_squad.prompts import (  # noqa: E402
+    PROMPTS,
+    SYSTEM_PROMPT,
+)
 
 BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
 START_HEADER, END_HEADER, END_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"

@@ -27,13 +27,15 @@ from tokenizers import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from llama_squad import rows
 from llama_squad.answers import format_answer
-from llama_squad.collator import ConversationEncoder, SquadDataCollator
-from llama_squad.config import CreateArguments
+from llama_squad.arguments import CreateArguments
+from llama_squad.collator import SquadDataCollator
 from llama_squad.data import write_dataset
+from llama_squad.encoding import ConversationEncoder
 from llama_squad.prompts import build_messages
-from llama_squad.training import SquadSFTConfig, SquadTrainer, answer_loss
+from llama_squad.training.arguments import SquadSFTConfig
+from llama_squad.training.packing import encode_split
+from llama_squad.training.trainer import SquadTrainer, answer_loss
 from llama_squad.tree import answer_logits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -409,7 +411,7 @@ def encoded_dataset(records: Sequence[dict], max_length: int | None = 4096) -> A
     from datasets import Dataset
 
     split = Dataset.from_list([{**r, "messages": build_messages(r)} for r in records])
-    return rows.encode_split(split, ConversationEncoder(tiny_tokenizer()), max_length, "test")[0]
+    return encode_split(split, ConversationEncoder(tiny_tokenizer()), max_length, "test")[0]
 
 
 def make_trainer(model: Any, train_dataset: Any, folder: Path, **settings: Any) -> SquadTrainer:

@@ -27,10 +27,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import app
 from llama_squad.answers import Answer, format_answer
-from llama_squad.chat import Talker
-from llama_squad.collator import ConversationEncoder
-from llama_squad.config import AppArguments, CreateArguments
+from llama_squad.arguments import AppArguments, CreateArguments
 from llama_squad.data import write_dataset
+from llama_squad.decoding.chat import Talker
+from llama_squad.encoding import ConversationEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

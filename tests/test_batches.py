@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from helpers import make_records, tiny_model, tiny_tokenizer
 
-from llama_squad import evaluation, generation
-from llama_squad.collator import ConversationEncoder
-from llama_squad.config import TestArguments
-from llama_squad.generation import Generator, Reply, Span
-from llama_squad.predictors import LocalModel, Prediction, batch_paragraphs
+from llama_squad.arguments import TestArguments
+from llama_squad.audit import audit
+from llama_squad.decoding.generator import Generator
+from llama_squad.decoding.replies import Paragraph, Reply, Span
+from llama_squad.encoding import ConversationEncoder
+from llama_squad.evaluation import _say_if_mixed
+from llama_squad.predictors.base import Prediction, batch_paragraphs
+from llama_squad.predictors.local import LocalModel
 from llama_squad.results import config_path
 from llama_squad.tree import exact_head
 
@@ -81,11 +84,13 @@ def test_default_batch_grows_with_a_gpus_memory(monkeypatch):
     assert generator.batch_size() == 32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     needed = generator._memory_needed(
-        [generation.Paragraph("", [[0] * 400 + [i + 1] * 40 for i in range(10)])]
+        [Paragraph("", [[0] * 400 + [i + 1] * 40 for i in range(10)])]
     )
     sizes = []
     for times in (1, 13, 26, 60, 1000):
-        monkeypatch.setattr(generation, "free_memory", lambda times=times: times * needed)
+        monkeypatch.setattr(
+            "llama_squad.decoding.generator.free_memory", lambda times=times: times * needed
+        )
         sizes.append(generator.batch_size())
     assert sizes == [32, 64, 128, 256, 512]
 
@@ -109,7 +114,7 @@ def audit_of(pairs, monkeypatch):
             return found
 
     args = dataclasses.replace(TestArguments(), audit=len(pairs), batch_size=4)
-    return evaluation.audit(Fixed(0), Fixed(1), records, args)
+    return audit(Fixed(0), Fixed(1), records, args)
 
 
 def test_audit_compares_against_the_noise(monkeypatch):
@@ -130,5 +135,5 @@ def test_a_file_of_several_batch_sizes_says_so_in_16_bits(tmp_path, capsys):
     for dtype, size, said in (
         ("float32", 32, False), ("bfloat16", 8, False), ("bfloat16", 32, True)
     ):  # fmt: skip
-        evaluation._say_if_mixed(output, {"dtype": dtype, "batch_size": size}, False)
+        _say_if_mixed(output, {"dtype": dtype, "batch_size": size}, False)
         assert ("--batch_size 8" in capsys.readouterr().err) is said

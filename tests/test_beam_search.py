@@ -4,9 +4,10 @@ import pytest
 import torch
 from helpers import make_records, tiny_model, tiny_tokenizer
 
-from llama_squad.collator import ConversationEncoder
-from llama_squad.config import TestArguments, resolve_beams
-from llama_squad.generation import Generator, Paragraph
+from llama_squad.arguments import TestArguments, resolve_beams
+from llama_squad.decoding.generator import Generator
+from llama_squad.decoding.replies import Paragraph
+from llama_squad.encoding import ConversationEncoder
 from llama_squad.prompts import build_messages
 
 

@@ -16,7 +16,7 @@ from llama_squad.chat_check import (
     render_chat,
     summarize_chat,
 )
-from llama_squad.collator import ConversationEncoder
+from llama_squad.encoding import ConversationEncoder
 
 
 @pytest.mark.parametrize(

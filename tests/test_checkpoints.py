@@ -19,11 +19,14 @@ from helpers import (
 )
 
 import train_llama_squad
-from llama_squad import modeling, publishing, training
-from llama_squad.checkpoints import RECORD, find_checkpoint, make_record
-from llama_squad.collator import ConversationEncoder
-from llama_squad.config import RUN_CONFIG, ModelArguments, TrainArguments
+from llama_squad import modeling
+from llama_squad.arguments import ModelArguments, TrainArguments
+from llama_squad.config import RUN_CONFIG
 from llama_squad.data import load_squad
+from llama_squad.encoding import ConversationEncoder
+from llama_squad.training import publishing
+from llama_squad.training.arguments import SquadSFTConfig
+from llama_squad.training.checkpoints import RECORD, find_checkpoint, make_record
 
 FROM = "results/checkpoint-2"
 RECORDS = make_records(6, [3, 2])
@@ -249,7 +252,7 @@ def test_the_number_of_processes_is_part_of_the_record(begun: Path) -> None:
     settings = publishing.run_settings(
         TrainArguments(dataset_name="dataset"),
         ModelArguments(model_name="model"),
-        training.SquadSFTConfig(report_to="none").to_dict(),
+        SquadSFTConfig(report_to="none").to_dict(),
     )
     train, encoder = load_squad("dataset")["train"], ConversationEncoder(tiny_tokenizer())
     one, two = (make_record(settings, train, encoder, n) for n in (1, 2))
@@ -284,7 +287,9 @@ def test_rows_that_come_out_otherwise_are_refused(
     begun: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # as on a machine where the attention takes no mask of a tree
-    monkeypatch.setattr(training, "check_shared_contexts", lambda *_: "as the test wants it")
+    monkeypatch.setattr(
+        "llama_squad.training.setup.check_shared_contexts", lambda *_: "as the test wants it"
+    )
     with pytest.raises(
         SystemExit, match="rows: 'shared contexts .*' in the checkpoint, 'plain batches' now"
     ):

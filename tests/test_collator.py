@@ -17,14 +17,10 @@ from helpers import (
 )
 
 from llama_squad.answers import format_answer
-from llama_squad.collator import (
-    ConversationEncoder,
-    SquadDataCollator,
-    colour_labels,
-    encode_messages,
-)
+from llama_squad.collator import SquadDataCollator, colour_labels, encode_messages
+from llama_squad.encoding import IGNORE, ConversationEncoder
 from llama_squad.prompts import build_messages
-from llama_squad.tree import IGNORE, Tree, common_prefix
+from llama_squad.tree import Tree, common_prefix
 
 
 def chat(*contents: str) -> list[dict[str, str]]:

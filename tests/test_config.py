@@ -9,13 +9,15 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from llama_squad.config import (
-    STAGES,
+from llama_squad.arguments import (
     AppArguments,
     CreateArguments,
     ModelArguments,
     TestArguments,
     TrainArguments,
+)
+from llama_squad.config import (
+    STAGES,
     load_run_config,
     load_yaml,
     nearest,
@@ -114,7 +116,7 @@ def test_refused(config, capsys, text, argv, message):
     ],
 )
 def test_refused_in_training(config, capsys, text, message):
-    from llama_squad.training import SquadSFTConfig
+    from llama_squad.training.arguments import SquadSFTConfig
 
     with pytest.raises(SystemExit) as exit_info:
         parse_stage(
@@ -125,7 +127,7 @@ def test_refused_in_training(config, capsys, text, message):
 
 
 def test_aliases_nulls_and_no_in_the_file(config):
-    from llama_squad.training import SquadSFTConfig
+    from llama_squad.training.arguments import SquadSFTConfig
 
     file = config(
         "attn_implementation: null\n"
@@ -173,7 +175,7 @@ def test_provenance_without_git(monkeypatch, tmp_path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_yaml_parses(path, monkeypatch):
     """Through the real command line of every stage."""
-    from llama_squad.training import SquadSFTConfig
+    from llama_squad.training.arguments import SquadSFTConfig
     from summarize_results import SummarizeArguments
 
     monkeypatch.chdir(ROOT)

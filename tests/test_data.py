@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 
 import create_squad_dataset
-from llama_squad.cleaning import Cleaner
-from llama_squad.config import CreateArguments, load_run_config
+from llama_squad.arguments import CreateArguments
+from llama_squad.config import load_run_config
 from llama_squad.data import (
     count_split,
     expand_files,
@@ -22,7 +22,8 @@ from llama_squad.data import (
     split_by_title,
     write_dataset,
 )
-from llama_squad.formats import Row
+from llama_squad.sources.cleaning import Cleaner
+from llama_squad.sources.formats import Row
 
 CONTEXT = "Velmor lies on the Ash. It was founded in 1655."
 

@@ -18,15 +18,22 @@ from helpers import make_records, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 import test_llama_squad
-from llama_squad import evaluation
 from llama_squad.answers import NO_ANSWER, format_answer
-from llama_squad.collator import ConversationEncoder
-from llama_squad.config import CreateArguments, TestArguments, load_yaml, save_run_config
+from llama_squad.arguments import CreateArguments, TestArguments
+from llama_squad.audit import AUDIT_BEAMS, LEAST_NOISE, Audit, audit
+from llama_squad.config import load_yaml, save_run_config
 from llama_squad.data import write_dataset
-from llama_squad.generation import Reply, Span
-from llama_squad.predictors import LocalModel, Prediction
-from llama_squad.results import ResultsFile, read_results, rethreshold, summarize
-from llama_squad.spans import is_span
+from llama_squad.decoding.boundaries import is_span
+from llama_squad.decoding.replies import Reply, Span
+from llama_squad.encoding import ConversationEncoder
+from llama_squad.evaluation import evaluate
+from llama_squad.predictors.base import Prediction
+from llama_squad.predictors.local import LocalModel
+from llama_squad.result_reader import read_results
+from llama_squad.results import ResultsFile
+from llama_squad.rows import rethreshold
+from llama_squad.summary import summarize
+from llama_squad.thresholds import THRESHOLD_FILE
 
 PYTHON = sys.executable
 
@@ -129,7 +136,7 @@ def test_multi_turn_feeds_the_replies_back(run, monkeypatch):
         turns.extend(messages for group in conversations for messages in group)
 
     monkeypatch.setattr(LocalModel, "_talk", watched)
-    monkeypatch.setattr("llama_squad.predictors.TURN_TOKENS", 6)
+    monkeypatch.setattr("llama_squad.predictors.local.TURN_TOKENS", 6)
     rows = run("--prompt=multi_turn", "--num_samples=2")
     for row, messages in zip(rows, turns, strict=True):
         replies = [m["content"] for m in messages if m["role"] == "assistant"]
@@ -262,7 +269,7 @@ def adapter(folder, tmp_path):
 def test_threshold_is_tuned_on_validation_and_used_afterwards(adapter, run, capsys):
     flags = (f"--adapter_name={adapter}",)
     rows = run(*flags, "--tune_threshold", model=False)
-    saved = json.loads((adapter / evaluation.THRESHOLD_FILE).read_text())
+    saved = json.loads((adapter / THRESHOLD_FILE).read_text())
     judged = read_results("results/results.csv.val.csv")
     validation = {record["id"] for record in make_records(3, [4], seed=2)}
     assert {row["id"] for row in judged} == validation  # and never on the test split
@@ -282,7 +289,7 @@ def test_threshold_is_tuned_on_validation_and_used_afterwards(adapter, run, caps
 def test_a_threshold_that_was_tuned_for_other_settings_is_not_used(adapter, run, capsys):
     flags = (f"--adapter_name={adapter}", "--num_samples=2")
     run(*flags, "--tune_threshold", model=False)
-    path = adapter / evaluation.THRESHOLD_FILE
+    path = adapter / THRESHOLD_FILE
     saved = json.loads(path.read_text())
     path.write_text(json.dumps(saved | {"na_prob_thresh": 0.123}))
 
@@ -324,7 +331,7 @@ def test_tuning_takes_the_sample_and_goes_on_with_its_own_file(adapter, run, mon
     run(*flags, "--n_best=3", "--tune_for=f1", model=False)
     assert judged.read_bytes() == before
     assert {record["id"][0] for group in answered for record in group} == {"3"}, "test's alone"
-    saved = json.loads((adapter / evaluation.THRESHOLD_FILE).read_text())
+    saved = json.loads((adapter / THRESHOLD_FILE).read_text())
     assert (saved["tune_for"], saved["questions"], "f1" in saved) == ("f1", 3, True)
 
 
@@ -368,7 +375,7 @@ def test_audit_from_the_command_line(run, capsys, monkeypatch, gap, counted):
 
     monkeypatch.setattr(LocalModel, "answer", scripted)
     run("--num_samples=3", "--num_beams=2", "--audit=2")
-    assert {*beams} == {2, evaluation.AUDIT_BEAMS}
+    assert {*beams} == {2, AUDIT_BEAMS}
     out = capsys.readouterr().out
     assert f"Audit of 2 questions: the search found the best of all spans for {counted}." in out
 
@@ -391,13 +398,9 @@ def test_audit_of_a_search_that_is_wide_and_of_one_that_misses():
 
     wide = LocalModel(tiny_model(), encoder, num_beams=1000)
     args = TestArguments(audit=3, batch_size=2)
-    assert evaluation.audit(wide, wide, records, args) == evaluation.Audit(
-        3, 3, 0, evaluation.LEAST_NOISE
-    )
+    assert audit(wide, wide, records, args) == Audit(3, 3, 0, LEAST_NOISE)
     misses = Misses(tiny_model(), encoder, num_beams=1000)
-    assert evaluation.audit(misses, wide, records, args) == evaluation.Audit(
-        3, 0, 0, evaluation.LEAST_NOISE
-    )
+    assert audit(misses, wide, records, args) == Audit(3, 0, 0, LEAST_NOISE)
 
 
 def test_audit_counts():
@@ -422,7 +425,7 @@ def test_audit_counts():
 
     records = [{"id": number, "context": str(number % 2)} for number in range(5)]
     args = TestArguments(audit=10, batch_size=3)
-    found = evaluation.audit(Fake(0), Fake(1), records, args)
+    found = audit(Fake(0), Fake(1), records, args)
     assert (found.questions, found.best, found.unproven) == (5, 3, 1)
     assert "3 (60.0 %)" in str(found)
 
@@ -500,8 +503,8 @@ class AnswersAlone(Answers):
 RECORDS = make_records(6, [3], seed=5)
 
 
-def evaluate(model, path, **options):
-    evaluation.evaluate(model, RECORDS, path, {"seed": 1}, batch_size=4, **options)
+def evaluated(model, path, **options):
+    evaluate(model, RECORDS, path, {"seed": 1}, batch_size=4, **options)
     return read_results(path)
 
 
@@ -512,10 +515,10 @@ def test_no_other_run_comes_between(tmp_path):
 
     def second(batch):
         with pytest.raises(ValueError, match="another process is writing"):
-            evaluation.evaluate(Answers(), RECORDS, path, {"seed": 1})
+            evaluate(Answers(), RECORDS, path, {"seed": 1})
         tried.append(batch)
 
-    evaluate(Answers(second), path)
+    evaluated(Answers(second), path)
     assert len(tried) == 6
     whole = path.read_bytes()
     rows = read_results(path)
@@ -524,7 +527,7 @@ def test_no_other_run_comes_between(tmp_path):
             file.append(part)
     path.unlink()
     model = Answers(second)
-    evaluate(model, path)
+    evaluated(model, path)
     assert model.asked == [row["id"] for row in rows[:3] + rows[9:12]]
     assert path.read_bytes() == whole
     assert sorted(p.name for p in tmp_path.iterdir()) == ["results.csv", "results.csv.config.json"]
@@ -541,21 +544,21 @@ def test_a_file_that_does_not_hold_each_question_once_gives_no_figures(tmp_path,
         header = content.index(b"\n") + 1
         path.write_bytes(content[:header] if kind == "lost" else content + content[header:])
 
-    evaluate(Answers(), path)
+    evaluated(Answers(), path)
     whole = path.read_bytes()
     monkeypatch.setattr(ResultsFile, "append", damage)
     monkeypatch.setattr(ResultsFile, "gather", lambda self, shards, order: None)
     with pytest.raises(ValueError, match="should have one row for each of 18 questions"):
-        evaluate(Answers(), path, overwrite=True)
+        evaluated(Answers(), path, overwrite=True)
     monkeypatch.undo()
-    evaluate(Answers(), path)  # which is mended by the same command
+    evaluated(Answers(), path)  # which is mended by the same command
     assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("kind", [Answers, AnswersAlone])
 def test_failed_questions_are_kept_and_asked_again(tmp_path, kind):
     path, failing = tmp_path / "results.csv", [RECORDS[4]["id"], RECORDS[10]["id"]]
-    first = evaluate(kind(failing=failing), path)
+    first = evaluated(kind(failing=failing), path)
     assert [row["id"] for row in first] == [record["id"] for record in RECORDS]
     failed = [row for row in first if row["state"] == "failed"]
     assert [row["id"] for row in failed] == failing
@@ -564,13 +567,13 @@ def test_failed_questions_are_kept_and_asked_again(tmp_path, kind):
         (None, None, False)
     }
     again = kind(failing=failing[1:])
-    second = evaluate(again, path)
+    second = evaluated(again, path)
     assert [row["id"] for row in second if row["state"] == "failed"] == failing[1:]
     if kind is AnswersAlone:
         assert sorted(again.asked) == failing
-    third = evaluate(kind(), path)
+    third = evaluated(kind(), path)
     assert {row["state"] for row in third} == {"answer"}
-    whole = evaluate(kind(), tmp_path / "whole.csv")
+    whole = evaluated(kind(), tmp_path / "whole.csv")
     assert third == whole
 
 

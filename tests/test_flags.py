@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 import train_llama_squad
-from llama_squad.config import TrainerArguments
+from llama_squad.arguments import TrainerArguments
 from llama_squad.flags import sft_config_fields, unknown_flags
 
 STAGES = [

@@ -10,12 +10,15 @@ import torch
 from helpers import TOKENIZERS, load_encoder, read_quickstart
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llama_squad import generation
 from llama_squad.answers import NO_ANSWER, extract_answer, format_answer
-from llama_squad.generation import Generator, Paragraph
+from llama_squad.decoding.batch import _Batch
+from llama_squad.decoding.boundaries import is_span
+from llama_squad.decoding.cache import TokenTree
+from llama_squad.decoding.generator import Generator
+from llama_squad.decoding.replies import Paragraph
+from llama_squad.decoding.search import _Node, _Search
+from llama_squad.decoding.spans import SpanGrammar, reply_ids, span_vocabulary
 from llama_squad.prompts import build_messages
-from llama_squad.spans import SpanGrammar, is_span, reply_ids, span_vocabulary
-from llama_squad.tree import TokenTree
 
 # Double spaces, line ends, quotes, a backslash, a control character, composed and decomposed
 # accents, wide characters, an abstention's own sign, punctuation that merges with the quotes.
@@ -177,7 +180,7 @@ def test_dropping_dead_branches_changes_nothing(model, encoder, paragraphs, monk
         compact(tree, branches)
 
     monkeypatch.setattr(TokenTree, "compact", watched)
-    monkeypatch.setattr(generation, "COMPACT_AFTER", 4)
+    monkeypatch.setattr("llama_squad.decoding.batch.COMPACT_AFTER", 4)
     again = generator.reply(paragraphs)
     assert lengths
     for a, b in zip(itertools.chain(*again), itertools.chain(*expected), strict=True):
@@ -366,7 +369,7 @@ def test_threshold_decides_between_span_and_abstention(model, encoder, paragraph
 
 
 def node(log_prob, level, kind="open", text="", children=()):
-    return generation._Node(log_prob, (level,), level, None, kind, text=text, children=[*children])
+    return _Node(log_prob, (level,), level, None, kind, text=text, children=[*children])
 
 
 def test_more_spans_than_the_answer_are_found_without_changing_it():
@@ -378,7 +381,7 @@ def test_more_spans_than_the_answer_are_found_without_changing_it():
         (1, 1, ["answer"]), (2, 1, ["answer", "missed"]), (9, 1, ["answer", "missed"]),
         (1, 2, ["missed"]),
     ):  # fmt: skip
-        search = generation._Search(root, beams, n_best, ranked=False)
+        search = _Search(root, beams, n_best, ranked=False)
         assert search.advance() == []
         assert list(search.found) == found
     assert search.cut_off == -math.inf
@@ -440,15 +443,15 @@ def test_a_batch_that_memory_would_not_hold_is_parted(model, encoder, paragraphs
     expected = Generator(model, encoder).reply(paragraphs)
     generator = Generator(model, encoder)
     sizes = []
-    batch = generation._Batch
+    batch = _Batch
 
     def counting(generator, parts):
         sizes.append(sum(len(part.prompts) for part in parts))
         return batch(generator, parts)
 
-    monkeypatch.setattr(generation, "_Batch", counting)
+    monkeypatch.setattr("llama_squad.decoding.generator._Batch", counting)
     most = generator._memory_needed(paragraphs[:1])
-    monkeypatch.setattr(generation, "free_memory", lambda: most * 0.7)
+    monkeypatch.setattr("llama_squad.decoding.generator.free_memory", lambda: most * 0.7)
     found = generator.reply(paragraphs)
     assert max(sizes) < len(paragraphs[0].prompts)
     for a, b in zip(found, expected, strict=True):

@@ -22,9 +22,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig
 
 import train_llama_squad
-from llama_squad import merging, modeling, publishing, training
-from llama_squad.config import ModelArguments, TrainArguments, load_run_config
-from llama_squad.merge_error import MergeError, Sample
+from llama_squad import merging, modeling
+from llama_squad.arguments import ModelArguments, TrainArguments
+from llama_squad.config import load_run_config
+from llama_squad.training import publishing
+from llama_squad.training.arguments import SquadSFTConfig
+from llama_squad.training.merge_error import MergeError, Sample
+from llama_squad.training.trainer import answer_loss
 
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}  # 4-bit blocks are of 64
 EXAMPLES = flatten(encode_paragraphs(make_records(3, [3])))
@@ -200,7 +204,7 @@ def test_a_merge_is_measured_in_each_way(tmp_path: Path) -> None:
     base = tiny_model(**WIDE)
     batch = collator()(EXAMPLES[:5])
     with torch.no_grad():
-        expected, _, tokens = training.answer_loss(base, batch)
+        expected, _, tokens = answer_loss(base, batch)
     for quantize in (False, True):
         for name in ("float32", "bfloat16"):
             args = TrainArguments(quantize=quantize, merged_dtype=name)  # type: ignore[arg-type]
@@ -297,7 +301,7 @@ def test_a_run_merges_measures_and_keeps_its_token_secret(
 
 
 def test_a_pickled_configuration_holds_no_token(tmp_path: Path) -> None:
-    args = training.SquadSFTConfig(hub_token=SECRET, report_to="none")
+    args = SquadSFTConfig(hub_token=SECRET, report_to="none")
     torch.save(args, tmp_path / "training_args.bin")
     assert args.hub_token == SECRET
     loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)

@@ -12,10 +12,10 @@ from transformers import BertConfig, BertForQuestionAnswering, BertModel, PreTra
 import test_llama_squad
 from llama_squad import modeling
 from llama_squad.answers import format_answer
-from llama_squad.config import CreateArguments, ModelArguments
+from llama_squad.arguments import CreateArguments, ModelArguments
 from llama_squad.data import write_dataset
-from llama_squad.predictors import Encoder
-from llama_squad.results import read_results
+from llama_squad.predictors.extractive import Encoder
+from llama_squad.result_reader import read_results
 
 RECORDS = make_records(5, [2, 4], seed=3)
 

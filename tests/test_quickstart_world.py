@@ -13,7 +13,8 @@ import pytest
 
 from llama_squad.answers import extract_answer, format_answer
 from llama_squad.prompts import PROMPTS, build_messages
-from llama_squad.results import read_results, summarize
+from llama_squad.result_reader import read_results
+from llama_squad.summary import summarize
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
 TINY_LLAMA = QUICKSTART / "tiny_llama"

@@ -6,14 +6,14 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from llama_squad.config import (
+from llama_squad.arguments import (
     AppArguments,
     CreateArguments,
     ModelArguments,
     TestArguments,
     TrainArguments,
-    parse_stage,
 )
+from llama_squad.config import parse_stage
 
 SOURCES = [
     ROOT / "README.md",
@@ -58,7 +58,7 @@ def test_finds_commands():
 
 @pytest.mark.parametrize(("source", "command"), FOUND, ids=lambda value: value[:60])
 def test_parses(source, command, monkeypatch):
-    from llama_squad.training import SquadSFTConfig
+    from llama_squad.training.arguments import SquadSFTConfig
     from summarize_results import SummarizeArguments
 
     monkeypatch.chdir(ROOT)
@@ -88,7 +88,7 @@ def test_parses(source, command, monkeypatch):
 
 def test_recipes_do_not_clash(monkeypatch):
     """No two write to one place with other settings, and every adapter comes from one of them."""
-    from llama_squad.training import SquadSFTConfig
+    from llama_squad.training.arguments import SquadSFTConfig
 
     monkeypatch.chdir(ROOT)
     tested: dict[str, object] = {}

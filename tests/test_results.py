@@ -16,19 +16,10 @@ from typing import Any
 import pytest
 
 from llama_squad.answers import FAILED, MALFORMED_PREDICTION, Answer, extract_answer, format_answer
-from llama_squad.results import (
-    COLUMNS,
-    SEED_COLUMNS,
-    ResultsFile,
-    Row,
-    check_writable,
-    config_path,
-    make_row,
-    read_results,
-    rethreshold,
-    summarize,
-    write_official,
-)
+from llama_squad.result_reader import read_results
+from llama_squad.results import ResultsFile, check_writable, config_path
+from llama_squad.rows import COLUMNS, SEED_COLUMNS, Row, make_row, rethreshold
+from llama_squad.summary import summarize, write_official
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"model_name": "tiny", "num_beams": 10, "train": {"lr": 1e-6}, "batch_size": 8}

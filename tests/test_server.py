@@ -13,11 +13,11 @@ from helpers import make_records
 
 import test_llama_squad
 from llama_squad.answers import extract_answer, format_answer
-from llama_squad.config import CreateArguments
+from llama_squad.arguments import CreateArguments
 from llama_squad.data import write_dataset
-from llama_squad.predictors import Prediction
-from llama_squad.results import read_results
-from llama_squad.server import ServerModel
+from llama_squad.predictors.base import Prediction
+from llama_squad.predictors.server import ServerModel
+from llama_squad.result_reader import read_results
 
 RECORDS = make_records(5, [2, 4], seed=3)
 Response = tuple[int, dict[str, Any] | str]
@@ -106,7 +106,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_squad.server.LONGEST_BACKOFF_S", 0.02)
+    monkeypatch.setattr("llama_squad.predictors.server.LONGEST_BACKOFF_S", 0.02)
 
 
 def on(needle: str, *responses: Response | None) -> Callable[[dict, str], Response | None]:

@@ -33,17 +33,16 @@ from helpers import (
 )
 from peft import LoraConfig, get_peft_model
 
-from llama_squad import rows, training
-from llama_squad.collator import ConversationEncoder, SquadDataCollator
-from llama_squad.config import TrainArguments
+from llama_squad.arguments import TrainArguments
+from llama_squad.collator import SquadDataCollator
 from llama_squad.data import read_files
-from llama_squad.training import (
-    SquadSFTConfig,
-    check_shared_contexts,
-    count_batch,
-    lay_out,
-)
-from llama_squad.tree import IGNORE, Tree
+from llama_squad.encoding import IGNORE, ConversationEncoder
+from llama_squad.predictors import base
+from llama_squad.training.arguments import SquadSFTConfig
+from llama_squad.training.packing import group_paragraphs, plan_rows, row_dataset
+from llama_squad.training.setup import check_shared_contexts, lay_out, make_validation
+from llama_squad.training.trainer import SquadTrainer, count_batch
+from llama_squad.tree import Tree
 
 PARAGRAPHS = encode_paragraphs(make_records(3, [3, 1, 2]))
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -260,10 +259,10 @@ def one_step(kind: str, batch: int, accumulate: int, lora: bool, folder: Path) -
     encoded = encoded_dataset(STEP)
     train = encoded.select_columns(["input_ids", "labels"])
     if kind == "rows":
-        examples = [p.examples for p in rows.group_paragraphs(encoded, None)]
+        examples = [p.examples for p in group_paragraphs(encoded, None)]
         per_row = len(examples) // (batch * accumulate)
         held = [examples[i : i + per_row] for i in range(0, len(examples), per_row)]
-        train = rows.row_dataset(encoded, held)
+        train = row_dataset(encoded, held)
     trainer = make_trainer(
         model, train, folder,
         per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
@@ -351,7 +350,7 @@ def many_paragraphs() -> tuple[Any, list[dict]]:
 def test_plan(questions: int, processes: int) -> None:
     encoded, examples = many_paragraphs()
     asked = {"questions_per_step": questions, "processes": processes, "row_tokens": 1200}
-    plan = rows.plan_rows(encoded, max_length=2000, seed=3, **asked)
+    plan = plan_rows(encoded, max_length=2000, seed=3, **asked)
     found = [index for row in plan.rows for group in row for index in group]
     assert sorted(found) == list(range(len(encoded)))
     assert len(plan.rows) % processes == 0
@@ -373,7 +372,7 @@ def test_plan(questions: int, processes: int) -> None:
 def test_a_paragraph_that_does_not_fit_is_split_never_cut() -> None:
     encoded = encoded_dataset(make_records(3, [40, 2]))
     limit = 500
-    plan = rows.plan_rows(
+    plan = plan_rows(
         encoded, questions_per_step=8, processes=1, row_tokens=400, max_length=limit, seed=0
     )
     examples = encoded.select_columns(["input_ids", "labels"])
@@ -393,14 +392,14 @@ def test_paragraphs_of_one_question_on_several_processes(paragraphs: int, proces
     """Nothing can be split, so rows are put together: each question once, and as many a process."""
     encoded = encoded_dataset(make_records(paragraphs, [1]))
     asked = {"questions_per_step": 1, "row_tokens": 300, "seed": 0, "processes": processes}
-    plan = rows.plan_rows(encoded, max_length=4000, **asked)
+    plan = plan_rows(encoded, max_length=4000, **asked)
     assert len(plan.rows) % processes == 0
     found = [index for row in plan.rows for group in row for index in group]
     assert sorted(found) == list(range(paragraphs))
     with pytest.raises(ValueError, match="raise --max_seq_length"):
-        rows.plan_rows(encoded, max_length=max(encoded["length"]), **asked)
+        plan_rows(encoded, max_length=max(encoded["length"]), **asked)
     with pytest.raises(ValueError, match="fewer training questions than processes"):
-        rows.plan_rows(encoded, max_length=4000, **asked | {"processes": paragraphs + 1})
+        plan_rows(encoded, max_length=4000, **asked | {"processes": paragraphs + 1})
 
 
 def test_validation_goes_on_where_the_architecture_cannot_answer(
@@ -409,9 +408,9 @@ def test_validation_goes_on_where_the_architecture_cannot_answer(
     model = tiny_model()
     refuse_4d_masks(model)
     records = make_records(2, [2])
-    config = training.SquadSFTConfig(output_dir=str(tmp_path), report_to="none")
+    config = SquadSFTConfig(output_dir=str(tmp_path), report_to="none")
     dataset = {"val": Dataset.from_list(records)}
-    validate = training.make_validation(
+    validate = make_validation(
         config, dataset, str(tmp_path), ConversationEncoder(tiny_tokenizer())
     )
     assert validate is not None
@@ -423,7 +422,7 @@ def test_validation_goes_on_where_the_architecture_cannot_answer(
 def test_advice_below_eight_paragraphs() -> None:
     encoded = encoded_dataset(make_records(40, [4]))
     for questions, advised in ((16, True), (64, False)):
-        plan = rows.plan_rows(
+        plan = plan_rows(
             encoded,
             questions_per_step=questions,
             processes=1,
@@ -436,7 +435,7 @@ def test_advice_below_eight_paragraphs() -> None:
         assert ("Fewer than 8 paragraphs" in plan.describe()) is advised
 
 
-class Counting(training.SquadTrainer):
+class Counting(SquadTrainer):
     """Our trainer, which keeps how many questions each step held, by its number."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -532,10 +531,12 @@ def test_all_figures_of_the_throughput_agree(
     model = tiny_model(hidden_size=8, num_hidden_layers=1)
     train, sft_args = planned(model, encoded, tmp_path, per_device_train_batch_size=4)
     validation = encoded_dataset(make_records(3, [2], seed=3))
-    held = [p.examples for p in rows.group_paragraphs(validation, None)]
+    held = [p.examples for p in group_paragraphs(validation, None)]
 
     now = [0.0]  # a step takes a second, a validation a hundred
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(
+        "llama_squad.training.trainer.time", SimpleNamespace(perf_counter=lambda: now[0])
+    )
 
     class Clocked(Counting):
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -551,7 +552,7 @@ def test_all_figures_of_the_throughput_agree(
         gradient_accumulation_steps=sft_args.gradient_accumulation_steps,
         per_device_train_batch_size=1,
         trainer=functools.partial(
-            Clocked, validate=slowly, eval_dataset=rows.row_dataset(validation, [held])
+            Clocked, validate=slowly, eval_dataset=row_dataset(validation, [held])
         ),
     )  # fmt: skip
     for _ in range(2):
@@ -576,13 +577,13 @@ def test_validation_does_not_hang_on_the_layout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    batch = training.batch_paragraphs
+    batch = base.batch_paragraphs
 
     def spy(records: Any, size: int) -> Any:
         sizes.append(size)
         return batch(records, size)
 
-    monkeypatch.setattr(training, "batch_paragraphs", spy)
+    monkeypatch.setattr("llama_squad.training.setup.batch_paragraphs", spy)
     records = make_records(4, [3])
     encoded = {name: encoded_dataset(records) for name in ("train", "val")}
     encoder = ConversationEncoder(tiny_tokenizer())
@@ -590,7 +591,7 @@ def test_validation_does_not_hang_on_the_layout(
     before = args.to_dict()
 
     def validate(dataset: dict[str, Any]) -> Any:
-        return training.make_validation(args, dataset, str(tmp_path), encoder)
+        return make_validation(args, dataset, str(tmp_path), encoder)
 
     layout = lay_out(TrainArguments(), args, encoded, tiny_model(), collator())
     assert validate({"val": Dataset.from_list(records)}) is not None
@@ -646,7 +647,6 @@ import json, os, sys
 from pathlib import Path
 import torch
 from helpers import *
-from llama_squad import training
 from test_shared_contexts import epoch, planned, real_records, recorder, weights_after
 
 folder = Path(sys.argv[1])
@@ -669,18 +669,18 @@ trainer = make_trainer(
     gradient_accumulation_steps=sft_args.gradient_accumulation_steps, learning_rate=0.1,
 )
 counts = [[0, 0, 0], [0, 0, 0]]  # of the first three steps and the others
-plain = training.answer_loss
+plain = answer_loss
 
 def count(model, inputs, *options):
     loss, right, supervised = plain(model, inputs, *options)
-    found = (int(right), int(supervised), int(training.count_batch(inputs)[0]))
+    found = (int(right), int(supervised), int(count_batch(inputs)[0]))
     part = counts[trainer.state.global_step // 3]
     part[:] = [a + b for a, b in zip(part, found)]
     return loss, right, supervised
 
-training.answer_loss = count
+answer_loss = count
 trainer.train()
-training.answer_loss = plain
+answer_loss = plain
 (folder / f"counts-{rank}.json").write_text(json.dumps(counts))
 if rank == 0:
     figures = trainer.state.log_history
@@ -743,7 +743,7 @@ def test_two_processes(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 import train_llama_squad
-from llama_squad.training import SquadTrainer
+from llama_squad.training.trainer import SquadTrainer
 
 step, training_step = int(sys.argv[1]), SquadTrainer.training_step
 

@@ -6,10 +6,12 @@ import pytest
 from helpers import tiny_model, tiny_tokenizer
 
 from llama_squad.answers import extract_answer
-from llama_squad.collator import ConversationEncoder
-from llama_squad.generation import Generator, Paragraph
+from llama_squad.decoding.boundaries import find_span, is_span
+from llama_squad.decoding.generator import Generator
+from llama_squad.decoding.replies import Paragraph
+from llama_squad.decoding.spans import SpanGrammar, span_vocabulary
+from llama_squad.encoding import ConversationEncoder
 from llama_squad.prompts import build_messages
-from llama_squad.spans import SpanGrammar, find_span, is_span, span_vocabulary
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from helpers import make_records, tiny_model, tiny_tokenizer
 from test_flags import loaded, run
 
 import create_squad_dataset
-from llama_squad.config import CreateArguments, TestArguments
+from llama_squad.arguments import CreateArguments, TestArguments
 from llama_squad.data import load_squad, write_dataset
 from llama_squad.evaluation import choose_records
 from llama_squad.folders import is_hub_name

@@ -13,7 +13,8 @@ import pytest
 import summarize_results
 from llama_squad.answers import extract_answer, format_answer
 from llama_squad.metrics import score_table
-from llama_squad.results import ResultsFile, make_row
+from llama_squad.results import ResultsFile
+from llama_squad.rows import make_row
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE = ROOT / "summarize_results.py"
@@ -117,7 +118,7 @@ def test_plots_are_in_log_odds_and_legends_cover_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figure_module = pytest.importorskip("matplotlib.figure")
-    from llama_squad.report import plot_na_probs
+    from llama_squad.plots import plot_na_probs
 
     figures = []
     save = figure_module.Figure.savefig

@@ -26,22 +26,22 @@ from helpers import (
 )
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
+from trl import SFTConfig
 
 import train_llama_squad
-from llama_squad import modeling, publishing, rows, training
+from llama_squad import modeling
 from llama_squad.answers import format_answer
-from llama_squad.collator import IGNORE, ConversationEncoder
-from llama_squad.config import (
-    RUN_CONFIG,
-    CreateArguments,
-    ModelArguments,
-    TrainArguments,
-    load_run_config,
-    parse_stage,
-)
+from llama_squad.arguments import CreateArguments, ModelArguments, TrainArguments
+from llama_squad.config import RUN_CONFIG, load_run_config, parse_stage
 from llama_squad.data import write_dataset
-from llama_squad.merge_error import Sample
+from llama_squad.encoding import IGNORE, ConversationEncoder
 from llama_squad.prompts import build_messages, gold_answer
+from llama_squad.training import publishing
+from llama_squad.training.arguments import SquadSFTConfig
+from llama_squad.training.merge_error import Sample
+from llama_squad.training.packing import encode_dataset, group_paragraphs, row_dataset
+from llama_squad.training.setup import prepare_model
+from llama_squad.training.trainer import SquadTrainer, answer_loss, count_batch
 
 EXAMPLES = flatten(encode_paragraphs(make_records(2, [2])))
 WIDE: dict[str, Any] = {
@@ -73,7 +73,7 @@ def test_unsupervised_positions_get_no_gradient(shared: bool) -> None:
     # what the vocabulary's matrix reads: the logits of a position depend on it alone
     model.model.norm.register_forward_hook(keep_gradient)
     batch = collator()([{"paragraphs": [EXAMPLES[:2]]}] if shared else [EXAMPLES[0]])
-    training.answer_loss(model, batch)[0].backward()
+    answer_loss(model, batch)[0].backward()
     supervised = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE) != IGNORE
     gradient = states[0].grad
     assert gradient is not None
@@ -96,10 +96,10 @@ def test_loss_on_literal_logits() -> None:
         "input_ids": torch.tensor([[0, 0, 1, 2]]),
         "labels": torch.tensor([[IGNORE, IGNORE, 1, 2]]),
     }
-    loss, right, count = training.answer_loss(Literal(), batch)
+    loss, right, count = answer_loss(Literal(), batch)
     assert loss.item() == pytest.approx(-torch.tensor([0.5, 0.25]).log().sum().item())
     assert (right.item(), count.item()) == (1, 2)
-    smooth, right, count = training.answer_loss(Literal(), batch, 0.3)
+    smooth, right, count = answer_loss(Literal(), batch, 0.3)
     mean = -torch.tensor([0.25, 0.5, 0.25]).log().mean()  # over the vocabulary
     assert smooth.item() == pytest.approx((0.7 * loss + 0.3 * 2 * mean).item())
     assert (right.item(), count.item()) == (1, 2)
@@ -126,9 +126,7 @@ def test_accumulation_gives_the_same_weights(shared: bool, tmp_path: Path) -> No
     encoded = encoded_dataset(make_records(4, [1]))  # replies of different lengths
     train = encoded.select_columns(["input_ids", "labels"])
     if shared:
-        train = rows.row_dataset(
-            encoded, [[p.examples] for p in rows.group_paragraphs(encoded, None)]
-        )
+        train = row_dataset(encoded, [[p.examples] for p in group_paragraphs(encoded, None)])
     weights = []
     for batch, steps in ((1, 4), (4, 1)):
         model = tiny_model()
@@ -150,7 +148,7 @@ def test_accumulation_gives_the_same_weights(shared: bool, tmp_path: Path) -> No
 
 def test_count_batch_of_plain_examples() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
-    assert training.count_batch({"attention_mask": mask}).tolist() == [2, 7, 7]
+    assert count_batch({"attention_mask": mask}).tolist() == [2, 7, 7]
 
 
 def test_count_batch_of_a_literal_row() -> None:
@@ -169,7 +167,7 @@ def test_count_batch_of_a_literal_row() -> None:
         ]
     ).bool()[None, None]
     positions = torch.tensor([[0, 1, 2, 3, 2, 2, 3, 4, 0]])
-    counts = training.count_batch({"attention_mask": mask, "position_ids": positions})
+    counts = count_batch({"attention_mask": mask, "position_ids": positions})
     assert counts.tolist() == [3, 8, 4 + 3 + 5]
 
 
@@ -179,7 +177,7 @@ def test_count_batch_where_paragraphs_share_nothing() -> None:
     two = [{"input_ids": [7, 8, 9], "labels": [IGNORE, IGNORE, 9]}]
     longer = [{"input_ids": [1] * 8, "labels": [IGNORE] * 7 + [1]}]
     batch = collator()([{"paragraphs": [one, two]}, {"paragraphs": [longer]}])
-    assert training.count_batch(batch).tolist() == [3, 14, 14]
+    assert count_batch(batch).tolist() == [3, 14, 14]
 
 
 # 4-bit -----------------------------------------------------------------------------------------
@@ -191,7 +189,7 @@ def quantized(folder: Path) -> tuple[Any, ModelArguments]:
     encoder = ConversationEncoder(tiny_tokenizer())
     torch.manual_seed(0)
     args = TrainArguments(lora_r=4, lora_dropout=0.0)
-    return training.prepare_model(args, model_args, encoder), model_args
+    return prepare_model(args, model_args, encoder), model_args
 
 
 def test_float32_adapters_move_at_the_default_rate(tmp_path: Path) -> None:
@@ -201,7 +199,7 @@ def test_float32_adapters_move_at_the_default_rate(tmp_path: Path) -> None:
     examples = encoded_dataset(make_records(4, [2])).select_columns(["input_ids", "labels"])
     trainer = make_trainer(
         model, examples, tmp_path, per_device_train_batch_size=2, max_steps=4,
-        optim="adamw_torch", learning_rate=training.SquadSFTConfig().learning_rate,
+        optim="adamw_torch", learning_rate=SquadSFTConfig().learning_rate,
     )  # fmt: skip
     trainer.train()
     for name, weight in trainer.model.named_parameters():
@@ -222,14 +220,14 @@ def test_an_evaluation_does_not_break_4_bit_training(tmp_path: Path) -> None:
 
     def gradients() -> torch.Tensor:
         model.zero_grad()
-        training.answer_loss(model, batch)[0].backward()
+        answer_loss(model, batch)[0].backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     before = gradients()
     assert before.norm() > 0
     model.eval()
     with torch.no_grad():
-        training.answer_loss(model, batch)
+        answer_loss(model, batch)
         model.generate(input_ids=batch["input_ids"][:, :20], max_new_tokens=2, do_sample=False)
     model.train()
     assert torch.nn.functional.cosine_similarity(before, gradients(), dim=0) > 0.9999
@@ -380,7 +378,7 @@ def test_card_names_what_the_hub_knows(tmp_path: Path) -> None:
 
 
 def test_push_without_a_token(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    args = training.SquadSFTConfig(hub_model_id="someone/model", report_to="none")
+    args = SquadSFTConfig(hub_model_id="someone/model", report_to="none")
     folder = tmp_path / "final"
     folder.mkdir()
     full = TrainArguments(full_parameters=True)
@@ -426,14 +424,14 @@ def test_examples_that_are_too_long_are_dropped_and_counted(capsys: pytest.Captu
     kept = sum(length <= limit for length in lengths)
     assert 0 < kept < 16
     dataset = DatasetDict(train=Dataset.from_list(records))
-    encoded = rows.encode_dataset(dataset, encoder, limit)["train"]
+    encoded = encode_dataset(dataset, encoder, limit)["train"]
     assert len(encoded) == kept
     assert max(encoded["length"]) <= limit
     assert all(labels[-2:] != [IGNORE, IGNORE] for labels in encoded["labels"])
     said = capsys.readouterr().out
     assert f"train: {16 - kept} of 16 examples are longer than {limit} tokens" in said
     with pytest.raises(ValueError, match="no example of the train split fits in 20 tokens"):
-        rows.encode_dataset(dataset, encoder, 20)
+        encode_dataset(dataset, encoder, 20)
 
 
 # Flags -----------------------------------------------------------------------------------------
@@ -441,7 +439,7 @@ def test_examples_that_are_too_long_are_dropped_and_counted(capsys: pytest.Captu
 
 def parse(*flags: str) -> tuple[Any, ...]:
     """Parse training flags."""
-    types = (TrainArguments, ModelArguments, training.SquadSFTConfig)
+    types = (TrainArguments, ModelArguments, SquadSFTConfig)
     return parse_stage("train", types, list(flags))
 
 
@@ -515,7 +513,7 @@ def test_one_type_to_compute_in(
     assert parse()[2].bf16 is False  # on a CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    monkeypatch.setattr(training.SFTConfig, "__post_init__", lambda self: None)
+    monkeypatch.setattr(SFTConfig, "__post_init__", lambda self: None)
     assert parse()[2].bf16 is True
     assert parse("--fp16")[2].bf16 is False
     assert parse("--no_gradient_checkpointing", "--bf16=False")[2].bf16 is False
@@ -526,13 +524,13 @@ def test_rows_are_padded_to_a_multiple(
     shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths: list[int] = []
-    plain = training.answer_loss
+    plain = answer_loss
 
     def spy(model: Any, inputs: Any, *options: Any) -> Any:
         lengths.append(inputs["input_ids"].shape[1])
         return plain(model, inputs, *options)
 
-    monkeypatch.setattr(training, "answer_loss", spy)
+    monkeypatch.setattr("llama_squad.training.trainer.answer_loss", spy)
     train_llama_squad.main(
         [*stage_flags(tmp_path), "--no_quantize", "--pad_to_multiple_of", "64", "--eval_strategy",
          "no", *["--no_share_context"] * (not shared)]
@@ -592,7 +590,7 @@ def test_a_checkpoint_brings_its_settings(tmp_path: Path) -> None:
     settings = publishing.run_settings(args, ModelArguments(), {}) | {"prompt": "multi_turn"}
     trainer = make_trainer(
         tiny_model(), examples, Path("results"), save_strategy="steps", save_steps=1,
-        save_only_model=True, trainer=functools.partial(training.SquadTrainer, settings=settings),
+        save_only_model=True, trainer=functools.partial(SquadTrainer, settings=settings),
     )  # fmt: skip
     trainer.train()
     brought = {"prompt": "multi_turn", "reasoning_tokens": 3}

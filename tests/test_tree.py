@@ -19,19 +19,14 @@ from helpers import (
 from torch import nn
 from transformers import AutoConfig
 
-from llama_squad import rows
-from llama_squad.config import ModelArguments, TrainArguments
+from llama_squad.arguments import ModelArguments, TrainArguments
+from llama_squad.decoding.cache import check_tree
 from llama_squad.modeling import load_model
-from llama_squad.training import SquadSFTConfig, check_shared_contexts, lay_out
-from llama_squad.tree import (
-    RowProbe,
-    attention_windows,
-    check_tree,
-    longest_shared,
-    make_masks,
-    recurrent_layers,
-    why_not_shared,
-)
+from llama_squad.training.arguments import SquadSFTConfig
+from llama_squad.training.packing import plan_rows, row_dataset
+from llama_squad.training.setup import check_shared_contexts, lay_out
+from llama_squad.tree import attention_windows, longest_shared, make_masks
+from llama_squad.tree_check import RowProbe, recurrent_layers, why_not_shared
 
 PARAGRAPHS = encode_paragraphs(make_records(2, [2, 3]))
 PROMPT = PARAGRAPHS[0][0]["input_ids"][:120]
@@ -316,7 +311,7 @@ def test_only_the_paragraph_of_a_long_example_is_trained_plainly(
 def test_plain_rows_are_dealt_out_to_all_processes(processes: int) -> None:
     encoded = encoded_dataset(make_records(7, [3, 2]))
     limit = max(encoded["length"]) - 1
-    plan = rows.plan_rows(
+    plan = plan_rows(
         encoded, questions_per_step=4, processes=processes, row_tokens=2000, max_length=4000,
         seed=0, longest_shared=limit,
     )  # fmt: skip
@@ -326,7 +321,7 @@ def test_plain_rows_are_dealt_out_to_all_processes(processes: int) -> None:
     assert sorted(found) == list(range(len(encoded)))
     if processes == 1:  # else rows are split, and hold their contexts again
         tokens = sum(
-            collator()([row])["input_ids"].numel() for row in rows.row_dataset(encoded, plan.rows)
+            collator()([row])["input_ids"].numel() for row in row_dataset(encoded, plan.rows)
         )
         assert plan.tokens == pytest.approx(tokens, rel=0.02)
 

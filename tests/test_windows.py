@@ -6,10 +6,10 @@ import itertools
 import pytest
 from helpers import make_records, tiny_model, tiny_tokenizer
 
-from llama_squad.collator import ConversationEncoder
-from llama_squad.generation import Reply, Span
-from llama_squad.predictors import LocalModel
-from llama_squad.windows import cut_windows, merge_windows
+from llama_squad.decoding.replies import Reply, Span
+from llama_squad.decoding.windows import cut_windows, merge_windows
+from llama_squad.encoding import ConversationEncoder
+from llama_squad.predictors.local import LocalModel
 
 LONG = " ".join(f"Word{i} stands at place {i}." for i in range(60))
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llama_squad.formats import Row
-from llama_squad.records import ID_MADE, TITLE_MADE, Fault, Record, as_text, read_record
+from llama_squad.sources.formats import Row
+from llama_squad.sources.records import ID_MADE, TITLE_MADE, Fault, Record, as_text, read_record
 
 ID_NUMBERED = "id: another question had it, a number added (--mend)"
 JOINED = "joined to the same question before it, whose answers hold too"

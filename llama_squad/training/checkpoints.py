@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_squad.collator import ConversationEncoder
 from llama_squad.config import load_run_config
+from llama_squad.encoding import ConversationEncoder
 from llama_squad.evaluation import weights_digest
 
 RECORD = "resume"
@@ -102,7 +102,7 @@ def make_record(
     Data, tokenizer, template and a local model are told by their content, whatever their names.
 
     Args:
-        settings: see ``llama_squad.publishing.run_settings``.
+        settings: see ``llama_squad.training.publishing.run_settings``.
         train: the training split, as it was written.
         encoder: of its messages.
         processes: how many train.

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_squad.answers import NO_ANSWER
-from llama_squad.formats import Row
-from llama_squad.matching import find_spans, nearest_span
+from llama_squad.sources.formats import Row
+from llama_squad.sources.matching import find_spans, nearest_span
 
 Record = dict[str, Any]
 """{"id", "title", "context", "question", "answers": {"text": [...], "answer_start": [...]}}, as

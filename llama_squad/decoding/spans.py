@@ -13,11 +13,9 @@ paragraph (a few milliseconds).
 
 import functools
 import json
-import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,7 +26,8 @@ from llama_squad.answers import (
     escape_answer,
     format_answer,
 )
-from llama_squad.collator import IGNORE, ConversationEncoder
+from llama_squad.decoding.boundaries import Boundaries, holds_word, is_word_boundary
+from llama_squad.encoding import IGNORE, ConversationEncoder
 
 State = tuple[int, ...]
 """Where a reply stands: the byte offsets of the escaped context at which the span may go on, after
@@ -36,6 +35,7 @@ State = tuple[int, ...]
 character); ``()`` at the span's start (anywhere); ``(-n,)`` while n bytes of the lead are due."""
 
 _FRESH: State = ()
+
 _BARE = -(2**62)
 
 # Replies whose tokens show where this tokenizer merges the quotes with what is inside of them.
@@ -51,73 +51,6 @@ _PROBES = [
     "\\",
     "\n1",
 ]
-
-
-Boundaries = Literal["word", "any"]
-"""Where a span may begin and end: "word": at word boundaries, and it holds a letter or digit;
-"any": at any character."""
-
-# Scripts that put no spaces between words, or tie particles to them: each character is a word.
-_UNSPACED = (
-    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL",
-    "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI ",
-)  # fmt: skip
-
-
-@functools.cache
-def _word_kind(char: str) -> str:
-    """Return what a character is within a word: a "L"etter, a "N"umber, a "M"ark, or "" for none.
-
-    Marks (accents, vowel signs) belong to the letter before them.
-    """
-    kind = unicodedata.category(char)[0]
-    if kind == "M":
-        return kind
-    unspaced = unicodedata.name(char, "").startswith(_UNSPACED)
-    return kind if kind in "LN" and not unspaced else ""
-
-
-def is_word_boundary(context: str, offset: int) -> bool:
-    """Tell whether a word may begin or end before the character at ``offset``.
-
-    That is so where letters or digits meet anything else, digits and letters each other included
-    (``1990|s``), and between any two characters that belong to no word (``.|"``), so that
-    symbols such as $ and % may stand at a span's ends.
-    """
-    if offset in (0, len(context)):
-        return True
-    before, after = _word_kind(context[offset - 1]), _word_kind(context[offset])
-    if after == "M":
-        return False
-    return not before or after != ("L" if before == "M" else before)
-
-
-def holds_word(text: str) -> bool:
-    """Tell whether a text holds a letter or digit."""
-    return any(unicodedata.category(char)[0] in "LN" for char in text)
-
-
-def find_span(context: str, text: str, boundaries: Boundaries = "any") -> int:
-    """Return where ``text`` first stands in the context as a span may, or -1 where it does not.
-
-    A span has no white space at its ends. The text "?" is none, since a reply that holds it
-    abstains.
-    """
-    if text in (NO_ANSWER, "") or text != text.strip():
-        return -1
-    if boundaries == "any":
-        return context.find(text)
-    start = context.find(text) if holds_word(text) else -1
-    while start >= 0:
-        if all(is_word_boundary(context, at) for at in (start, start + len(text))):
-            break
-        start = context.find(text, start + 1)
-    return start
-
-
-def is_span(context: str, text: str, boundaries: Boundaries = "any") -> bool:
-    """Tell whether ``text`` may be the answer (see ``find_span``)."""
-    return find_span(context, text, boundaries) >= 0
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from llama_squad.generation import Reply, Span
-from llama_squad.spans import is_word_boundary
+from llama_squad.decoding.boundaries import is_word_boundary
+from llama_squad.decoding.replies import Reply, Span
 
 SNAP = 40
 """A window's ends move by at most so many characters, so as not to cut a word."""

@@ -1,6 +1,6 @@
 """Talk with a model as people do: turn by turn, the reply streaming. The demo's side of decoding.
 
-Replies are greedy and free; ``llama_squad.generation`` is what evaluates.
+Replies are greedy and free; ``llama_squad.decoding.generator`` is what evaluates.
 """
 
 import threading
@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from llama_squad.collator import ConversationEncoder
-from llama_squad.config import AppArguments
-from llama_squad.generation import stop_ids
+from llama_squad.arguments import AppArguments
+from llama_squad.decoding.generator import stop_ids
+from llama_squad.encoding import ConversationEncoder
 from llama_squad.prompts import Message, build_messages
 
 FRAME = 0.05

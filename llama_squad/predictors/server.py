@@ -22,8 +22,8 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from llama_squad.answers import ANSWER_SCHEMA
-from llama_squad.generation import Reply
-from llama_squad.predictors import Batch, Prediction, Record
+from llama_squad.decoding.replies import Reply
+from llama_squad.predictors.base import Batch, Prediction, Record
 from llama_squad.prompts import SYSTEM_PROMPT, build_messages
 
 OPENAI_URL = "https://api.openai.com/v1"

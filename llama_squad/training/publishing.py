@@ -10,16 +10,10 @@ from typing import Any
 import torch
 
 from llama_squad import merging, modeling
-from llama_squad.config import (
-    RUN_CONFIG,
-    ModelArguments,
-    TrainArguments,
-    load_run_config,
-    save_run_config,
-    write_json,
-)
+from llama_squad.arguments import ModelArguments, TrainArguments
+from llama_squad.config import RUN_CONFIG, load_run_config, save_run_config, write_json
 from llama_squad.folders import FINAL, MERGED
-from llama_squad.merge_error import MergeError, MergeMeter, Sample
+from llama_squad.training.merge_error import MergeError, MergeMeter, Sample
 
 
 def run_settings(

@@ -1,0 +1,247 @@
+"""A tree of token sequences that grows on a key/value cache; decoding's own check of a model.
+
+Uses ``llama_squad.tree`` for masks and for what the check asks.
+"""
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+from llama_squad.encoding import IGNORE
+from llama_squad.tree import Tree, batch_rows, exact_head, make_masks
+from llama_squad.tree_check import RowProbe, _move, _others, why_not_shared
+
+# A tree that grows on a cache ----------------------------------------------------------------
+
+
+@dataclass
+class Branch:
+    """Tokens that follow those of ``parent``; ``wanted`` of their logits, the last ones."""
+
+    parent: "Branch | None"
+    tokens: list[int]
+    wanted: int = 1
+    columns: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Where in the cache its tokens and all their ancestors' are."""
+
+
+class TokenTree:
+    """Token sequences that share stems, one tree a row, run with one key/value cache.
+
+    Rows are padded on the right; a pad is seen by itself alone.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._cache = DynamicCache()
+        self._length = self._compact_length = 0
+        self._depths = np.zeros((0, 0), dtype=np.int64)  # of the cache's columns, a row each
+
+    @torch.inference_mode()
+    def plant(self, stems: Sequence[list[int]]) -> list[Branch]:
+        """Run each row's stem; nothing is wanted of its logits."""
+        self._length = max(map(len, stems))
+        ids = np.zeros((len(stems), self._length), dtype=np.int64)
+        for row, stem in zip(ids, stems, strict=True):
+            row[: len(stem)] = stem
+        self._depths = np.tile(np.arange(self._length), (len(stems), 1))
+        # Causal order keeps the pads, which come last, from being seen: no mask is needed.
+        if self._length:
+            self._forward(ids, logits_to_keep=1)
+        return [Branch(None, stem, columns=np.arange(len(stem))) for stem in stems]
+
+    @torch.inference_mode()
+    def grow(self, rows: Sequence[Sequence[Branch]]) -> torch.Tensor:
+        """Run new branches of each row; a branch's parent stands before it.
+
+        Returns:
+            the wanted logits in float32, of shape (wanted tokens, vocabulary), in the order of the
+            branches.
+        """
+        # Tokens of which no logits are wanted come first, so that the head is spared them.
+        silent = max(sum(len(b.tokens) - b.wanted for b in row) for row in rows)
+        wanted = max(sum(b.wanted for b in row) for row in rows)
+        width, past = silent + wanted, self._length
+        ids = np.zeros((len(rows), width), dtype=np.int64)
+        positions = np.zeros((len(rows), width), dtype=np.int64)
+        visible = np.zeros((len(rows), 1, width, past + width), dtype=bool)
+        visible[:, 0, np.arange(width), past + np.arange(width)] = True
+        chosen = []
+        for r, row in enumerate(rows):
+            quiet, loud = itertools.count(), itertools.count(silent)
+            for branch in row:
+                first_loud = len(branch.tokens) - branch.wanted
+                new = np.array([next(quiet if i < first_loud else loud)
+                                for i in range(len(branch.tokens))])  # fmt: skip
+                stem = branch.parent.columns if branch.parent else np.empty(0, dtype=np.int64)
+                ids[r, new] = branch.tokens
+                positions[r, new] = len(stem) + np.arange(len(new))
+                visible[r, 0, new[:, None], stem] = True
+                own = np.tril(np.ones((len(new), len(new)), dtype=bool))
+                visible[r, 0, new[:, None], past + new] = own
+                branch.columns = np.concatenate([stem, past + new])
+                chosen += [r * wanted + column - silent for column in new[first_loud:]]
+        if not past:
+            self._depths = np.zeros((len(rows), 0), dtype=np.int64)
+        self._length += width
+        self._depths = np.concatenate([self._depths, positions], axis=1)
+        if not self._compact_length:  # the first branches are the questions
+            self._compact_length = self._length
+        logits = self._forward(ids, positions, visible, logits_to_keep=wanted)
+        if len(chosen) == logits.shape[0] * wanted:
+            return logits.flatten(0, 1).float()
+        return logits.flatten(0, 1)[torch.tensor(chosen, device=logits.device)].float()
+
+    @classmethod
+    def join(cls, trees: Sequence["TokenTree"]) -> "TokenTree":
+        """Make one tree of the rows of several, whose branches stay as they are.
+
+        The given ones are used up, layer by layer, so that no second copy of them is held.
+        """
+        if len(trees) == 1:
+            return trees[0]
+        joined = cls(trees[0]._model)
+        joined._length = joined._compact_length = max(tree._length for tree in trees)
+        missing = [joined._length - tree._length for tree in trees]
+        joined._depths = np.concatenate(
+            [np.pad(t._depths, ((0, 0), (0, pad))) for t, pad in zip(trees, missing, strict=True)]
+        )
+        caches = [cast(list[Any], tree._cache.layers) for tree in trees]
+        for index, layers in enumerate(zip(*caches, strict=True)):
+            pairs = list(zip(layers, missing, strict=True))
+            keys = torch.cat([F.pad(layer.keys, (0, 0, 0, pad)) for layer, pad in pairs])
+            values = torch.cat([F.pad(layer.values, (0, 0, 0, pad)) for layer, pad in pairs])
+            for layer in layers:
+                layer.keys = layer.values = None
+            joined._cache.update(keys, values, index)
+        return joined
+
+    def compact(self, branches: Sequence[Sequence[Branch]]) -> None:
+        """Forget every token that is in no given branch (a list a row)."""
+        kept = [np.unique(np.concatenate([b.columns for b in row])) for row in branches]
+        length = max(map(len, kept))
+        index = np.zeros((len(kept), length), dtype=np.int64)
+        for r, (columns, row) in enumerate(zip(kept, branches, strict=True)):
+            index[r, : len(columns)] = columns
+            for branch in {id(b): b for b in row}.values():
+                branch.columns = np.searchsorted(columns, branch.columns)
+        self._length = self._compact_length = length
+        self._depths = np.take_along_axis(self._depths, index, axis=1)
+        for layer in cast(list[Any], self._cache.layers):
+            where = torch.from_numpy(index).to(layer.keys.device)[:, None, :, None]
+            layer.keys = layer.keys.take_along_dim(where, dim=2)
+            layer.values = layer.values.take_along_dim(where, dim=2)
+
+    @property
+    def grown(self) -> int:
+        """Columns of the cache that came since it was last compact."""
+        return self._length - self._compact_length
+
+    def _forward(
+        self,
+        ids: np.ndarray,
+        positions: np.ndarray | None = None,
+        visible: np.ndarray | None = None,
+        logits_to_keep: int = 0,
+    ) -> torch.Tensor:
+        device = self._model.device
+        more: dict[str, Any] = {}
+        if positions is not None and visible is not None:
+            # Both or neither: position ids without the mask would let a branch see its sisters.
+            more["position_ids"] = torch.from_numpy(positions).to(device)
+            more["attention_mask"] = make_masks(
+                self._model,
+                torch.from_numpy(visible).to(device),
+                more["position_ids"],
+                torch.from_numpy(self._depths).to(device),
+            )
+        with exact_head(self._model):
+            output = self._model(
+                input_ids=torch.from_numpy(ids).to(device),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=logits_to_keep,
+                **more,
+            )
+        return output.logits
+
+
+class _CacheProbe:
+    """A prompt's second half and another of its length, grown on a cache as decoding does it."""
+
+    def __init__(self, model: PreTrainedModel, prompt: Sequence[int]) -> None:
+        self._model = model
+        cut = len(prompt) // 2
+        self._stem, own = list(prompt[:cut]), list(prompt[cut:])
+        self._branches = [_others(torch.tensor(own)).tolist(), own]
+        self.examples = [
+            {"input_ids": self._stem + branch, "labels": [IGNORE] * (cut + 1) + branch[1:]}
+            for branch in self._branches
+        ]
+        self.watched = [range(cut, len(prompt))] * 2
+
+    def run(self, change: str) -> list[torch.Tensor]:
+        """Run it; see ``Probe``."""
+        stem, (sister, own) = self._stem, self._branches
+        if change == "stem":
+            stem = _others(torch.tensor(stem)).tolist()
+        elif change == "sister":
+            sister = _others(torch.tensor(sister)).tolist()
+        tree = TokenTree(self._model)
+        if change == "positions":
+            tree = _MovedTree(self._model)
+            tree.moved = len(own)
+        root = tree.plant([stem])[0]
+        branches = [Branch(root, tokens, len(tokens)) for tokens in (sister, own)]
+        return list(tree.grow([branches]).split(len(own)))
+
+
+class _MovedTree(TokenTree):
+    """A tree whose last tokens stand elsewhere than they should."""
+
+    moved = 0
+
+    def _forward(
+        self,
+        ids: np.ndarray,
+        positions: np.ndarray | None = None,
+        visible: np.ndarray | None = None,
+        logits_to_keep: int = 0,
+    ) -> torch.Tensor:
+        if positions is not None:
+            positions = positions.copy()
+            positions[:, -self.moved :] += _move(int(positions[0, -self.moved]))
+        return super()._forward(ids, positions, visible, logits_to_keep)
+
+
+_CHECKED: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
+
+
+def check_tree(model: PreTrainedModel, prompt: Sequence[int]) -> None:
+    """Ask ``why_not_shared`` before decoding, once a model.
+
+    Raises:
+        ValueError: this architecture's questions cannot share their context.
+    """
+    if model in _CHECKED:
+        return
+    probe = _CacheProbe(model, prompt)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return batch_rows([Tree.build(row["paragraphs"]) for row in rows], 0)
+
+    why = why_not_shared(model, probe, RowProbe(model, collate, [probe.examples]))
+    if why:
+        raise ValueError(
+            f"{type(model).__name__} cannot evaluate questions that share their context: {why}. It "
+            "needs layers of attention alone that take a 4D mask, position ids and a key/value "
+            "cache, as Llama, Mistral, Qwen, Gemma and Phi have them"
+        )
+    _CHECKED.add(model)

@@ -1,0 +1,205 @@
+"""Answer the questions of a paragraph: its context is run once, and one search decodes them all.
+
+**One tree a paragraph.** The prompts of a paragraph's questions begin with the same tokens. They
+are run once into a key/value cache; the questions branch off it, and so does every partial reply
+that the search looks at. Each token attends to its own ancestors (a 4D mask) at its own depth
+(position ids), so nothing is copied and nothing is run twice (``TokenTree``).
+
+**One search** per question (``llama_squad.decoding.search``): beam search's answer, for the model
+calls of a single reply where the model is sure.
+
+- ``free``: any tokens; the sequences of ``model.generate(num_beams=N, length_penalty=0.0,
+  do_sample=False)`` on each prompt alone.
+- ``span``: a span of the context or no answer (``llama_squad.decoding.spans``). The envelope is
+  forced and costs no steps: the header is part of the prompt, the tail is one pass.
+"""
+
+import math
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from llama_squad.answers import NO_ANSWER
+from llama_squad.decoding.batch import _Batch
+from llama_squad.decoding.boundaries import Boundaries
+from llama_squad.decoding.cache import check_tree
+from llama_squad.decoding.replies import Paragraph, Reply
+from llama_squad.decoding.search import _BeamSearch, _Node, _Search
+from llama_squad.decoding.spans import reply_ids, span_vocabulary
+from llama_squad.encoding import ConversationEncoder
+from llama_squad.tree import common_prefix, is_out_of_memory
+
+SEARCHED_TOKENS = 16
+"""About so many tokens a beam and question are in the tree at once, to estimate its memory."""
+
+LEAST_QUESTIONS, MOST_QUESTIONS = 32, 512
+"""Bounds of the default batch size."""
+
+
+# The generator -------------------------------------------------------------------------------
+
+
+class Generator:
+    """Decode the replies to the questions of paragraphs.
+
+    Args:
+        model: a causal language model with ``sdpa`` or ``eager`` attention, on any device.
+        encoder: the tokenizer's, with the chat template.
+        decoding: "span" or "free"; see the module.
+        num_beams: partial replies of one length that the search takes at most.
+        max_new_tokens: length limit of a reply (in span decoding of the span).
+        na_prob_thresh: the reply abstains where na_prob is above it (span decoding).
+        n_best: how many distinct spans to find (span decoding). The answer is the same for any.
+        length_penalty: a complete reply of several beams counts log P / tokens ** this, as with
+            ``generate`` (free decoding; 0: the likeliest reply).
+        span_boundaries: "word": a span begins and ends at word boundaries and holds a letter or
+            digit; "any": every substring is a span.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        encoder: ConversationEncoder,
+        *,
+        decoding: Literal["span", "free"] = "span",
+        num_beams: int = 1,
+        max_new_tokens: int = 256,
+        na_prob_thresh: float = 0.5,
+        n_best: int = 1,
+        length_penalty: float = 0.0,
+        span_boundaries: Boundaries = "word",
+    ) -> None:
+        self.model = model
+        self.tokenizer = encoder.tokenizer
+        self.num_beams = num_beams
+        self.max_new_tokens = max_new_tokens
+        self.na_prob_thresh = na_prob_thresh
+        self.n_best = n_best
+        self.length_penalty = length_penalty
+        self.span_boundaries = span_boundaries
+        self.vocabulary = span_vocabulary(encoder) if decoding == "span" else None
+        self.stop_ids = stop_ids(model, encoder)
+        config = model.config.get_text_config()
+        self.positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._too_many = math.inf  # questions that memory did not hold
+
+    def reply(self, paragraphs: Sequence[Paragraph]) -> list[list[Reply]]:
+        """Answer all questions of several paragraphs at once: a list of replies a paragraph.
+
+        A batch that is not likely to fit into free memory is halved, and so is one that did not
+        after all; later ones of its size are, beforehand.
+
+        Raises:
+            ValueError: this architecture cannot share contexts (see ``check_tree``).
+        """
+        check_tree(self.model, paragraphs[0].prompts[0])
+        halves = _halve(paragraphs)
+        questions = sum(len(paragraph.prompts) for paragraph in paragraphs)
+        fits = questions < self._too_many and self._memory_needed(paragraphs) < free_memory()
+        if fits or not halves:
+            try:
+                return _Batch(self, paragraphs).replies()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if not halves:
+                    error.add_note("One question alone does not fit: --quantize the model.")
+                    raise
+                self._too_many = questions
+            # Out of the handler, which kept the failed pass's tensors alive.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        replies = [row for half in halves for row in self.reply(half)]
+        if len(paragraphs) == 1:  # the questions of one paragraph were parted
+            return [[reply for row in replies for reply in row]]
+        return replies
+
+    def search(self, root: _Node) -> "_Search | _BeamSearch":
+        """Return a new search for the reply to one question."""
+        if self.vocabulary:
+            return _Search(root, self.num_beams, self.n_best, ranked=False)
+        if self.length_penalty and self.num_beams > 1:
+            return _BeamSearch(root, self.num_beams, self.length_penalty, len(self.stop_ids))
+        return _Search(root, self.num_beams, 1, ranked=True)
+
+    def room(self, prompt: int) -> float:
+        """Return how many tokens a reply (a span) may have after a prompt of so many tokens."""
+        if self.positions is None:
+            return math.inf
+        forced = 0
+        if self.vocabulary:
+            tail = max(len(self.vocabulary.no_answer), *map(len, self.vocabulary.tails.values()))
+            forced = len(self.vocabulary.header) + tail
+        return self.positions - prompt - forced
+
+    def batch_size(self) -> int:
+        """Return how many questions to answer at once: 32, on a GPU more as its memory allows.
+
+        Reckoned for paragraphs of ten questions and 400 tokens, for half of what is free, and a
+        power of two, so that the same card gives the same number.
+        """
+        if not torch.cuda.is_available():
+            return LEAST_QUESTIONS
+        paragraph = Paragraph("", [[0] * 400 + [question + 1] * 40 for question in range(10)])
+        fit = 10 * 0.5 * free_memory() / self._memory_needed([paragraph])
+        power = 2 ** int(math.log2(max(fit, LEAST_QUESTIONS)))
+        return min(power, MOST_QUESTIONS)
+
+    def _memory_needed(self, paragraphs: Sequence[Paragraph]) -> float:
+        """Estimate the bytes of a batch: keys and values, activations and logits of a pass."""
+        config = self.model.config.get_text_config()
+        size = self.model.dtype.itemsize
+        attention_heads = config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // attention_heads
+        stems = [common_prefix(p.prompts) for p in paragraphs]
+        branches = [
+            sum(len(ids) - stem + self.num_beams * SEARCHED_TOKENS for ids in p.prompts)
+            for p, stem in zip(paragraphs, stems, strict=True)
+        ]
+        length = max(map(operator.add, stems, branches))  # positions of a row, and of its one pass
+        cache = 2 * config.num_hidden_layers * heads * width * length * size
+        activations = length * (8 * config.hidden_size * size + length * 4)
+        questions = sum(len(p.prompts) for p in paragraphs)
+        logits = 8 * questions * config.vocab_size * (size + 8)
+        return len(paragraphs) * cache + activations + logits
+
+
+def free_memory() -> float:
+    """Return the bytes that a batch may take: on a GPU, else of the machine where it tells."""
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+        return 0.9 * (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 0.9 * next(1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return math.inf
+
+
+def stop_ids(model: PreTrainedModel, encoder: ConversationEncoder) -> frozenset[int]:
+    """Return the tokens that end a reply: the model's own, and the chat template's end of turn."""
+    found: set[int] = set()
+    for source in (model.generation_config, encoder.tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    end_of_turn = reply_ids(encoder, NO_ANSWER)[-1]
+    if end_of_turn in encoder.tokenizer.added_tokens_decoder:
+        found.add(end_of_turn)
+    return frozenset(found)
+
+
+def _halve(paragraphs: Sequence[Paragraph]) -> list[list[Paragraph]]:
+    """Part a batch, by paragraphs or, where there is one, by its questions; [] if it cannot be."""
+    if len(paragraphs) > 1:
+        middle = len(paragraphs) // 2
+        return [list(paragraphs[:middle]), list(paragraphs[middle:])]
+    context, prompts = paragraphs[0].context, paragraphs[0].prompts
+    middle = len(prompts) // 2
+    return [[Paragraph(context, part)] for part in (prompts[:middle], prompts[middle:])] * (
+        middle > 0
+    )

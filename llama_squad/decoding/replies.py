@@ -1,0 +1,55 @@
+"""What decoding takes and gives: a paragraph's prompts, a reply, a span."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Span:
+    """A span and log P(reply that holds it), from after the forced header to the end of turn.
+
+    ``start`` is the character of the context at which it first stands as a span may.
+    """
+
+    text: str
+    log_prob: float
+    start: int | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model says to one question.
+
+    Attributes:
+        completion: the whole reply, without the token that ends the turn.
+        token_ids: its tokens, with the token that ends the turn.
+        score: its log-probability: in span decoding given the forced header (the tokens of
+            ``ANSWER_HEADER`` up to the colon), through the end of the turn; in free decoding of
+            all its tokens. None where nobody tells (servers).
+        best: the span that the search found first (span decoding; None where the context holds
+            none). Its log-probability is that of its likeliest tokens; other ways to spell it are
+            not added.
+        spans: the ``n_best`` likeliest spans, best first. Of more than one, the first may beat
+            ``best``, where ``num_beams`` was too few to find it.
+        no_answer_log_prob: log P of the reply that abstains, scored over the same stretch.
+        na_prob: sigmoid(no_answer_log_prob - best.log_prob): the chance of "no answer" if it is
+            that or the best span. None in free decoding.
+        certain: no reply that ``num_beams`` cut off could have been better.
+    """
+
+    completion: str
+    token_ids: list[int]
+    score: float | None
+    best: Span | None = None
+    spans: tuple[Span, ...] = ()
+    no_answer_log_prob: float | None = None
+    na_prob: float | None = None
+    certain: bool = False
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """The questions of one context: the ids of each one's prompt, ready for the reply."""
+
+    context: str
+    prompts: Sequence[list[int]]

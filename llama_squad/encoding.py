@@ -1,0 +1,302 @@
+"""Chat messages → token ids, labels and offsets, by a tokenizer's own chat template.
+
+Knows tokenizers and templates, and nothing of batches, models or SQuAD.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from llama_squad.answers import NO_ANSWER, format_answer
+from llama_squad.prompts import Message
+
+IGNORE = -100
+"""The label of a token that is not trained."""
+
+Encoded = dict[str, list[int]]
+"""An example: its ``input_ids`` and ``labels``."""
+
+# Llama 3.1's template prints the date: training and evaluation must not differ by the day.
+_DATE = "26 Jul 2024"
+
+# What stands for a message's content while the template is rendered; private-use characters occur
+# in no template. A wide space each side tells whether the template strips that side: Llama 2's
+# strips a first user turn on the right only, since its system prompt stands on the left. The two
+# differ, so that one message's right space is not taken for the next one's left.
+_SLOT_OPEN, _SLOT_CLOSE = "\ue000", "\ue001"
+_LEFT_SPACE, _RIGHT_SPACE = "\u2003", "\u2002"
+
+_STRIP: dict[tuple[bool, bool], Callable[[str], str]] = {
+    (False, False): str,
+    (True, False): str.lstrip,
+    (False, True): str.rstrip,
+    (True, True): str.strip,
+}
+"""What a template does to a content, by the sides (left, right) that it strips."""
+
+Offsets = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """A rendered template, cut at its messages' contents."""
+
+    texts: tuple[str, ...]  # what stands before each content, and after the last
+    strips: tuple[Callable[[str], str], ...]  # what the template does to each content
+    fold_system: bool  # the template has no system role: it joins the first user turn
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    text: str
+    spans: tuple[tuple[int, int], ...]  # each message's content, in characters
+
+
+class ConversationEncoder:
+    """Encode conversations with a tokenizer's own chat template.
+
+    Contents are data: text in them that spells a control token is encoded as plain text. The
+    template is rendered once for each sequence of roles, so it cannot act on what a content says.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        reasoning_token: id of the pause token, and
+        reasoning_tokens: how many of it stand before the last reply (unsupervised).
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or is not a fast one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        reasoning_tokens: int = 0,
+        reasoning_token: int | None = None,
+    ) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer "
+                "(tokenizer.json) is needed"
+            )
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template: "
+                "take a chat model, or give one with --chat_template FILE"
+            )
+        if reasoning_tokens and reasoning_token is None:
+            raise ValueError("reasoning tokens need a token of the vocabulary to stand for them")
+        self.tokenizer = tokenizer
+        self.pause = [reasoning_token] * reasoning_tokens if reasoning_token is not None else []
+        self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
+        self._control = frozenset(
+            token_id
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            if token.content.strip()
+        )
+
+    def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
+        """Encode conversations that end with the assistant's reply, with labels on that reply.
+
+        Labels are ``IGNORE`` except from the reply's first token through the token that ends the
+        turn. Returns one ``{"input_ids": [...], "labels": [...]}`` a conversation.
+        """
+        rendered = [self._render(messages) for messages in conversations]
+        encoded = []
+        for item, (ids, offsets) in zip(rendered, self._tokenize(rendered), strict=True):
+            start, end = self._supervised(ids, offsets, item)
+            if end < 0:  # a template without an end of turn: the reply must end all the same
+                ids, end = [*ids, self._eos()], len(ids) + 1
+            labels = [IGNORE] * (start + len(self.pause)) + ids[start:end]
+            ids = ids[:start] + self.pause + ids[start:]
+            labels += [IGNORE] * (len(ids) - len(labels))
+            encoded.append({"input_ids": ids, "labels": labels})
+        return encoded
+
+    def encode_prompts(
+        self, conversations: Sequence[Sequence[Message]], final: bool = True
+    ) -> list[list[int]]:
+        """Encode conversations that end with a user turn, ready for the assistant's reply.
+
+        The ids are those that precede the supervised tokens of the same conversation in ``encode``,
+        by construction: a reply is encoded too, and cut off.
+        ``final`` is False where a further turn of a multi-turn prompt follows (no pause tokens).
+        """
+        reply = {"role": "assistant", "content": format_answer(NO_ANSWER)}
+        rendered = [self._render([*messages, reply]) for messages in conversations]
+        pause = self.pause if final else []
+        return [
+            ids[: self._supervised(ids, offsets, item)[0]] + pause
+            for item, (ids, offsets) in zip(rendered, self._tokenize(rendered), strict=True)
+        ]
+
+    def _eos(self) -> int:
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the chat template ends no turn, and the tokenizer has no eos token")
+        return self.tokenizer.eos_token_id
+
+    # Rendering -------------------------------------------------------------------------------
+
+    def _render(self, messages: Sequence[Message]) -> _Rendered:
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._skeletons:
+            self._skeletons[roles] = self._make_skeleton(roles)
+        skeleton = self._skeletons[roles]
+        contents = [message["content"] for message in messages]
+        if skeleton.fold_system:
+            contents = [contents[0] + "\n\n" + contents[1], *contents[2:]]
+        text, spans = skeleton.texts[0], []
+        for content, strip, after in zip(
+            contents, skeleton.strips, skeleton.texts[1:], strict=True
+        ):
+            content = strip(content)
+            spans.append((len(text), len(text) + len(content)))
+            text += content + after
+        return _Rendered(text, tuple(spans))
+
+    def _make_skeleton(self, roles: tuple[str, ...]) -> _Skeleton:
+        skeleton = self._cut_template(roles, fold_system=False)
+        if skeleton is None and roles[:2] == ("system", "user"):
+            skeleton = self._cut_template(roles[1:], fold_system=True)
+        if skeleton is None:
+            raise ValueError(
+                f"the chat template of {self.tokenizer.name_or_path or 'this tokenizer'} does not "
+                f"render every message of a conversation of {', '.join(roles)}: "
+                "give another one with --chat_template FILE"
+            )
+        return skeleton
+
+    def _cut_template(self, roles: tuple[str, ...], fold_system: bool) -> _Skeleton | None:
+        slots = [f"{_SLOT_OPEN}{index}{_SLOT_CLOSE}" for index in range(len(roles))]
+        probe = [
+            {"role": role, "content": _LEFT_SPACE + slot + _RIGHT_SPACE}
+            for role, slot in zip(roles, slots, strict=True)
+        ]
+        try:
+            rendered = self.tokenizer.apply_chat_template(probe, tokenize=False, date_string=_DATE)
+        except TemplateError:
+            return None
+        text = str(rendered)
+        texts, strips = [], []
+        for slot in slots:
+            before, found, text = text.partition(slot)
+            if not found or slot in text:
+                return None
+            sides = not before.endswith(_LEFT_SPACE), not text.startswith(_RIGHT_SPACE)
+            strips.append(_STRIP[sides])
+            texts.append(before.removesuffix(_LEFT_SPACE))
+            text = text.removeprefix(_RIGHT_SPACE)
+        return _Skeleton((*texts, text), tuple(strips), fold_system)
+
+    # Tokenising ------------------------------------------------------------------------------
+
+    def _tokenize(self, rendered: Sequence[_Rendered]) -> Iterator[tuple[list[int], Offsets]]:
+        """Yield the ids and the character offsets of each rendered conversation."""
+        batch = self.tokenizer(
+            [item.text for item in rendered],
+            add_special_tokens=False,  # the template writes them
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            verbose=False,
+        ).encodings
+        for encoding, item in zip(batch, rendered, strict=True):
+            ids, offsets = encoding.ids, encoding.offsets
+            if self._spells_control(ids, offsets, item):
+                ids, offsets = self._tokenize_as_data(item)
+            yield ids, offsets
+
+    def _spells_control(self, ids: list[int], offsets: Offsets, item: _Rendered) -> bool:
+        """Tell whether text of a content was taken for a control token."""
+        for token_id, (start, end) in zip(ids, offsets, strict=True):
+            if token_id in self._control:
+                for a, b in item.spans:
+                    # a template's own token may swallow spaces of a content: that is no spelling
+                    if item.text[max(start, a) : min(end, b)].strip():
+                        return True
+        return False
+
+    def _tokenize_as_data(self, item: _Rendered) -> tuple[list[int], Offsets]:
+        """Encode a conversation whose contents spell control tokens, as plain text there.
+
+        Tokenizers cut a text at its control tokens and encode the pieces on their own. Here the
+        template's control tokens cut it, and nothing else does.
+        """
+        ids: list[int] = []
+        offsets: Offsets = []
+        start = 0
+        for a, b, token in [*self._template_controls(item), (len(item.text), len(item.text), None)]:
+            piece = item.text[start:a].rstrip() if token and token.lstrip else item.text[start:a]
+            encoding = self._plain.encode(piece, add_special_tokens=False)
+            ids += encoding.ids
+            offsets += [(start + x, start + y) for x, y in encoding.offsets]
+            if token:
+                ids.append(self.tokenizer.added_tokens_encoder[token.content])
+                offsets.append((a, b))
+                if token.rstrip:
+                    b += len(item.text[b:]) - len(item.text[b:].lstrip())
+            start = b
+        return ids, offsets
+
+    def _template_controls(self, item: _Rendered) -> list[tuple[int, int, Any]]:
+        """Return the control tokens that the template wrote: start, end and the added token."""
+        tokens = {
+            token.content: token
+            for token_id, token in self.tokenizer.added_tokens_decoder.items()
+            if token_id in self._control
+        }
+        longest_first = sorted(tokens, key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, longest_first)))
+        edges = [0, *(edge for span in item.spans for edge in span), len(item.text)]
+        return [
+            (match.start(), match.end(), tokens[match[0]])
+            for start, end in zip(edges[::2], edges[1::2], strict=True)
+            for match in pattern.finditer(item.text, start, end)
+        ]
+
+    @functools.cached_property
+    def _plain(self) -> Tokenizer:
+        """The same tokenizer without its control tokens: it spells them like any other text."""
+        content = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        content["added_tokens"] = [t for t in content["added_tokens"] if not t["content"].strip()]
+        content["post_processor"] = content["truncation"] = content["padding"] = None
+        for part in _parts(content["normalizer"]) + _parts(content["pre_tokenizer"]):
+            if part.get("prepend_scheme") == "first":  # a piece is not the text's first
+                part["prepend_scheme"] = "never"
+        return Tokenizer.from_str(json.dumps(content))
+
+    def _supervised(self, ids: list[int], offsets: Offsets, item: _Rendered) -> tuple[int, int]:
+        """Return the tokens to train: from the last content's first through the end of the turn.
+
+        The second figure is -1 where nothing in the template ends the turn.
+        """
+        content_start, content_end = item.spans[-1]
+        start = len(ids)
+        while start and offsets[start - 1][1] > content_start:
+            start -= 1
+        if start == len(ids) or content_start == content_end:
+            raise ValueError("the conversation ends with an empty reply: there is nothing to train")
+        for index in range(start, len(ids)):
+            if ids[index] in self._control and offsets[index][0] >= content_end:
+                return start, index + 1
+        tail = len(item.text.rstrip())
+        if tail == content_end:
+            return start, -1
+        # The end of the turn is spelled in ordinary tokens (a template with foreign markers).
+        end = len(ids)
+        while offsets[end - 1][0] >= tail:
+            end -= 1
+        return start, end
+
+
+def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return a tokenizer's component and, if it is a sequence, its parts."""
+    if component is None:
+        return []
+    return [component, *component.get("normalizers", []), *component.get("pretokenizers", [])]

@@ -1,0 +1,104 @@
+"""What every predictor gives, and how records come to it: by paragraph, a batch at a time."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from llama_squad.answers import FAILED, extract_answer
+from llama_squad.decoding.replies import Reply
+from llama_squad.rows import Row, make_row
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A record with the model's reply to it."""
+
+    record: Record
+    prompt_text: str
+    reply: Reply
+    failure: str = ""
+    """Why there is no reply (the question was refused); "" where there is one."""
+
+    def row(self) -> Row:
+        """Return the row of the result file."""
+        reply, best = self.reply, self.reply.best
+        return make_row(
+            self.record,
+            self.failure or reply.completion,
+            FAILED if self.failure else extract_answer(reply.completion),
+            self.prompt_text,
+            reply.na_prob,
+            score=reply.score,
+            best_span=best.text if best else None,
+            best_span_log_prob=best.log_prob if best else None,
+            no_answer_log_prob=reply.no_answer_log_prob,
+            n_best=_n_best(reply) if reply.spans else None,
+        )
+
+
+def _n_best(reply: Reply) -> list[dict[str, Any]]:
+    """Return a reply's spans; their probabilities and that of the abstention add up to 1."""
+    assert reply.no_answer_log_prob is not None
+    log_probs = [span.log_prob for span in reply.spans]
+    highest = max(*log_probs, reply.no_answer_log_prob)
+    total = sum(math.exp(value - highest) for value in (*log_probs, reply.no_answer_log_prob))
+    return [
+        {
+            "text": span.text,
+            "probability": math.exp(span.log_prob - highest) / total,
+            "log_prob": span.log_prob,
+        }
+        for span in reply.spans
+    ]
+
+
+def group_paragraphs(records: Sequence[Record]) -> list[list[Record]]:
+    """Group records by context, in the order in which the contexts come first."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["context"], []).append(record)
+    return list(groups.values())
+
+
+Batch = list[list[Record]]
+"""Records by paragraph."""
+
+
+PARAGRAPH_QUESTIONS = 64
+"""A paragraph of more questions is parted, whatever the batch size."""
+
+
+def batch_paragraphs(records: Sequence[Record], batch_size: int) -> Iterator[Batch]:
+    """Yield whole paragraphs, as many as hold ``batch_size`` questions, one at least.
+
+    Which questions of a paragraph are answered together does not depend on ``batch_size``: in 16
+    bits that would change the answers.
+    """
+    batch: Batch = []
+    for group in group_paragraphs(records):
+        for start in range(0, len(group), PARAGRAPH_QUESTIONS):
+            part = list(group[start : start + PARAGRAPH_QUESTIONS])
+            if batch and sum(map(len, batch)) + len(part) > batch_size:
+                yield batch
+                batch = []
+            batch.append(part)
+    if batch:
+        yield batch
+
+
+class Predictor(Protocol):
+    """Whoever answers records."""
+
+    def answer(self, batch: Batch) -> list[Prediction]:
+        """Answer the records of several paragraphs, in order."""
+
+
+@runtime_checkable
+class ConcurrentPredictor(Predictor, Protocol):
+    """Whoever can answer many records at once, with no need to wait for the rest of a batch."""
+
+    def answer_all(self, records: Sequence[Record]) -> Iterator[list[Prediction]]:
+        """Answer records, and yield the predictions as they are known, in whatever order."""

@@ -1,0 +1,212 @@
+"""A chat model that is loaded here, called turn by turn where the prompt style has several turns.
+
+A context beyond the model's positions is read in windows.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from llama_squad.decoding.generator import Generator
+from llama_squad.decoding.replies import Paragraph, Reply
+from llama_squad.decoding.windows import cut_windows, merge_windows
+from llama_squad.encoding import ConversationEncoder
+from llama_squad.predictors.base import Batch, Prediction, Record
+from llama_squad.prompts import SYSTEM_PROMPT, Message, build_messages
+
+TURN_TOKENS = 256
+"""Length limit of a reply before the last one of a multi-turn prompt."""
+
+REPLY_ROOM = 64
+"""Tokens that a prompt must leave for the reply (fewer where --max_new_tokens is lower)."""
+
+TEMPLATE_TOKENS = 64
+"""A chat template adds fewer to a message."""
+
+WINDOW_OVERLAP = 128
+"""Tokens that two windows of a long context share, at most."""
+
+LEAST_WINDOW = 32
+"""Tokens of context that a window must hold to be of use."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Questions of a paragraph that are put to all of its context, or to one window of it."""
+
+    places: list[int]
+    """Which questions of the batch they are."""
+    records: list[Record]
+    start: int = 0
+    """The character of the context at which the window begins."""
+
+
+class LocalModel:
+    """A causal language model that answers records.
+
+    Args:
+        model: on its device, in evaluation mode.
+        encoder: the tokenizer's, with the chat template and the reasoning tokens.
+        prompt: a key of ``PROMPTS``.
+        system_prompt: "" for none.
+        options: what ``Generator`` takes: decoding, num_beams, max_new_tokens, na_prob_thresh,
+            n_best, length_penalty, span_boundaries.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        encoder: ConversationEncoder,
+        *,
+        prompt: str = "single_turn",
+        system_prompt: str = SYSTEM_PROMPT,
+        **options: Any,
+    ) -> None:
+        self._encoder = encoder
+        self._prompt, self._system_prompt = prompt, system_prompt
+        self._generator = Generator(model, encoder, **options)
+        self._max_new_tokens: int = self._generator.max_new_tokens
+        self._n_best: int = self._generator.n_best
+        self._turns = Generator(model, encoder, decoding="free", max_new_tokens=TURN_TOKENS)
+
+    @property
+    def batch_size(self) -> int:
+        """How many questions to answer at once, unless told."""
+        return self._generator.batch_size()
+
+    def answer(self, batch: Batch) -> list[Prediction]:
+        """Answer the records of several paragraphs at once, in order.
+
+        A context that is too long for the model is read in windows in span decoding; in free
+        decoding, or where the question itself is too long, the prediction is a failure.
+        """
+        failures: dict[int, str] = {}
+        parts: list[_Part] = []
+        first = 0
+        for group in batch:
+            parts += self._parts(group, first, failures)
+            first += len(group)
+        replies = self._reply(parts)
+        predictions = []
+        for index, record in enumerate(itertools.chain.from_iterable(batch)):
+            if index in failures:
+                failed = Prediction(record, "", Reply("", [], None), failures[index])
+                predictions.append(failed)
+                continue
+            found = replies[index]
+            merged = found[0][2]
+            if len(found) > 1:
+                merged = merge_windows([(at, reply) for at, _, reply in found], self._n_best)
+            prompts = [str(self._encoder.tokenizer.decode(ids)) for _, ids, _ in found]
+            predictions.append(Prediction(record, "\n\n".join(prompts), merged))
+        return predictions
+
+    def _reply(self, parts: Sequence["_Part"]) -> dict[int, list[tuple[int, list[int], Reply]]]:
+        """Answer parts of paragraphs: by place in the batch, each window's start, prompt, reply."""
+        found: dict[int, list[tuple[int, list[int], Reply]]] = defaultdict(list)
+        if not parts:
+            return found
+        batch = [part.records for part in parts]
+        conversations = [[self._messages(record) for record in group] for group in batch]
+        self._talk(batch, conversations)
+        prompts = [self._encoder.encode_prompts(group) for group in conversations]
+        replies = self._generator.reply(_paragraphs(batch, prompts))
+        for part, asked, answers in zip(parts, prompts, replies, strict=True):
+            for place, ids, reply in zip(part.places, asked, answers, strict=True):
+                found[place].append((part.start, ids, reply))
+        return found
+
+    def _parts(
+        self, group: Sequence[Record], first: int, failures: dict[int, str]
+    ) -> list["_Part"]:
+        """Part a paragraph into questions that its context fits with, and windows for the others.
+
+        ``first`` is the first record's place in the batch. Those that cannot be asked are added to
+        ``failures``.
+        """
+        places = list(range(first, first + len(group)))
+        room = self._generator.room(min(REPLY_ROOM, self._max_new_tokens))
+        lengths = self._prompt_lengths(group, room)
+        fit = [place for place in places if lengths[place - first] <= room]
+        parts = [_Part(fit, [group[place - first] for place in fit])] if fit else []
+        if len(fit) == len(places):
+            return parts
+        context = group[0]["context"]
+        tokenizer = self._encoder.tokenizer
+        size = len(tokenizer.backend_tokenizer.encode(context, add_special_tokens=False).ids)
+        rest = [place for place in places if place not in fit]
+        sizes = {place: room - lengths[place - first] + size for place in rest}
+        for place in rest:
+            if not self._generator.vocabulary or sizes[place] < LEAST_WINDOW:
+                failures[place] = (
+                    f"the prompt is {lengths[place - first]:,} tokens long, and with "
+                    f"{min(REPLY_ROOM, self._max_new_tokens)} for the reply the model reads "
+                    f"{self._generator.positions:,}"
+                )
+        asked = [place for place in rest if place not in failures]
+        return parts + (self._windows(group, asked, first, room, sizes) if asked else [])
+
+    def _windows(
+        self, group: Sequence[Record], places: Sequence[int], first: int, room: float,
+        sizes: Mapping[int, float],
+    ) -> list["_Part"]:  # fmt: skip
+        """Put questions to windows of their context: as large as fit with all of them."""
+        context = group[0]["context"]
+        size = int(min(sizes[place] for place in places))
+        while True:
+            windows = cut_windows(self._encoder.tokenizer, context, size, WINDOW_OVERLAP)
+            parts = [
+                _Part(
+                    list(places),
+                    [{**group[place - first], "context": context[start:end]} for place in places],
+                    start,
+                )
+                for start, end in windows
+            ]
+            longest = max(max(self._prompt_lengths(part.records, room)) for part in parts)
+            if longest <= room or size <= LEAST_WINDOW:
+                return parts
+            size = max(LEAST_WINDOW, size - int(longest - room))  # ends moved to whole words
+
+    def _prompt_lengths(self, group: Sequence[Record], room: float) -> list[int]:
+        """Return the tokens of each prompt, at most where several turns are still to be filled.
+
+        Where a prompt has fewer bytes than there is room for tokens, they stand for the tokens.
+        """
+        conversations = [self._messages(record) for record in group]
+        turns = TURN_TOKENS * sum(m["role"] == "assistant" for m in conversations[0])
+        sizes = [
+            turns + sum(len(m["content"].encode()) + TEMPLATE_TOKENS for m in messages)
+            for messages in conversations
+        ]
+        if max(sizes) <= room:
+            return sizes
+        return [turns + len(ids) for ids in self._encoder.encode_prompts(conversations)]
+
+    def _messages(self, record: Record) -> list[Message]:
+        return build_messages(record, self._prompt, self._system_prompt, answer=False)
+
+    def _talk(
+        self, batch: Sequence[Sequence[Record]], conversations: Sequence[Sequence[list[Message]]]
+    ) -> None:
+        """Fill in the model's replies before the last user turn, one turn after the other."""
+        roles = [message["role"] for message in conversations[0][0]]
+        for turn in [index for index, role in enumerate(roles) if role == "assistant"]:
+            prompts = [
+                self._encoder.encode_prompts([messages[:turn] for messages in group], final=False)
+                for group in conversations
+            ]
+            replies = self._turns.reply(_paragraphs(batch, prompts))
+            for group, answers in zip(conversations, replies, strict=True):
+                for messages, reply in zip(group, answers, strict=True):
+                    messages[turn]["content"] = reply.completion.strip()
+
+
+def _paragraphs(
+    batch: Sequence[Sequence[Record]], prompts: Sequence[Sequence[list[int]]]
+) -> list[Paragraph]:
+    return [Paragraph(group[0]["context"], ids) for group, ids in zip(batch, prompts, strict=True)]

@@ -1,0 +1,133 @@
+"""The no-answer threshold: tuned on the validation split, kept beside the adapter."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from llama_squad.arguments import ModelArguments, TestArguments
+from llama_squad.config import write_json
+from llama_squad.evaluation import (
+    Processes,
+    _resolved,
+    _validation_path,
+    choose_records,
+    evaluate,
+    settings_of,
+    weights_digest,
+)
+from llama_squad.metrics import Plateau, ScoreTable, choose_threshold, score_answer
+from llama_squad.modeling import whole_model
+from llama_squad.predictors.base import Predictor
+from llama_squad.result_reader import iter_results
+from llama_squad.results import differences, one_line_errors
+from llama_squad.rows import row_answer
+
+THRESHOLD_FILE = "na_prob_thresh.json"
+"""The threshold tuned on the validation split, beside the adapter."""
+
+DEFAULT_THRESHOLD = 0.5
+
+# What a tuned threshold is good for: these move na_prob, or which span it is compared with.
+_TUNED_FOR = ("decoding", "num_beams", "dtype", "quantize", "bnb_4bit_quant_type", "prompt",
+              "system_prompt", "reasoning_tokens", "chat_template", "span_boundaries")  # fmt: skip
+
+
+# The threshold -------------------------------------------------------------------------------
+
+
+def _tuning_settings(args: TestArguments, model_args: ModelArguments) -> dict[str, Any]:
+    """Return what a threshold depends on: how the model computes, is asked and searched."""
+    settings = _resolved(args, model_args)
+    return {
+        **{name: settings[name] for name in _TUNED_FOR},
+        "merged": whole_model(args.adapter_name) is not None,
+        "model_digest": weights_digest(model_args.model_name),
+        "adapter_digest": weights_digest(args.adapter_name),
+    }
+
+
+def load_threshold(args: TestArguments, model_args: ModelArguments) -> float:
+    """Return the threshold to abstain above: the flag's, else the adapter's tuned one, else 0.5.
+
+    A threshold that was tuned for other settings is not used; that is said.
+
+    Raises:
+        ValueError: the adapter's file is damaged.
+    """
+    if args.na_prob_thresh is not None:
+        return args.na_prob_thresh
+    path = Path(args.adapter_name or "", THRESHOLD_FILE)
+    if not args.adapter_name or not path.is_file() or args.decoding == "free":
+        return DEFAULT_THRESHOLD
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        threshold, tuned_for = float(saved["na_prob_thresh"]), saved.get("tuned_for")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, or tune again") from error
+    wanted = _tuning_settings(args, model_args)
+    if tuned_for == wanted:
+        return threshold
+    if Processes.join().rank == 0 and not args.tune_threshold:
+        what = "does not say what it was tuned for"
+        if isinstance(tuned_for, dict):
+            what = f"was tuned for other settings ({'; '.join(differences(tuned_for, wanted))})"
+        print(
+            f"{path} {what}: {DEFAULT_THRESHOLD} is used. --tune_threshold tunes for these "
+            "settings, and --na_prob_thresh sets it by hand.",
+            file=sys.stderr,
+        )
+    return DEFAULT_THRESHOLD
+
+
+def tune_threshold(
+    model: Predictor, split: Any, args: TestArguments, model_args: ModelArguments
+) -> float:
+    """Choose the threshold with the best score on the validation split, and keep it.
+
+    The score is exact match or F1 (``args.tune_for``), the questions are chosen as those of the
+    test are. ``model`` must not abstain (a threshold of 1): what it would have said is needed. The
+    answers are kept in a result file of their own, so that an interrupted tuning is resumed.
+
+    Raises:
+        ValueError: see ``evaluate``.
+    """
+    present = load_threshold(args, model_args)
+    records = choose_records(split, args)
+    assert args.batch_size is not None
+    output = _validation_path(Path(args.output))
+    settings = settings_of(args, model_args, 1.0, records) | {"split": "val", "n_best": 0}
+    evaluate(model, records, output, settings, batch_size=args.batch_size, overwrite=args.overwrite)
+    processes = Processes.join()
+    threshold = present
+    if processes.rank == 0:
+        table = ScoreTable()
+        for row in iter_results(output):
+            text, golds = row_answer(row).official, row["answers"]
+            table.add(bool(golds), text, score_answer(text, golds), row["na_prob"] or 0.0)
+        chosen = choose_threshold(table.curve(("exact", "f1").index(args.tune_for)), present)
+        threshold = chosen.threshold
+        path = Path(args.adapter_name or "", THRESHOLD_FILE)
+        tuned_for = _tuning_settings(args, model_args)
+        with one_line_errors(path):
+            content = {
+                "na_prob_thresh": threshold,
+                "tune_for": args.tune_for,
+                args.tune_for: chosen.score,
+                "plateau": [chosen.low, chosen.high],
+                "questions": len(table),
+                "tuned_for": tuned_for,
+                "settings": settings,
+            }
+            write_json(path, content)
+        print(_describe(chosen, args.tune_for, len(table), present, path))
+    return processes.share(threshold)
+
+
+def _describe(chosen: Plateau, score: str, questions: int, present: float, path: Path) -> str:
+    kept = " (kept: none is better)" if chosen.threshold == present else ""
+    return (
+        f"Threshold {chosen.threshold:.4f}{kept}: {chosen.score:.2f} % {score} on {questions:,} "
+        f"validation questions, as with any from {chosen.low:.4f} to {chosen.high:.4f}. "
+        f"Saved in {path}"
+    )

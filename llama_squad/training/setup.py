@@ -1,0 +1,215 @@
+"""What a run is made of: the model with its adapter, the rows, the validation."""
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from llama_squad import modeling
+from llama_squad.answers import extract_answer
+from llama_squad.arguments import ModelArguments, TrainArguments
+from llama_squad.collator import SquadDataCollator
+from llama_squad.config import load_run_config
+from llama_squad.decoding.cache import check_tree
+from llama_squad.encoding import ConversationEncoder
+from llama_squad.metrics import is_exact_match
+from llama_squad.predictors.base import Prediction, batch_paragraphs
+from llama_squad.predictors.local import LocalModel
+from llama_squad.prompts import build_messages
+from llama_squad.training.checkpoints import digest
+from llama_squad.training.packing import plan_rows, row_dataset
+from llama_squad.tree import attention_windows, longest_shared
+from llama_squad.tree_check import RowProbe, why_not_shared
+
+# The model ------------------------------------------------------------------------------------
+
+
+def add_lora(model: Any, args: TrainArguments, reasoning_token: int | None = None) -> Any:
+    """Put a LoRA adapter on the model; with a reasoning token its embedding is trained too."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    modules: str | list[str] = args.lora_target_modules
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=modules[0] if modules == ["all-linear"] else modules,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        trainable_token_indices=[reasoning_token] if reasoning_token is not None else None,
+    )
+    return get_peft_model(model, config)
+
+
+def check_shared_contexts(
+    model: PreTrainedModel, collator: SquadDataCollator, row: Mapping[str, Any]
+) -> str:
+    """Return why contexts cannot be shared, as found on a row of the run; else "", and say so."""
+    probe = RowProbe(model, collator, row["paragraphs"])
+    why = why_not_shared(model, probe)
+    if not why and os.environ.get("RANK", "0") == "0":
+        print(
+            f"Shared contexts checked on {len(probe.examples)} questions: none sees another, and "
+            "all give the logits that they give alone."
+        )
+    return why
+
+
+# Putting a run together ------------------------------------------------------------------------
+
+
+def prepare_model(
+    args: TrainArguments, model_args: ModelArguments, encoder: ConversationEncoder
+) -> Any:
+    """Load the base model and make it trainable in the way that the arguments ask for."""
+    if args.full_parameters:
+        if model_args.dtype == "auto":  # bfloat16 weights would swallow small updates
+            model_args = dataclasses.replace(model_args, dtype="float32")
+        return modeling.load_model(model_args)
+    model = modeling.load_model(model_args, quantize=args.quantize)
+    model = add_lora(model, args, encoder.pause[0] if encoder.pause else None)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = "4 bits" if args.quantize else str(model.dtype)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"LoRA: {trained:,} trainable parameters on a base in {base}.")
+    return model
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The datasets to train and evaluate on, and what they ask of the trainer."""
+
+    features: dict[str, Any]  # by split: rows that share contexts, or plain examples
+    settings: dict[str, Any]  # of the trainer, for these; see ``SquadSFTConfig.replace``
+    rows: str  # tells the layout of the training split from others
+
+
+def lay_out(
+    args: TrainArguments,
+    sft_args: Any,
+    encoded: dict[str, Any],
+    model: Any,
+    collator: SquadDataCollator,
+) -> Layout:
+    """Lay the examples out in rows that share contexts, or plainly where that cannot be.
+
+    With rows, ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` of the returned
+    settings mean rows, so that a step holds about as many questions as ``sft_args`` asks for.
+    """
+    questions = (
+        sft_args.per_device_train_batch_size
+        * sft_args.gradient_accumulation_steps
+        * sft_args.world_size
+    )
+    settings: dict[str, Any] = {} if "val" in encoded else {"eval_strategy": "no"}
+    why = "as asked"
+    if args.share_context:
+        limit = longest_shared(model)
+        planned = {
+            name: plan_rows(
+                split,
+                questions_per_step=questions,
+                # an evaluation's last batch may hold a row twice, and counts it once
+                processes=sft_args.world_size if name == "train" else 1,
+                row_tokens=args.row_tokens,
+                max_length=sft_args.max_length,
+                seed=sft_args.seed,
+                longest_shared=limit,
+            )
+            for name, split in encoded.items()
+        }
+        features = {name: row_dataset(encoded[name], plan.rows) for name, plan in planned.items()}
+        windows = attention_windows(model.config)
+        tried = planned["train"].row_to_try(encoded["train"]["length"], windows.values())
+        why = f"every paragraph holds an example of more than {limit} tokens"
+        if tried is not None:
+            why = check_shared_contexts(model, collator, features["train"][tried])
+        if not why:
+            if sft_args.process_index == 0:
+                print(planned["train"].describe())
+            settings |= {
+                "per_device_train_batch_size": 1,
+                "per_device_eval_batch_size": 1,
+                "gradient_accumulation_steps": planned["train"].rows_per_step,
+                "train_sampling_strategy": "random",  # the rows are balanced already
+            }
+            return Layout(features, settings, f"shared contexts {digest(planned['train'].rows)}")
+    if sft_args.process_index == 0:
+        step = _plain_step(questions, encoded["train"])
+        print(f"Plain batches, contexts not shared: {why}. {step}")
+    features = {name: split.remove_columns("paragraph") for name, split in encoded.items()}
+    return Layout(features, settings, "plain batches")
+
+
+def _plain_step(questions: int, train: Any) -> str:
+    if questions >= len(train):
+        return f"A step holds {len(train)} questions: all that there are."
+    rest = "; the last of an epoch what is left" if len(train) % questions else ""
+    return f"A step holds {questions} questions{rest}."
+
+
+def make_validation(
+    sft_args: Any, dataset: Any, dataset_name: str, encoder: ConversationEncoder
+) -> Callable[[Any], dict[str, float]] | None:
+    """Return what answers the validation questions by real generation at each evaluation.
+
+    Replies are free and greedy, so that the figures show how far the format is learned too.
+    Processes take the paragraphs in turns and add up what they count. None where there is nothing
+    to validate on.
+    """
+    if "val" not in dataset or sft_args.eval_strategy == "no":
+        return None
+    created = load_run_config(dataset_name).get("create", {})
+    prompts = {key: created[key] for key in ("prompt", "system_prompt") if key in created}
+    batches = list(batch_paragraphs(dataset["val"].to_list(), sft_args.per_device_eval_batch_size))[
+        sft_args.process_index :: sft_args.world_size
+    ]
+
+    first = build_messages(dataset["val"][0], answer=False, **prompts)
+
+    def validate(model: Any) -> dict[str, float]:
+        try:  # on all processes alike, whatever their share of the questions
+            check_tree(model, encoder.encode_prompts([first])[0])
+        except ValueError as error:
+            print(f"No answers to the validation questions, only their loss: {error}.")
+            return {}
+        local = LocalModel(model, encoder, decoding="free", max_new_tokens=128, **prompts)
+        counts = Counter[str]()
+        for batch in tqdm(batches, desc="Validating", leave=False, unit=" batches"):
+            counts.update(key for prediction in local.answer(batch) for key in _verdict(prediction))
+        keys = ("questions", "valid", "right", "answerable", "found", "abstained")
+        total = torch.tensor([counts[key] for key in keys], device=model.device)
+        if sft_args.world_size > 1:
+            torch.distributed.all_reduce(total)
+        n = dict(zip(keys, total.tolist(), strict=True))
+        return {
+            "exact_match": n["right"] / max(n["questions"], 1),
+            "valid_json": n["valid"] / max(n["questions"], 1),
+            "correct_has_answer": n["found"] / max(n["answerable"], 1),
+            "correct_no_answer": n["abstained"] / max(n["questions"] - n["answerable"], 1),
+        }
+
+    return validate
+
+
+def _verdict(prediction: Prediction) -> Iterator[str]:
+    """Yield the counters that one prediction adds to."""
+    answer = extract_answer(prediction.reply.completion)
+    golds = prediction.record["answers"]["text"]
+    yield "questions"
+    if golds:
+        yield "answerable"
+    if answer.state != "malformed":
+        yield "valid"
+    if is_exact_match(answer, golds):
+        yield "right"
+        yield "found" if golds else "abstained"

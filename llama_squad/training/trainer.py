@@ -1,0 +1,202 @@
+"""Supervised fine-tuning: TRL's trainer with our loss, log and validation by real generation."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import ProgressCallback
+from trl import SFTTrainer
+
+from llama_squad.config import save_run_config
+from llama_squad.training.packing import count_questions
+from llama_squad.tree import answer_logits
+
+
+def answer_loss(
+    model: Any, inputs: Mapping[str, torch.Tensor], label_smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum the cross entropy over the supervised tokens, with logits for no others.
+
+    ``label_smoothing`` is the share of a token's probability that all tokens have in common.
+    Returns the summed loss, how many tokens the model gets right, and how many there are.
+    """
+    logits, wanted = answer_logits(model, inputs)
+    loss = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=label_smoothing)
+    right = (logits.detach().argmax(-1) == wanted).sum()
+    return loss, right, torch.tensor(len(wanted), device=loss.device)
+
+
+def count_batch(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Count a batch of ``SquadDataCollator``: questions, tokens, tokens if nothing was shared."""
+    mask = inputs["attention_mask"]
+    if mask.dim() == 2:
+        tokens = mask.sum()
+        return torch.stack([torch.tensor(len(mask), device=mask.device), tokens, tokens])
+    # A pad sees itself alone, and so does each row's first token. Positions go on by one within
+    # a prefix and its first branch, and jump where a branch ends.
+    # So does a later paragraph's first where nothing is shared: but padding comes last.
+    real = (mask[:, 0].sum(-1) > 1).flip(-1).cummax(-1).values.flip(-1)
+    position = inputs["position_ids"]
+    following = F.pad(position, (0, 1), value=-1)[:, 1:]
+    leaf = real & ((following != position + 1) | ~F.pad(real, (0, 1))[:, 1:])
+    return torch.stack([leaf.sum(), real.sum(), (position + 1)[leaf].sum()])
+
+
+class SquadTrainer(SFTTrainer):
+    """TRL's trainer, with the loss on the answers only and a true log.
+
+    Args:
+        validate: called with the model at each evaluation; returns figures such as exact match,
+            which join the evaluation's (``eval_exact_match``).
+        settings: what is saved beside each checkpoint, by which it is evaluated.
+        kwargs: what ``SFTTrainer`` takes.
+    """
+
+    model: Any
+    args: Any
+
+    def __init__(
+        self,
+        *,
+        validate: Callable[[Any], dict[str, float]] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self._validate = validate
+        self._settings = settings
+        # since the last log: questions, tokens, tokens if nothing was shared; supervised tokens,
+        # and how many of them were predicted
+        self._counts = torch.zeros(5, dtype=torch.long)
+        self._questions = 0  # of all processes in this training, up to the last log
+        self._since = self._started = time.perf_counter()  # put off by what evaluations take
+        # TRL casts the adapters of a 4-bit model to bfloat16, whose steps near 0.01 are 6e-5: at a
+        # learning rate of 2e-7 the updates would be rounded away.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LossBar)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of the supervised tokens over their number in the whole step."""
+        if return_outputs:  # for ``compute_metrics``, which wants the logits too
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, right, supervised = answer_loss(model, inputs, self.args.label_smoothing_factor)
+        if num_items_in_batch is None:
+            return loss / supervised.clamp(min=1)
+        counts = torch.cat([count_batch(inputs), torch.stack([supervised, right])])
+        self._counts = self._counts.to(counts.device) + counts
+        loss = loss / num_items_in_batch
+        # `num_items_in_batch` counts the tokens of all processes, and DDP averages gradients
+        return (
+            loss * self.accelerator.num_processes
+            if self.args.average_tokens_across_devices
+            else loss
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the true accuracy and throughput, over all processes.
+
+        What the library calls samples are rows; here they are questions, and ``train_runtime`` is
+        without evaluations, so that all figures of the throughput agree.
+        """
+        if "loss" in logs:
+            logs |= self._since_last_log()
+        if "train_runtime" in logs:
+            self._since_last_log()  # the steps after the last log
+            seconds = time.perf_counter() - self._started
+            steps = self.state.global_step - self._initial_global_step
+            logs["train_runtime"] = round(seconds, 4)
+            logs["train_samples_per_second"] = round(self._questions / seconds, 3)
+            logs["train_steps_per_second"] = round(steps / seconds, 3)
+        if "eval_samples_per_second" in logs:
+            questions = count_questions(self.eval_dataset)
+            logs["eval_samples_per_second"] = round(questions / logs["eval_runtime"], 3)
+        super().log(logs, start_time)
+
+    def _since_last_log(self) -> dict[str, float]:
+        """Return the figures since the last call, over all processes, and start counting anew."""
+        now = time.perf_counter()
+        total = self.accelerator.reduce(self._counts.to(self.accelerator.device)).tolist()
+        questions, tokens, plain, supervised, right = total
+        self._questions += questions
+        # from the log itself, which a checkpoint brings back
+        earlier = (e["num_tokens"] for e in self.state.log_history[::-1] if "num_tokens" in e)
+        self._total_train_tokens = next(earlier, 0) + tokens
+        seconds = now - self._since
+        self._counts.zero_()
+        self._since = now
+        return {
+            "mean_token_accuracy": right / max(supervised, 1),
+            "num_tokens": self._total_train_tokens,
+            "questions_per_second": round(questions / seconds, 2),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "tokens_saved": round(1 - tokens / max(plain, 1), 4),
+        }
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save the run's settings first: the trainer's state comes last, and marks it complete."""
+        if self._settings is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            save_run_config(folder, "train", **self._settings)
+        super()._save_checkpoint(model, trial)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, the clock of the throughput starting now."""
+        self._since = self._started = time.perf_counter()
+        self._questions = 0
+        return super().train(*args, **kwargs)
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        """Load a checkpoint's weights. Raises ValueError where they are of other shapes."""
+        try:
+            super()._load_from_checkpoint(checkpoint, model)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise ValueError(
+                f"the weights in {checkpoint} do not fit this model: they were trained with "
+                "another --model_name, --lora_r or --lora_target_modules"
+            ) from error
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate the loss, and answer validation questions by real generation."""
+        start = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        if self._validate is not None:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            training = self.model.training
+            self.model.eval()
+            figures = self._validate(self.accelerator.unwrap_model(self.model))
+            self.model.train(training)
+            figures = {f"{prefix}_{name}": value for name, value in figures.items()}
+            metrics |= figures
+            self.log(figures)
+        seconds = time.perf_counter() - start
+        self._since += seconds
+        self._started += seconds
+        return metrics
+
+
+class LossBar(ProgressCallback):
+    """The progress bar, with the loss and the throughput of the last log behind it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the figures."""
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+            shown = {"loss": f"{float(logs['loss']):.4f}"}
+            if "tokens_per_second" in logs:
+                shown["tokens/s"] = f"{logs['tokens_per_second']:,.0f}"
+                shown["questions/s"] = f"{logs['questions_per_second']:,.1f}"
+            self.training_bar.set_postfix(shown)
