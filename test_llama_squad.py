@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from llama_squad.arguments import ModelArguments, TestArguments, resolve_beams
+from llama_squad.arguments import EvalArguments, ModelArguments, resolve_beams
 from llama_squad.audit import AUDIT_BEAMS, audit
 from llama_squad.config import parse_stage
 from llama_squad.evaluation import Processes, check_outputs, choose_records, evaluate, settings_of
@@ -38,7 +38,7 @@ SERVER_FLAGS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
-    types = (TestArguments, ModelArguments)
+    types = (EvalArguments, ModelArguments)
     check = partial(check_all, argv)
     try:
         args, model_args = parse_stage(
@@ -85,7 +85,7 @@ def adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
     return saved_settings(parsed[0].adapter_name, parsed[1].model_name)
 
 
-def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
+def check_flags(args: EvalArguments, model_args: ModelArguments) -> None:
     """Refuse flags that mean nothing together. Raises ValueError."""
     needs_local = {
         "--adapter_name": args.adapter_name,
@@ -140,7 +140,7 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
         )
 
 
-def check_threshold_flags(args: TestArguments) -> None:
+def check_threshold_flags(args: EvalArguments) -> None:
     """Refuse thresholds that are none, or that clash. Raises ValueError."""
     if args.na_prob_thresh is not None and not 0 <= args.na_prob_thresh <= 1:
         raise ValueError(f"--na_prob_thresh is a probability, not {args.na_prob_thresh}")
@@ -155,9 +155,9 @@ def check_threshold_flags(args: TestArguments) -> None:
         )
 
 
-def check_server_flags(args: TestArguments) -> None:
+def check_server_flags(args: EvalArguments) -> None:
     """Refuse a server's flags without one, and values that no server takes. Raises ValueError."""
-    defaults = TestArguments()
+    defaults = EvalArguments()
     for name in SERVER_FLAGS:
         if args.predictor != "server" and getattr(args, name) != getattr(defaults, name):
             raise ValueError(f"--{name} needs --predictor server: no other is asked over a network")
@@ -169,7 +169,7 @@ def check_server_flags(args: TestArguments) -> None:
         check_url(args)
 
 
-def check_url(args: TestArguments) -> None:
+def check_url(args: EvalArguments) -> None:
     """Refuse what is no address of a server, or holds a secret. Raises ValueError."""
     if any(mark in str(args.base_url) for mark in "@?#"):
         raise ValueError(
@@ -185,7 +185,7 @@ def check_url(args: TestArguments) -> None:
         raise ValueError(f"--base_url is such as http://localhost:8000/v1, not {args.base_url!r}")
 
 
-def run(args: TestArguments, model_args: ModelArguments) -> None:
+def run(args: EvalArguments, model_args: ModelArguments) -> None:
     """Answer, score and print."""
     from llama_squad.data import load_squad
 
@@ -217,7 +217,7 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
         print(audit(model(na_prob_thresh=1.0), exhaustive, records, args))
 
 
-def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable[..., Predictor]":
+def load_predictor(args: EvalArguments, model_args: ModelArguments) -> "Callable[..., Predictor]":
     """Load who answers; return what makes it for some options of ``Generator``.
 
     Raises:
@@ -253,7 +253,7 @@ def load_predictor(args: TestArguments, model_args: ModelArguments) -> "Callable
     )  # fmt: skip
 
 
-def report(args: TestArguments) -> None:
+def report(args: EvalArguments) -> None:
     """Print the row of the table; write the official files if asked."""
     from llama_squad.report import render_summaries
     from llama_squad.result_reader import iter_results

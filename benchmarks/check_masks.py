@@ -94,12 +94,12 @@ def normal(text: str) -> str:
 def check(job: tuple[str, str, str, str, int | None]) -> tuple[str, int, list[str], float]:
     """Check one tokenizer with one template and one prompt style."""
     from llama_squad.data import read_files
-    from llama_squad.encoding import ConversationEncoder
+    from llama_squad.encoding import ChatEncoder
 
     name, template, end, prompt, limit = job
     started = time.perf_counter()
     records = read_files([str(SHARED / "squad_v2" / "train-*.json")])[:limit]
-    encoder = ConversationEncoder(load_tokenizer(name, template))
+    encoder = ChatEncoder(load_tokenizer(name, template))
     found = [fault for batch in batches(records) for fault in faults(encoder, batch, prompt, end)]
     label = f"{name} + {template}, {prompt}"
     return label, len(records), found, time.perf_counter() - started

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from llama_squad.answers import escape_answer, format_answer
 from llama_squad.data import read_files
 from llama_squad.decoding.spans import SpanGrammar, SpanVocabulary, span_vocabulary
-from llama_squad.encoding import IGNORE, ConversationEncoder
+from llama_squad.encoding import IGNORE, ChatEncoder
 from llama_squad.predictors.base import Record, batch_paragraphs, group_paragraphs
 from llama_squad.predictors.local import LocalModel
 
@@ -44,7 +44,7 @@ def golds_by_context(records: Sequence[Record]) -> Iterator[tuple[str, dict[str,
         yield group[0]["context"], golds
 
 
-def encode_replies(encoder: ConversationEncoder, texts: Sequence[str]) -> dict[str, list[int]]:
+def encode_replies(encoder: ChatEncoder, texts: Sequence[str]) -> dict[str, list[int]]:
     """Return the supervised tokens of a reply that answers each text."""
     ids: dict[str, list[int]] = {}
     for start in range(0, len(texts), BATCH):
@@ -65,8 +65,8 @@ def can_spell(grammar: SpanGrammar, vocabulary: SpanVocabulary, text: str) -> bo
     while pile:
         state, spelled = pile.pop()
         found = grammar.successors(state)
-        for token_id, target in zip(found.ids, found.targets, strict=True):
-            longer = spelled + vocabulary.spell([token_id])
+        for token_id, target in zip(found.ids or [], found.targets, strict=True):
+            longer = spelled + vocabulary.to_bytes([token_id])
             if isinstance(target, int):
                 if longer[: len(longer) - target] == whole:
                     return True
@@ -75,7 +75,7 @@ def can_spell(grammar: SpanGrammar, vocabulary: SpanVocabulary, text: str) -> bo
     return False
 
 
-def check_golds(encoder: ConversationEncoder, records: Sequence[Record]) -> tuple[str, int]:
+def check_golds(encoder: ChatEncoder, records: Sequence[Record]) -> tuple[str, int]:
     """Return what was found, and the number of questions with a gold answer out of reach."""
     vocabulary = span_vocabulary(encoder)
     size = len(vocabulary.header)
@@ -101,7 +101,7 @@ def check_golds(encoder: ConversationEncoder, records: Sequence[Record]) -> tupl
     return said, len(unreachable)
 
 
-def random_llama(encoder: ConversationEncoder) -> Any:
+def random_llama(encoder: ChatEncoder) -> Any:
     """Return a tiny Llama with random weights."""
     torch.manual_seed(0)
     tokenizer = encoder.tokenizer
@@ -121,7 +121,7 @@ def random_llama(encoder: ConversationEncoder) -> Any:
 
 
 def check_replies(
-    encoder: ConversationEncoder, records: Sequence[Record], args: argparse.Namespace
+    encoder: ChatEncoder, records: Sequence[Record], args: argparse.Namespace
 ) -> tuple[str, int]:
     """Answer every question with random weights; return what was found, and the bad replies."""
     model = LocalModel(random_llama(encoder), encoder, decoding="span", num_beams=args.num_beams)
@@ -160,7 +160,7 @@ def main() -> None:
     records: list[Any] = read_files([str(SHARED / "squad_v2" / "dev.json")])[: args.limit]
     bad = 0
     for name, template in CASES:
-        encoder = ConversationEncoder(load_tokenizer(name, template))
+        encoder = ChatEncoder(load_tokenizer(name, template))
         for check in (check_golds, functools.partial(check_replies, args=args)):
             started = time.perf_counter()
             said, found = check(encoder, records)

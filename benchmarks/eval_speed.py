@@ -35,7 +35,7 @@ from llama_squad.data import read_files
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph
 from llama_squad.decoding.search import SPECULATION
-from llama_squad.encoding import IGNORE, ConversationEncoder
+from llama_squad.encoding import IGNORE, ChatEncoder
 from llama_squad.predictors.base import Record, group_paragraphs
 from llama_squad.prompts import build_messages, gold_answer
 
@@ -74,9 +74,7 @@ def read_questions(args: argparse.Namespace) -> list[list[Record]]:
     return [group[: args.questions] for group in groups[::step][: args.paragraphs]]
 
 
-def load_model(
-    args: argparse.Namespace, encoder: ConversationEncoder, groups: list[list[Record]]
-) -> Any:
+def load_model(args: argparse.Namespace, encoder: ChatEncoder, groups: list[list[Record]]) -> Any:
     """Return the model: trained before, or trained now, or with random weights."""
     key = [args.tokenizer, args.layers, args.hidden, args.intermediate, args.heads, args.kv_heads,
            [record["id"] for group in groups for record in group], args.train_steps]  # fmt: skip
@@ -102,9 +100,7 @@ def load_model(
     return model.eval()
 
 
-def overfit(
-    model: Any, encoder: ConversationEncoder, groups: list[list[Record]], steps: int
-) -> None:
+def overfit(model: Any, encoder: ChatEncoder, groups: list[list[Record]], steps: int) -> None:
     """Train on the questions themselves until the loss is next to nothing.
 
     The embeddings, which are the head's too, stay random, and the softmax is over the tokens that
@@ -141,7 +137,7 @@ def overfit(
 
 
 def ours(
-    model: Any, encoder: ConversationEncoder, groups: list[list[Record]], together: bool,
+    model: Any, encoder: ChatEncoder, groups: list[list[Record]], together: bool,
     **options: Any
 ) -> Run:  # fmt: skip
     """Answer by paragraph, or all paragraphs together."""
@@ -159,7 +155,7 @@ def ours(
 
 
 def plain(
-    model: Any, encoder: ConversationEncoder, groups: list[list[Record]], args: argparse.Namespace,
+    model: Any, encoder: ChatEncoder, groups: list[list[Record]], args: argparse.Namespace,
     *, num_beams: int, batch_size: int,
 ) -> Run:  # fmt: skip
     """Answer with ``generate``, ``batch_size`` prompts at a time, padded on the left."""
@@ -186,7 +182,7 @@ def plain(
     return run
 
 
-def encode(encoder: ConversationEncoder, group: list[Record]) -> list[list[int]]:
+def encode(encoder: ChatEncoder, group: list[Record]) -> list[list[int]]:
     """Return the prompts of a paragraph's questions."""
     return encoder.encode_prompts([build_messages(record, answer=False) for record in group])
 
@@ -203,7 +199,7 @@ def timed(run: Run) -> tuple[float, float, list[str]]:
 
 
 def methods(
-    args: argparse.Namespace, model: Any, encoder: ConversationEncoder, groups: list[list[Record]]
+    args: argparse.Namespace, model: Any, encoder: ChatEncoder, groups: list[list[Record]]
 ) -> dict[str, Run]:
     """Return what is compared, by name."""
     found: dict[str, Run] = {}
@@ -249,7 +245,7 @@ def main() -> None:
     if args.chat_template or not tokenizer.chat_template:
         trls = Path(str(find_spec("trl").origin)).parent / "chat_templates" / "llama3.jinja"  # type: ignore[union-attr]
         tokenizer.chat_template = Path(args.chat_template or trls).read_text(encoding="utf-8")
-    encoder = ConversationEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer)
     groups = read_questions(args)
     golds = [gold_answer(record) for group in groups for record in group]
     prompts = [ids for group in groups for ids in encode(encoder, group)]

@@ -94,7 +94,7 @@ def encode_sample(args: argparse.Namespace) -> tuple[Any, Any, float]:
     from transformers import AutoTokenizer
 
     from llama_squad.data import read_files
-    from llama_squad.encoding import ConversationEncoder
+    from llama_squad.encoding import ChatEncoder
     from llama_squad.prompts import build_messages
     from llama_squad.training.packing import encode_split
 
@@ -107,7 +107,7 @@ def encode_sample(args: argparse.Namespace) -> tuple[Any, Any, float]:
     template = args.chat_template or Path(trl.__file__).parent / "chat_templates" / "llama3.jinja"
     tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     tokenizer.pad_token = tokenizer.eos_token
-    encoder = ConversationEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer)
     examples = [
         {**record, "messages": build_messages(record, args.prompt)}
         for paragraph in chosen

@@ -186,7 +186,7 @@ class TrainerArguments:
 
 
 @dataclasses.dataclass(frozen=True)
-class TestArguments:
+class EvalArguments:
     """What ``test_llama_squad.py`` takes beside ``ModelArguments``."""
 
     adapter_name: str | None = _option(None, "Adapter: a folder, or a name on the Hub.")
@@ -267,7 +267,7 @@ class TestArguments:
     overwrite: bool = _option(False, "Start the result file anew.")
 
 
-def resolve_beams(args: TestArguments) -> TestArguments:
+def resolve_beams(args: EvalArguments) -> EvalArguments:
     """Return the arguments with the number of beams that they mean."""
     if args.num_beams is not None:
         return args

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from llama_squad.arguments import TestArguments
+from llama_squad.arguments import EvalArguments
 from llama_squad.decoding.replies import Reply
 from llama_squad.predictors.base import Predictor, Record, batch_paragraphs
 
@@ -52,7 +52,7 @@ LEAST_NOISE = 1e-4
 
 
 def audit(
-    model: Predictor, exhaustive: Predictor, records: Sequence[Record], args: TestArguments
+    model: Predictor, exhaustive: Predictor, records: Sequence[Record], args: EvalArguments
 ) -> Audit:
     """Compare a model's best spans with the best of all spans, for a sample of the questions.
 
@@ -78,7 +78,7 @@ def audit(
         ours, theirs = found.best, true.best
         if ours is None or theirs is None:
             best += ours is theirs
-        elif not true.certain:
+        elif not true.proven_best:
             unproven += 1
         else:
             best += ours.text == theirs.text or theirs.log_prob - ours.log_prob <= noise

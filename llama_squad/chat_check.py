@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_squad.answers import extract_answer
-from llama_squad.encoding import ConversationEncoder
+from llama_squad.encoding import ChatEncoder
 from llama_squad.metrics import wilson_interval
 
 CHAT_PROMPTS = Path(__file__).with_name("chat_prompts.txt")
@@ -88,7 +88,7 @@ def _repetition(words: Sequence[str]) -> float:
 
 def chat(
     model: Any,
-    encoder: ConversationEncoder,
+    encoder: ChatEncoder,
     prompts: Sequence[str],
     *,
     base: Any = None,
@@ -119,7 +119,7 @@ def chat(
 
 def speak(
     model: Any,
-    encoder: ConversationEncoder,
+    encoder: ChatEncoder,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 128,
@@ -141,7 +141,7 @@ def speak(
 
 def judge(
     base: Any,
-    encoder: ConversationEncoder,
+    encoder: ChatEncoder,
     prompts: Sequence[str],
     spoken: Sequence[Sequence[int]],
 ) -> list[ChatReply]:
@@ -160,7 +160,7 @@ def adapter_off(model: Any) -> AbstractContextManager[None]:
     return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
-def _encode(encoder: ConversationEncoder, prompts: Sequence[str]) -> list[list[int]]:
+def _encode(encoder: ChatEncoder, prompts: Sequence[str]) -> list[list[int]]:
     return encoder.encode_prompts(
         [[{"role": "user", "content": prompt}] for prompt in prompts], final=False
     )
@@ -168,7 +168,7 @@ def _encode(encoder: ConversationEncoder, prompts: Sequence[str]) -> list[list[i
 
 @torch.inference_mode()
 def _generate(
-    model: Any, encoder: ConversationEncoder, prompts: Sequence[list[int]], max_new_tokens: int
+    model: Any, encoder: ChatEncoder, prompts: Sequence[list[int]], max_new_tokens: int
 ) -> Iterator[list[int]]:
     """Yield each prompt's greedy reply, without the padding and the token that ends the turn."""
     # imported here: the module loads without the search and its grammar

@@ -1,6 +1,6 @@
 """Chat messages → token ids and labels → batches in which only the answer is trained.
 
-``ConversationEncoder`` finds the supervised tokens by the character offsets of the rendered
+``ChatEncoder`` finds the supervised tokens by the character offsets of the rendered
 conversation. ``SquadDataCollator`` pads batches, and builds rows in which the questions of a
 paragraph share its context: ``[prefix][branch 1]...[branch k]``, each branch seeing the prefix and
 itself. Loss and gradients are those of the separate examples; see README.md, "How it works".
@@ -15,11 +15,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from llama_squad.encoding import IGNORE, ConversationEncoder, Encoded
+from llama_squad.encoding import IGNORE, ChatEncoder, Encoded
 from llama_squad.prompts import Message
 from llama_squad.tree import Tree, batch_rows
 
-_ENCODERS: weakref.WeakKeyDictionary[Any, tuple[str, ConversationEncoder]]
+_ENCODERS: weakref.WeakKeyDictionary[Any, tuple[str, ChatEncoder]]
 _ENCODERS = weakref.WeakKeyDictionary()
 
 
@@ -37,7 +37,7 @@ def encode_messages(
     """
     cached = _ENCODERS.get(tokenizer)
     if cached is None or cached[0] != tokenizer.chat_template:
-        cached = (tokenizer.chat_template, ConversationEncoder(tokenizer))
+        cached = (tokenizer.chat_template, ChatEncoder(tokenizer))
         _ENCODERS[tokenizer] = cached
     encoded = cached[1].encode([messages])[0]
     fits = max_length is None or len(encoded["input_ids"]) <= max_length

@@ -24,8 +24,8 @@ import yaml
 from llama_squad.arguments import (
     AppArguments,
     CreateArguments,
+    EvalArguments,
     ModelArguments,
-    TestArguments,
     TrainArguments,
 )
 
@@ -87,7 +87,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _shared_keys() -> set[str]:
     """Keys that may stand at the top of the file: those of more than one stage."""
-    own = (CreateArguments, TrainArguments, TestArguments, AppArguments)
+    own = (CreateArguments, TrainArguments, EvalArguments, AppArguments)
     names = [{f.name for f in dataclasses.fields(cls)} for cls in own]
     several = {name for fields in names for name in fields if sum(name in n for n in names) > 1}
     return several | {f.name for f in dataclasses.fields(ModelArguments)}

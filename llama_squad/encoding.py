@@ -59,7 +59,7 @@ class _Rendered:
     spans: tuple[tuple[int, int], ...]  # each message's content, in characters
 
 
-class ConversationEncoder:
+class ChatEncoder:
     """Encode conversations with a tokenizer's own chat template.
 
     Contents are data: text in them that spells a control token is encoded as plain text. The

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from llama_squad.arguments import ModelArguments, TestArguments
+from llama_squad.arguments import EvalArguments, ModelArguments
 from llama_squad.config import provenance
 from llama_squad.modeling import resolve_dtype
 from llama_squad.predictors.base import (
@@ -34,10 +34,12 @@ from llama_squad.predictors.base import (
     batch_paragraphs,
 )
 from llama_squad.results import ResultsFile, check_writable, config_path
-from llama_squad.thresholds import THRESHOLD_FILE
 from llama_squad.training.packing import sample_paragraphs
 
 # What may change between two runs of one result file.
+THRESHOLD_FILE = "na_prob_thresh.json"
+"""The threshold tuned on the validation split, beside the adapter."""
+
 _VOLATILE = ("output", "overwrite", "batch_size", "predictions_dir", "audit", "tune_threshold",
              "tune_for", "concurrency", "timeout", "max_tokens_name", "versions",
              "commit")  # fmt: skip
@@ -70,7 +72,7 @@ class Processes:
         return box[0]
 
 
-def choose_records(split: Any, args: TestArguments) -> list[Record]:
+def choose_records(split: Any, args: EvalArguments) -> list[Record]:
     """Return the questions to answer, as the flags choose them."""
     columns = [name for name in split.column_names if name != "messages"]
     if args.sample == "paragraphs":
@@ -83,7 +85,7 @@ def choose_records(split: Any, args: TestArguments) -> list[Record]:
 
 
 def settings_of(
-    args: TestArguments,
+    args: EvalArguments,
     model_args: ModelArguments,
     threshold: float | None,
     records: Sequence[Record],
@@ -104,7 +106,7 @@ def settings_of(
     }
 
 
-def _resolved(args: TestArguments, model_args: ModelArguments) -> dict[str, Any]:
+def _resolved(args: EvalArguments, model_args: ModelArguments) -> dict[str, Any]:
     """Return the flags, with the number format that the weights really have."""
     settings = {**asdict(args), **asdict(model_args)}
     if args.predictor == "server":
@@ -114,7 +116,7 @@ def _resolved(args: TestArguments, model_args: ModelArguments) -> dict[str, Any]
     return settings | {"dtype": str(dtype).removeprefix("torch.")}
 
 
-def check_outputs(args: TestArguments) -> None:
+def check_outputs(args: EvalArguments) -> None:
     """Find out, before a model is loaded, whether all that a run writes can be written.
 
     Raises:

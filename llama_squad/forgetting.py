@@ -26,7 +26,7 @@ from llama_squad.report import render_comparison
 
 if TYPE_CHECKING:
     from llama_squad.chat_check import ChatReply
-    from llama_squad.encoding import ConversationEncoder
+    from llama_squad.encoding import ChatEncoder
 
 RUN_FILE = "run.json"
 """What a run of the harness was made with; written last, so it marks a complete one."""
@@ -57,7 +57,7 @@ class Sides(NamedTuple):
 class Chat(NamedTuple):
     """What the chat check needs, beside the models."""
 
-    encoder: "ConversationEncoder"
+    encoder: "ChatEncoder"
     prompts: list[str]
 
 
@@ -301,7 +301,7 @@ def _save_in_4_bits(args: argparse.Namespace, model: str, tokenizer: str, folder
 def _prepare_chat(args: argparse.Namespace, tokenizer: str) -> Chat | None:
     """Load what the chat check needs, before the long run; None, and said, without a template."""
     from llama_squad.chat_check import CHAT_PROMPTS, read_prompts
-    from llama_squad.encoding import ConversationEncoder
+    from llama_squad.encoding import ChatEncoder
     from llama_squad.modeling import load_tokenizer
 
     prompts = read_prompts(args.chat_prompts or CHAT_PROMPTS)
@@ -309,7 +309,7 @@ def _prepare_chat(args: argparse.Namespace, tokenizer: str) -> Chat | None:
     if not loaded.chat_template:
         print(f"No chat check: the tokenizer of {tokenizer} has no chat template.", file=sys.stderr)
         return None
-    return Chat(ConversationEncoder(loaded), prompts)
+    return Chat(ChatEncoder(loaded), prompts)
 
 
 def compare_chat(args: argparse.Namespace, sides: Sides, chat: Chat, key: Mapping[str, Any]) -> str:

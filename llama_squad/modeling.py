@@ -22,7 +22,7 @@ from transformers import (
 from llama_squad import merging
 from llama_squad.arguments import ModelArguments
 from llama_squad.config import RUN_CONFIG, load_run_config
-from llama_squad.encoding import ConversationEncoder
+from llama_squad.encoding import ChatEncoder
 from llama_squad.folders import is_hub_name
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -191,7 +191,7 @@ def _cannot_load(what: str, source: str, error: Exception) -> str:
 
 def load_encoder(
     args: ModelArguments, reasoning_tokens: int = 0, adapter_name: str | None = None
-) -> ConversationEncoder:
+) -> ChatEncoder:
     """Load the tokenizer and return its encoder, with a token for the pauses where there are any.
 
     Raises:
@@ -200,7 +200,7 @@ def load_encoder(
     loaded = _loaded(args, adapter_name)
     tokenizer = load_tokenizer(args, adapter_name)
     pause = reasoning_token_id(tokenizer, vocab_size(loaded)) if reasoning_tokens else None
-    return ConversationEncoder(tokenizer, reasoning_tokens, pause)
+    return ChatEncoder(tokenizer, reasoning_tokens, pause)
 
 
 def reasoning_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:

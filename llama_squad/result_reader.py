@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llama_squad.answers import MALFORMED, NO_ANSWER, Answer
-from llama_squad.results import _HEADER, _OLDER_HEADER, _parse, _whole_records
 from llama_squad.rows import (
+    _HEADER,
     _NUMBERS,
     _OLDER_COLUMNS,
+    _OLDER_HEADER,
     _SPAN_COLUMNS,
     _STATES,
     COLUMNS,
     SEED_COLUMNS,
     Row,
+    _parse,
+    _whole_records,
     make_row,
 )
 

@@ -11,9 +11,7 @@ Files are read and written a row at a time: what is kept of each is its id, or a
 """
 
 import contextlib
-import csv
 import errno
-import io
 import itertools
 import json
 import os
@@ -25,28 +23,16 @@ from typing import Any, BinaryIO, NamedTuple, Self
 
 from llama_squad.config import write_json
 from llama_squad.result_reader import _named_errors, _read_own_row, _read_row
-from llama_squad.rows import _OLDER_COLUMNS, _SPAN_COLUMNS, COLUMNS, Row
-
-
-def _csv(records: Iterable[Sequence[Any]]) -> bytes:
-    """Write CSV records. A lone surrogate, which UTF-8 cannot hold, is written as its escape."""
-    text = io.StringIO(newline="")
-    csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(records)
-    return text.getvalue().encode("utf-8", errors="backslashreplace")
-
-
-def _json(value: Any) -> str:
-    return "" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _encode(rows: Iterable[Row]) -> bytes:
-    cells = (row | {name: _json(row[name]) for name in ("answers", "n_best")} for row in rows)
-    return _csv([row[name] for name in COLUMNS] for row in cells)
-
-
-_HEADER = _csv([COLUMNS])
-
-_OLDER_HEADER = _csv([_OLDER_COLUMNS])
+from llama_squad.rows import (
+    _HEADER,
+    _OLDER_HEADER,
+    _SPAN_COLUMNS,
+    COLUMNS,
+    Row,
+    _encode,
+    _parse,
+    _whole_records,
+)
 
 
 def config_path(path: str | Path) -> Path:
@@ -352,25 +338,6 @@ def _copy(places: Iterable[_Place]) -> Iterator[bytes]:
                 files[place.path] = stack.enter_context(place.path.open("rb"))
             files[place.path].seek(place.start)
             yield files[place.path].read(place.end - place.start)
-
-
-def _whole_records(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the complete records: those that end in a newline outside of quotes.
-
-    A newline is outside of quotes where an even number of quotes stands before it (a quote inside
-    a cell is written twice), so bytes are enough, even where a character is torn in two.
-    """
-    lines, quotes = list[bytes](), 0
-    for line in file:
-        lines.append(line)
-        quotes += line.count(b'"')
-        if quotes % 2 == 0 and line.endswith(b"\n"):
-            yield b"".join(lines)
-            lines.clear()
-
-
-def _parse(record: bytes) -> list[str]:
-    return next(csv.reader([record.decode("utf-8")], strict=True))
 
 
 def differences(

@@ -1,8 +1,10 @@
 """One row per question: what a row of the result file holds, and other thresholds for it."""
 
+import csv
+import io
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, get_args
 
 from llama_squad.answers import NO_ANSWER, Answer, State, format_answer
 from llama_squad.metrics import is_exact_match
@@ -130,3 +132,43 @@ def rethreshold(row: Row, threshold: float) -> Row:
         "Full response": completion,
         "Exact match": is_exact_match(answer, row["answers"]),
     }
+
+
+def _csv(records: Iterable[Sequence[Any]]) -> bytes:
+    """Write CSV records. A lone surrogate, which UTF-8 cannot hold, is written as its escape."""
+    text = io.StringIO(newline="")
+    csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(records)
+    return text.getvalue().encode("utf-8", errors="backslashreplace")
+
+
+def _json(value: Any) -> str:
+    return "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _encode(rows: Iterable[Row]) -> bytes:
+    cells = (row | {name: _json(row[name]) for name in ("answers", "n_best")} for row in rows)
+    return _csv([row[name] for name in COLUMNS] for row in cells)
+
+
+_HEADER = _csv([COLUMNS])
+
+_OLDER_HEADER = _csv([_OLDER_COLUMNS])
+
+
+def _whole_records(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the complete records: those that end in a newline outside of quotes.
+
+    A newline is outside of quotes where an even number of quotes stands before it (a quote inside
+    a cell is written twice), so bytes are enough, even where a character is torn in two.
+    """
+    lines, quotes = list[bytes](), 0
+    for line in file:
+        lines.append(line)
+        quotes += line.count(b'"')
+        if quotes % 2 == 0 and line.endswith(b"\n"):
+            yield b"".join(lines)
+            lines.clear()
+
+
+def _parse(record: bytes) -> list[str]:
+    return next(csv.reader([record.decode("utf-8")], strict=True))

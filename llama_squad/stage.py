@@ -19,8 +19,8 @@ from typing import Any
 from llama_squad.arguments import (
     AppArguments,
     CreateArguments,
+    EvalArguments,
     ModelArguments,
-    TestArguments,
     TrainArguments,
     TrainerArguments,
 )
@@ -177,7 +177,7 @@ def _quiet_libraries() -> None:
 _STAGES: dict[str, tuple[str, tuple[type, ...]]] = {
     "create": ("create_squad_dataset.py", (CreateArguments,)),
     "train": ("train_llama_squad.py", (TrainArguments, ModelArguments, TrainerArguments)),
-    "test": ("test_llama_squad.py", (TestArguments, ModelArguments)),
+    "test": ("test_llama_squad.py", (EvalArguments, ModelArguments)),
     "summarize": ("summarize_results.py", ()),
     "app": ("app.py", (AppArguments, ModelArguments)),
 }

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llama_squad.arguments import ModelArguments, TestArguments
+from llama_squad.arguments import EvalArguments, ModelArguments
 from llama_squad.config import write_json
 from llama_squad.evaluation import (
+    THRESHOLD_FILE,
     Processes,
     _resolved,
     _validation_path,
@@ -23,9 +24,6 @@ from llama_squad.result_reader import iter_results
 from llama_squad.results import differences, one_line_errors
 from llama_squad.rows import row_answer
 
-THRESHOLD_FILE = "na_prob_thresh.json"
-"""The threshold tuned on the validation split, beside the adapter."""
-
 DEFAULT_THRESHOLD = 0.5
 
 # What a tuned threshold is good for: these move na_prob, or which span it is compared with.
@@ -36,7 +34,7 @@ _TUNED_FOR = ("decoding", "num_beams", "dtype", "quantize", "bnb_4bit_quant_type
 # The threshold -------------------------------------------------------------------------------
 
 
-def _tuning_settings(args: TestArguments, model_args: ModelArguments) -> dict[str, Any]:
+def _tuning_settings(args: EvalArguments, model_args: ModelArguments) -> dict[str, Any]:
     """Return what a threshold depends on: how the model computes, is asked and searched."""
     settings = _resolved(args, model_args)
     return {
@@ -47,7 +45,7 @@ def _tuning_settings(args: TestArguments, model_args: ModelArguments) -> dict[st
     }
 
 
-def load_threshold(args: TestArguments, model_args: ModelArguments) -> float:
+def load_threshold(args: EvalArguments, model_args: ModelArguments) -> float:
     """Return the threshold to abstain above: the flag's, else the adapter's tuned one, else 0.5.
 
     A threshold that was tuned for other settings is not used; that is said.
@@ -81,7 +79,7 @@ def load_threshold(args: TestArguments, model_args: ModelArguments) -> float:
 
 
 def tune_threshold(
-    model: Predictor, split: Any, args: TestArguments, model_args: ModelArguments
+    model: Predictor, split: Any, args: EvalArguments, model_args: ModelArguments
 ) -> float:
     """Choose the threshold with the best score on the validation split, and keep it.
 

@@ -31,7 +31,7 @@ from llama_squad.answers import format_answer
 from llama_squad.arguments import CreateArguments
 from llama_squad.collator import SquadDataCollator
 from llama_squad.data import write_dataset
-from llama_squad.encoding import ConversationEncoder
+from llama_squad.encoding import ChatEncoder
 from llama_squad.prompts import build_messages
 from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.packing import encode_split
@@ -181,9 +181,9 @@ def load_tokenizer(name: str, template: str) -> PreTrainedTokenizerFast:
 
 
 @functools.cache
-def load_encoder(name: str, template: str) -> ConversationEncoder:
+def load_encoder(name: str, template: str) -> ChatEncoder:
     """Return the encoder of ``load_tokenizer``'s tokenizer."""
-    return ConversationEncoder(load_tokenizer(name, template))
+    return ChatEncoder(load_tokenizer(name, template))
 
 
 def _corpus() -> list[str]:
@@ -333,7 +333,7 @@ def encode_paragraphs(
     """Encode records, grouped by their context."""
     tokenizer = tiny_tokenizer()
     pause = tokenizer.added_tokens_encoder["<|reserved_special_token_0|>"]
-    encoder = ConversationEncoder(tokenizer, reasoning_tokens, pause)
+    encoder = ChatEncoder(tokenizer, reasoning_tokens, pause)
     grouped: dict[str, list[dict[str, list[int]]]] = {}
     encoded = encoder.encode([build_messages(record, prompt) for record in records])
     for record, example in zip(records, encoded, strict=True):
@@ -411,7 +411,7 @@ def encoded_dataset(records: Sequence[dict], max_length: int | None = 4096) -> A
     from datasets import Dataset
 
     split = Dataset.from_list([{**r, "messages": build_messages(r)} for r in records])
-    return encode_split(split, ConversationEncoder(tiny_tokenizer()), max_length, "test")[0]
+    return encode_split(split, ChatEncoder(tiny_tokenizer()), max_length, "test")[0]
 
 
 def make_trainer(model: Any, train_dataset: Any, folder: Path, **settings: Any) -> SquadTrainer:

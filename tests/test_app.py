@@ -30,7 +30,7 @@ from llama_squad.answers import Answer, format_answer
 from llama_squad.arguments import AppArguments, CreateArguments
 from llama_squad.data import write_dataset
 from llama_squad.decoding.chat import Talker
-from llama_squad.encoding import ConversationEncoder
+from llama_squad.encoding import ChatEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -134,7 +134,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def scripted(tokenizer: Any, reply: Any, pause: float = 0.0, **settings: Any) -> Talker:
     model = ScriptedModel(tokenizer, reply, pause)
-    return Talker(model, ConversationEncoder(tokenizer), AppArguments(**settings))
+    return Talker(model, ChatEncoder(tokenizer), AppArguments(**settings))
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_what_is_shown_can_be_taken_back(text: str) -> None:
 
 
 def test_a_reply_is_the_greedy_one(tokenizer: Any, llama: Any) -> None:
-    encoder = ConversationEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer)
     talker = Talker(llama, encoder, AppArguments(max_new_tokens=24))
     *_, messages = talker.ask(CONTEXT, "Who?")
     prompt = {"role": "system", "content": talker.args.system_prompt}, messages[0]

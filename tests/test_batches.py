@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from helpers import make_records, tiny_model, tiny_tokenizer
 
-from llama_squad.arguments import TestArguments
+from llama_squad.arguments import EvalArguments
 from llama_squad.audit import audit
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph, Reply, Span
-from llama_squad.encoding import ConversationEncoder
+from llama_squad.encoding import ChatEncoder
 from llama_squad.evaluation import _say_if_mixed
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
@@ -43,7 +43,7 @@ def test_a_very_long_paragraph_is_parted_in_one_way():
 def test_prompts_are_run_in_the_same_shapes_alone_and_beside_others(monkeypatch):
     records = make_records(3, [3, 5, 2])
     model = tiny_model(dtype=torch.bfloat16)
-    local = LocalModel(model, ConversationEncoder(tiny_tokenizer()))
+    local = LocalModel(model, ChatEncoder(tiny_tokenizer()))
     shapes = []
     forward = type(model).forward
 
@@ -79,7 +79,7 @@ def test_logits_of_16_bit_weights_are_float32():
 
 
 def test_default_batch_grows_with_a_gpus_memory(monkeypatch):
-    encoder = ConversationEncoder(tiny_tokenizer())
+    encoder = ChatEncoder(tiny_tokenizer())
     generator = Generator(tiny_model(), encoder)
     assert generator.batch_size() == 32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -113,7 +113,7 @@ def audit_of(pairs, monkeypatch):
                     found.append(Prediction(record, "", reply))
             return found
 
-    args = dataclasses.replace(TestArguments(), audit=len(pairs), batch_size=4)
+    args = dataclasses.replace(EvalArguments(), audit=len(pairs), batch_size=4)
     return audit(Fixed(0), Fixed(1), records, args)
 
 

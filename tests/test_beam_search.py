@@ -4,10 +4,10 @@ import pytest
 import torch
 from helpers import make_records, tiny_model, tiny_tokenizer
 
-from llama_squad.arguments import TestArguments, resolve_beams
+from llama_squad.arguments import EvalArguments, resolve_beams
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph
-from llama_squad.encoding import ConversationEncoder
+from llama_squad.encoding import ChatEncoder
 from llama_squad.prompts import build_messages
 
 
@@ -20,7 +20,7 @@ def ask(generator, encoder):
 @pytest.mark.parametrize("num_beams", [1, 3, 10])
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 0.5, 1.0, 2.0])
 def test_length_penalty_equals_generate(num_beams, length_penalty):
-    encoder = ConversationEncoder(tiny_tokenizer())
+    encoder = ChatEncoder(tiny_tokenizer())
     model = tiny_model(initializer_range=0.4)
     liked = model.lm_head.weight.norm(dim=1).topk(12).indices.tolist()  # replies end at all lengths
     stops = [*liked, encoder.tokenizer.eos_token_id]
@@ -49,7 +49,7 @@ def test_length_penalty_equals_generate(num_beams, length_penalty):
 
 
 def test_a_penalty_finds_other_replies():
-    encoder = ConversationEncoder(tiny_tokenizer())
+    encoder = ChatEncoder(tiny_tokenizer())
     model = tiny_model(initializer_range=0.4)
     model.generation_config.eos_token_id = (
         model.lm_head.weight.norm(dim=1).topk(12).indices.tolist()
@@ -75,7 +75,7 @@ def test_a_penalty_finds_other_replies():
     ],
 )
 def test_beams_unless_told(given, num_beams):
-    assert resolve_beams(TestArguments(**given)).num_beams == num_beams
+    assert resolve_beams(EvalArguments(**given)).num_beams == num_beams
 
 
 def test_no_figure_is_fetched_by_itself(monkeypatch):
@@ -84,7 +84,7 @@ def test_no_figure_is_fetched_by_itself(monkeypatch):
     def refuse(tensor):
         raise AssertionError("item()")
 
-    encoder = ConversationEncoder(tiny_tokenizer())
+    encoder = ChatEncoder(tiny_tokenizer())
     generator = Generator(tiny_model(), encoder, num_beams=3)
     ask(generator, encoder)  # which checks the tree, once
     monkeypatch.setattr(torch.Tensor, "item", refuse)

@@ -16,7 +16,7 @@ from llama_squad.chat_check import (
     render_chat,
     summarize_chat,
 )
-from llama_squad.encoding import ConversationEncoder
+from llama_squad.encoding import ChatEncoder
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_prompts_that_cannot_be_read(tmp_path):
 def test_greedy_replies_and_their_perplexity():
     """A batch gives the replies of the prompts alone, and perplexity is that of their tokens."""
     tokenizer, model = tiny_tokenizer(), tiny_model().eval()
-    encoder = ConversationEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer)
     prompts = ["Who met Kalomir?", "Hello"]
     together = chat(model, encoder, prompts, max_new_tokens=6)
     alone = [chat(model, encoder, [prompt], max_new_tokens=6)[0] for prompt in prompts]

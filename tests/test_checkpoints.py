@@ -23,7 +23,7 @@ from llama_squad import modeling
 from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.config import RUN_CONFIG
 from llama_squad.data import load_squad
-from llama_squad.encoding import ConversationEncoder
+from llama_squad.encoding import ChatEncoder
 from llama_squad.training import publishing
 from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.checkpoints import RECORD, find_checkpoint, make_record
@@ -254,7 +254,7 @@ def test_the_number_of_processes_is_part_of_the_record(begun: Path) -> None:
         ModelArguments(model_name="model"),
         SquadSFTConfig(report_to="none").to_dict(),
     )
-    train, encoder = load_squad("dataset")["train"], ConversationEncoder(tiny_tokenizer())
+    train, encoder = load_squad("dataset")["train"], ChatEncoder(tiny_tokenizer())
     one, two = (make_record(settings, train, encoder, n) for n in (1, 2))
     assert {name for name in one if one[name] != two[name]} == {"processes"}
     assert make_record(settings, train, encoder, 1) == one

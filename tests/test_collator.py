@@ -18,7 +18,7 @@ from helpers import (
 
 from llama_squad.answers import format_answer
 from llama_squad.collator import SquadDataCollator, colour_labels, encode_messages
-from llama_squad.encoding import IGNORE, ConversationEncoder
+from llama_squad.encoding import IGNORE, ChatEncoder
 from llama_squad.prompts import build_messages
 from llama_squad.tree import Tree, common_prefix
 
@@ -98,7 +98,7 @@ def test_the_sides_that_a_template_strips(strip, left, right, joint):
     messages = chat(" \u2003Who \n", "\t Ada \u2002\n")
     if joint:  # as Llama 2's own template does: the user's turn has no left side then
         messages = [{"role": "system", "content": " be\n"}, *messages]
-    encoder = ConversationEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer)
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     assert encoder._render(messages).text == rendered
     (encoded,) = encoder.encode([messages])
@@ -146,7 +146,7 @@ def test_unusable_tokenizers():
     with pytest.raises(ValueError, match="empty reply"):
         encode_messages(word_tokenizer(), chat("Who", ""))
     with pytest.raises(ValueError, match="fast tokenizer"):
-        ConversationEncoder(object())
+        ChatEncoder(object())
 
 
 HOSTILE = (
@@ -223,14 +223,14 @@ def test_padding_side_and_pad_token_do_not_matter():
 
 
 def test_reasoning_tokens_stand_before_the_answer_and_are_not_trained():
-    encoder = ConversationEncoder(word_tokenizer(), reasoning_tokens=2, reasoning_token=15)
+    encoder = ChatEncoder(word_tokenizer(), reasoning_tokens=2, reasoning_token=15)
     (encoded,) = encoder.encode([chat("Who", "Ada")])
     assert encoded["input_ids"][-5:] == [5, 15, 15, 13, 4]
     assert encoded["labels"][-5:] == [IGNORE] * 3 + [13, 4]
     assert encoder.encode_prompts([chat("Who")]) == [encoded["input_ids"][:-2]]
     assert encoder.encode_prompts([chat("Who")], final=False) == [encoded["input_ids"][:-4]]
     with pytest.raises(ValueError, match="reasoning tokens need a token"):
-        ConversationEncoder(word_tokenizer(), reasoning_tokens=2)
+        ChatEncoder(word_tokenizer(), reasoning_tokens=2)
 
 
 def test_colours():

@@ -12,8 +12,8 @@ from conftest import ROOT
 from llama_squad.arguments import (
     AppArguments,
     CreateArguments,
+    EvalArguments,
     ModelArguments,
-    TestArguments,
     TrainArguments,
 )
 from llama_squad.config import (
@@ -182,7 +182,7 @@ def test_every_shipped_yaml_parses(path, monkeypatch):
     stages = {
         "create": (CreateArguments,),
         "train": (TrainArguments, ModelArguments, SquadSFTConfig),
-        "test": (TestArguments, ModelArguments),
+        "test": (EvalArguments, ModelArguments),
         "summarize": (SummarizeArguments,),
         "app": (AppArguments, ModelArguments),
     }

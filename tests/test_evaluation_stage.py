@@ -19,21 +19,20 @@ from safetensors.torch import load_file, save_file
 
 import test_llama_squad
 from llama_squad.answers import NO_ANSWER, format_answer
-from llama_squad.arguments import CreateArguments, TestArguments
+from llama_squad.arguments import CreateArguments, EvalArguments
 from llama_squad.audit import AUDIT_BEAMS, LEAST_NOISE, Audit, audit
 from llama_squad.config import load_yaml, save_run_config
 from llama_squad.data import write_dataset
 from llama_squad.decoding.boundaries import is_span
 from llama_squad.decoding.replies import Reply, Span
-from llama_squad.encoding import ConversationEncoder
-from llama_squad.evaluation import evaluate
+from llama_squad.encoding import ChatEncoder
+from llama_squad.evaluation import THRESHOLD_FILE, evaluate
 from llama_squad.predictors.base import Prediction
 from llama_squad.predictors.local import LocalModel
 from llama_squad.result_reader import read_results
 from llama_squad.results import ResultsFile
 from llama_squad.rows import rethreshold
 from llama_squad.summary import summarize
-from llama_squad.thresholds import THRESHOLD_FILE
 
 PYTHON = sys.executable
 
@@ -382,7 +381,7 @@ def test_audit_from_the_command_line(run, capsys, monkeypatch, gap, counted):
 
 def test_audit_of_a_search_that_is_wide_and_of_one_that_misses():
     """On contexts so short that a wide search proves its answer."""
-    encoder = ConversationEncoder(tiny_tokenizer())
+    encoder = ChatEncoder(tiny_tokenizer())
     records = [
         {"id": str(n), "context": context, "question": "Who?", "answers": {"text": []}}
         for n, context in enumerate(["Ab c", "x y", "12 d"])
@@ -397,7 +396,7 @@ def test_audit_of_a_search_that_is_wide_and_of_one_that_misses():
             ]  # fmt: skip
 
     wide = LocalModel(tiny_model(), encoder, num_beams=1000)
-    args = TestArguments(audit=3, batch_size=2)
+    args = EvalArguments(audit=3, batch_size=2)
     assert audit(wide, wide, records, args) == Audit(3, 3, 0, LEAST_NOISE)
     misses = Misses(tiny_model(), encoder, num_beams=1000)
     assert audit(misses, wide, records, args) == Audit(3, 0, 0, LEAST_NOISE)
@@ -424,7 +423,7 @@ def test_audit_counts():
             ]  # fmt: skip
 
     records = [{"id": number, "context": str(number % 2)} for number in range(5)]
-    args = TestArguments(audit=10, batch_size=3)
+    args = EvalArguments(audit=10, batch_size=3)
     found = audit(Fake(0), Fake(1), records, args)
     assert (found.questions, found.best, found.unproven) == (5, 3, 1)
     assert "3 (60.0 %)" in str(found)

@@ -11,12 +11,13 @@ from helpers import TOKENIZERS, load_encoder, read_quickstart
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llama_squad.answers import NO_ANSWER, extract_answer, format_answer
-from llama_squad.decoding.batch import _Batch
+from llama_squad.decoding.batch import DecodingBatch
 from llama_squad.decoding.boundaries import is_span
 from llama_squad.decoding.cache import TokenTree
+from llama_squad.decoding.constraints import FreeSpeech
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph
-from llama_squad.decoding.search import _Node, _Search
+from llama_squad.decoding.search import BestFirstSearch, Hypothesis
 from llama_squad.decoding.spans import SpanGrammar, reply_ids, span_vocabulary
 from llama_squad.prompts import build_messages
 
@@ -111,7 +112,8 @@ def test_free_replies_lose_their_end_of_turn(model, encoder, paragraphs, monkeyp
     generator = Generator(model, encoder, decoding="free", max_new_tokens=1)
     reply = generator.reply(paragraphs)[0][0]
     assert reply.completion == encoder.tokenizer.decode(reply.token_ids)
-    generator.stop_ids |= set(reply.token_ids)
+    ends = FreeSpeech(encoder.tokenizer, frozenset(reply.token_ids))
+    generator = Generator(model, encoder, decoding=ends, max_new_tokens=1)
     assert generator.reply(paragraphs)[0][0].completion == ""
 
 
@@ -120,7 +122,7 @@ def test_free_replies_lose_their_end_of_turn(model, encoder, paragraphs, monkeyp
 
 def test_no_answer_probability_equals_teacher_forcing(model, encoder, paragraphs):
     generator = Generator(model, encoder)
-    header, tail = generator.vocabulary.header, generator.vocabulary.no_answer
+    header, tail = span_vocabulary(encoder).header, span_vocabulary(encoder).no_answer
     assert extract_answer(encoder.tokenizer.decode(header + tail)).state == "no_answer"
     for paragraph, row in zip(paragraphs, generator.reply(paragraphs), strict=True):
         for prompt, reply in zip(paragraph.prompts, row, strict=True):
@@ -190,7 +192,7 @@ def test_dropping_dead_branches_changes_nothing(model, encoder, paragraphs, monk
 
 def test_out_of_memory_halves_the_batch_and_loses_no_row(model, encoder, paragraphs, monkeypatch):
     expected = Generator(model, encoder).reply(paragraphs)
-    grow, sizes = TokenTree.grow, []
+    grow, sizes = TokenTree.extend, []
 
     def small(tree, rows):
         # a question with its header: the abstention and the end of a reply are shorter
@@ -200,7 +202,7 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(model, encoder, paragra
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return grow(tree, rows)
 
-    monkeypatch.setattr(TokenTree, "grow", small)
+    monkeypatch.setattr(TokenTree, "extend", small)
     generator = Generator(model, encoder)
     replies = generator.reply(paragraphs)
     assert [len(row) for row in replies] == [3, 3]
@@ -216,7 +218,7 @@ def test_other_errors_are_not_taken_for_out_of_memory(model, encoder, paragraphs
     def broken(tree, rows):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(TokenTree, "grow", broken)
+    monkeypatch.setattr(TokenTree, "extend", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         Generator(model, encoder).reply(paragraphs)
 
@@ -231,7 +233,7 @@ def spell_out(grammar, vocabulary, text):
     def walk(state, offset):
         found = grammar.successors(state)
         for token_id, following in zip(found.ids, found.targets, strict=True):
-            spelled = vocabulary.spell([token_id])
+            spelled = vocabulary.to_bytes([token_id])
             if not target.startswith(spelled, offset):
                 continue
             if isinstance(following, int):
@@ -288,7 +290,7 @@ def test_random_walks_give_spans(name, template, end):
             continue
         if not grammar.accepts(ids):
             continue
-        answer = extract_answer(vocabulary.spell(vocabulary.header + ids).decode())
+        answer = extract_answer(vocabulary.to_bytes(vocabulary.header + ids).decode())
         assert answer.text == NO_ANSWER or is_span(ODD, answer.text)
         seen.add(answer.text)
     assert len(seen) > 25
@@ -328,7 +330,7 @@ def all_replies(grammar, vocabulary):
         for token_id, target in zip(found.ids, found.targets, strict=True):
             if isinstance(target, int):
                 whole = [*ids, token_id, *vocabulary.tails[target]]
-                text = extract_answer(vocabulary.spell(vocabulary.header + whole).decode()).text
+                text = extract_answer(vocabulary.to_bytes(vocabulary.header + whole).decode()).text
                 if text != NO_ANSWER:
                     yield whole, text
             else:
@@ -340,7 +342,7 @@ def all_replies(grammar, vocabulary):
 def test_search_finds_the_best_of_all_spans(model, encoder, context, boundaries):
     paragraph = make_paragraph(encoder, context, ["What is it?", "Who are you?"])
     generator = Generator(model, encoder, num_beams=1000, n_best=1000, span_boundaries=boundaries)
-    vocabulary = generator.vocabulary
+    vocabulary = span_vocabulary(encoder)
     candidates = list(all_replies(SpanGrammar(vocabulary, context, boundaries), vocabulary))
     texts = {context[i:j] for i in range(len(context)) for j in range(i + 1, len(context) + 1)}
     spans = {text for text in texts if is_span(context, text, boundaries)}
@@ -355,7 +357,7 @@ def test_search_finds_the_best_of_all_spans(model, encoder, context, boundaries)
         assert [span.log_prob for span in reply.spans] == pytest.approx(
             [score for _, score in expected], abs=1e-4
         )
-        assert reply.certain
+        assert reply.proven_best
 
 
 def test_threshold_decides_between_span_and_abstention(model, encoder, paragraphs):
@@ -369,7 +371,7 @@ def test_threshold_decides_between_span_and_abstention(model, encoder, paragraph
 
 
 def node(log_prob, level, kind="open", text="", children=()):
-    return _Node(log_prob, (level,), level, None, kind, text=text, children=[*children])
+    return Hypothesis(log_prob, (level,), level, None, kind, text=text, children=[*children])
 
 
 def test_more_spans_than_the_answer_are_found_without_changing_it():
@@ -381,10 +383,10 @@ def test_more_spans_than_the_answer_are_found_without_changing_it():
         (1, 1, ["answer"]), (2, 1, ["answer", "missed"]), (9, 1, ["answer", "missed"]),
         (1, 2, ["missed"]),
     ):  # fmt: skip
-        search = _Search(root, beams, n_best, ranked=False)
+        search = BestFirstSearch(root, beams, n_best, ranked=False)
         assert search.advance() == []
         assert list(search.found) == found
-    assert search.cut_off == -math.inf
+    assert search.pruned_log_prob == -math.inf
 
 
 def test_n_best_spans_are_distinct_and_in_order(model, encoder):
@@ -443,13 +445,13 @@ def test_a_batch_that_memory_would_not_hold_is_parted(model, encoder, paragraphs
     expected = Generator(model, encoder).reply(paragraphs)
     generator = Generator(model, encoder)
     sizes = []
-    batch = _Batch
+    batch = DecodingBatch
 
     def counting(generator, parts):
         sizes.append(sum(len(part.prompts) for part in parts))
         return batch(generator, parts)
 
-    monkeypatch.setattr("llama_squad.decoding.generator._Batch", counting)
+    monkeypatch.setattr("llama_squad.decoding.generator.DecodingBatch", counting)
     most = generator._memory_needed(paragraphs[:1])
     monkeypatch.setattr("llama_squad.decoding.generator.free_memory", lambda: most * 0.7)
     found = generator.reply(paragraphs)

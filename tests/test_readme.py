@@ -9,8 +9,8 @@ from conftest import ROOT
 from llama_squad.arguments import (
     AppArguments,
     CreateArguments,
+    EvalArguments,
     ModelArguments,
-    TestArguments,
     TrainArguments,
 )
 from llama_squad.config import parse_stage
@@ -20,7 +20,7 @@ SOURCES = [
     ROOT / "quickstart.sh",
     *sorted((ROOT / "configs").glob("*.yaml")),
     *sorted(ROOT.glob("*.py")),
-    *sorted((ROOT / "llama_squad").glob("*.py")),
+    *sorted((ROOT / "llama_squad").rglob("*.py")),
     ROOT / "benchmarks" / "RESULTS.md",
 ]
 
@@ -65,7 +65,7 @@ def test_parses(source, command, monkeypatch):
     types = {
         "create_squad_dataset.py": ("create", CreateArguments),
         "train_llama_squad.py": ("train", TrainArguments, ModelArguments, SquadSFTConfig),
-        "test_llama_squad.py": ("test", TestArguments, ModelArguments),
+        "test_llama_squad.py": ("test", EvalArguments, ModelArguments),
         "summarize_results.py": ("summarize", SummarizeArguments),
         "app.py": ("app", AppArguments, ModelArguments),
     }
@@ -98,7 +98,7 @@ def test_recipes_do_not_clash(monkeypatch):
         if not any(name.startswith("configs/") for name in argv) or "quickstart" in command:
             continue
         if script == "test_llama_squad.py":
-            types = (TestArguments, ModelArguments)
+            types = (EvalArguments, ModelArguments)
             args, model = parse_stage("test", types, argv)
             assert tested.setdefault(args.output, (args, model)) == (args, model), args.output
             assert args.decoding == "free" or source == "reasoning_tokens.yaml", command
@@ -118,8 +118,9 @@ def test_files_that_the_readme_names_exist():
     names = re.findall(r"^(?:  )?([\w./]+\.(?:py|sh|yaml))", tree, re.M)
     assert len(names) >= 18
     for name in names:
-        assert (ROOT / name).is_file() or (ROOT / "llama_squad" / name).is_file(), name
+        places = [ROOT / name, *(ROOT / "llama_squad").rglob(name)]
+        assert any(place.is_file() for place in places), name
     for recipe in re.findall(r"configs/\w+\.yaml", text):
         assert (ROOT / recipe).is_file(), recipe
-    package = {path.name for path in (ROOT / "llama_squad").glob("[a-z]*.py")}
+    package = {path.name for path in (ROOT / "llama_squad").rglob("[a-z]*.py")}
     assert package <= set(re.findall(r"\w+\.py", tree)), "a module is missing from the tree"

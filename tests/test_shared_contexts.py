@@ -36,7 +36,7 @@ from peft import LoraConfig, get_peft_model
 from llama_squad.arguments import TrainArguments
 from llama_squad.collator import SquadDataCollator
 from llama_squad.data import read_files
-from llama_squad.encoding import IGNORE, ConversationEncoder
+from llama_squad.encoding import IGNORE, ChatEncoder
 from llama_squad.predictors import base
 from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.packing import group_paragraphs, plan_rows, row_dataset
@@ -410,9 +410,7 @@ def test_validation_goes_on_where_the_architecture_cannot_answer(
     records = make_records(2, [2])
     config = SquadSFTConfig(output_dir=str(tmp_path), report_to="none")
     dataset = {"val": Dataset.from_list(records)}
-    validate = make_validation(
-        config, dataset, str(tmp_path), ConversationEncoder(tiny_tokenizer())
-    )
+    validate = make_validation(config, dataset, str(tmp_path), ChatEncoder(tiny_tokenizer()))
     assert validate is not None
     assert validate(model) == {}
     assert "only their loss" in capsys.readouterr().out
@@ -586,7 +584,7 @@ def test_validation_does_not_hang_on_the_layout(
     monkeypatch.setattr("llama_squad.training.setup.batch_paragraphs", spy)
     records = make_records(4, [3])
     encoded = {name: encoded_dataset(records) for name in ("train", "val")}
-    encoder = ConversationEncoder(tiny_tokenizer())
+    encoder = ChatEncoder(tiny_tokenizer())
     args = SquadSFTConfig(output_dir=str(tmp_path), report_to="none", per_device_eval_batch_size=5)
     before = args.to_dict()
 

@@ -10,13 +10,13 @@ from llama_squad.decoding.boundaries import find_span, is_span
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph
 from llama_squad.decoding.spans import SpanGrammar, span_vocabulary
-from llama_squad.encoding import ConversationEncoder
+from llama_squad.encoding import ChatEncoder
 from llama_squad.prompts import build_messages
 
 
 @functools.cache
 def encoder():
-    return ConversationEncoder(tiny_tokenizer())
+    return ChatEncoder(tiny_tokenizer())
 
 
 def ask(context, **options):
@@ -64,7 +64,7 @@ def walk(grammar, vocabulary):
         for token_id, target in zip(found.ids, found.targets, strict=True):
             if isinstance(target, int):
                 reply = [*vocabulary.header, *ids, token_id, *vocabulary.tails[target]]
-                yield extract_answer(vocabulary.spell(reply).decode()).text
+                yield extract_answer(vocabulary.to_bytes(reply).decode()).text
             else:
                 stack.append((tuple(target), (*ids, token_id)))
 

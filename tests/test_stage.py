@@ -16,7 +16,7 @@ from helpers import make_records, tiny_model, tiny_tokenizer
 from test_flags import loaded, run
 
 import create_squad_dataset
-from llama_squad.arguments import CreateArguments, TestArguments
+from llama_squad.arguments import CreateArguments, EvalArguments
 from llama_squad.data import load_squad, write_dataset
 from llama_squad.evaluation import choose_records
 from llama_squad.folders import is_hub_name
@@ -284,7 +284,7 @@ def test_a_sample_in_whole_paragraphs(folder: Path) -> None:
     sizes: dict[str, int] = {}
     for context in split["context"]:
         sizes[context] = sizes.get(context, 0) + 1
-    args = TestArguments(num_samples=20, sample="paragraphs", seed=1)
+    args = EvalArguments(num_samples=20, sample="paragraphs", seed=1)
     records = choose_records(split, args)
     assert 20 <= len(records) <= 23
     held = [record["context"] for record in records]
@@ -293,5 +293,5 @@ def test_a_sample_in_whole_paragraphs(folder: Path) -> None:
     assert ids != split["id"][: len(ids)], "they are the first ones"
     again = choose_records(split, args)
     assert [record["id"] for record in again] == ids
-    plain = choose_records(split, TestArguments(num_samples=20))
+    plain = choose_records(split, EvalArguments(num_samples=20))
     assert [record["id"] for record in plain] == split["id"][:20]

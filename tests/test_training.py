@@ -34,7 +34,7 @@ from llama_squad.answers import format_answer
 from llama_squad.arguments import CreateArguments, ModelArguments, TrainArguments
 from llama_squad.config import RUN_CONFIG, load_run_config, parse_stage
 from llama_squad.data import write_dataset
-from llama_squad.encoding import IGNORE, ConversationEncoder
+from llama_squad.encoding import IGNORE, ChatEncoder
 from llama_squad.prompts import build_messages, gold_answer
 from llama_squad.training import publishing
 from llama_squad.training.arguments import SquadSFTConfig
@@ -186,7 +186,7 @@ def test_count_batch_where_paragraphs_share_nothing() -> None:
 def quantized(folder: Path) -> tuple[Any, ModelArguments]:
     """Load a tiny model in 4 bits with a new adapter, as the stage does."""
     model_args = ModelArguments(model_name=model_folder(folder, **WIDE))
-    encoder = ConversationEncoder(tiny_tokenizer())
+    encoder = ChatEncoder(tiny_tokenizer())
     torch.manual_seed(0)
     args = TrainArguments(lora_r=4, lora_dropout=0.0)
     return prepare_model(args, model_args, encoder), model_args
@@ -418,7 +418,7 @@ def test_examples_that_are_too_long_are_dropped_and_counted(capsys: pytest.Captu
     from datasets import Dataset, DatasetDict
 
     records = [{**r, "messages": build_messages(r)} for r in make_records(8, [2])]
-    encoder = ConversationEncoder(tiny_tokenizer())
+    encoder = ChatEncoder(tiny_tokenizer())
     lengths = [len(e["input_ids"]) for e in encoder.encode([r["messages"] for r in records])]
     limit = sorted(lengths)[10]
     kept = sum(length <= limit for length in lengths)

@@ -8,7 +8,7 @@ from helpers import make_records, tiny_model, tiny_tokenizer
 
 from llama_squad.decoding.replies import Reply, Span
 from llama_squad.decoding.windows import cut_windows, merge_windows
-from llama_squad.encoding import ConversationEncoder
+from llama_squad.encoding import ChatEncoder
 from llama_squad.predictors.local import LocalModel
 
 LONG = " ".join(f"Word{i} stands at place {i}." for i in range(60))
@@ -16,7 +16,7 @@ LONG = " ".join(f"Word{i} stands at place {i}." for i in range(60))
 
 @functools.cache
 def encoder():
-    return ConversationEncoder(tiny_tokenizer())
+    return ChatEncoder(tiny_tokenizer())
 
 
 def local(positions=512, **options):

@@ -45,7 +45,7 @@ class TokenTree:
         self._depths = np.zeros((0, 0), dtype=np.int64)  # of the cache's columns, a row each
 
     @torch.inference_mode()
-    def plant(self, stems: Sequence[list[int]]) -> list[Branch]:
+    def prefill(self, stems: Sequence[list[int]]) -> list[Branch]:
         """Run each row's stem; nothing is wanted of its logits."""
         self._length = max(map(len, stems))
         ids = np.zeros((len(stems), self._length), dtype=np.int64)
@@ -58,7 +58,7 @@ class TokenTree:
         return [Branch(None, stem, columns=np.arange(len(stem))) for stem in stems]
 
     @torch.inference_mode()
-    def grow(self, rows: Sequence[Sequence[Branch]]) -> torch.Tensor:
+    def extend(self, rows: Sequence[Sequence[Branch]]) -> torch.Tensor:
         """Run new branches of each row; a branch's parent stands before it.
 
         Returns:
@@ -198,9 +198,9 @@ class _CacheProbe:
         if change == "positions":
             tree = _MovedTree(self._model)
             tree.moved = len(own)
-        root = tree.plant([stem])[0]
+        root = tree.prefill([stem])[0]
         branches = [Branch(root, tokens, len(tokens)) for tokens in (sister, own)]
-        return list(tree.grow([branches]).split(len(own)))
+        return list(tree.extend([branches]).split(len(own)))
 
 
 class _MovedTree(TokenTree):

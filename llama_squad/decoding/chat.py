@@ -12,7 +12,7 @@ import torch
 
 from llama_squad.arguments import AppArguments
 from llama_squad.decoding.generator import stop_ids
-from llama_squad.encoding import ConversationEncoder
+from llama_squad.encoding import ChatEncoder
 from llama_squad.prompts import Message, build_messages
 
 FRAME = 0.05
@@ -34,7 +34,7 @@ class Talker:
     def __init__(
         self,
         model: Any,
-        encoder: ConversationEncoder,
+        encoder: ChatEncoder,
         args: AppArguments,
         tell: Callable[[str], object] = print,
     ) -> None:

@@ -10,27 +10,28 @@ calls of a single reply where the model is sure.
 
 - ``free``: any tokens; the sequences of ``model.generate(num_beams=N, length_penalty=0.0,
   do_sample=False)`` on each prompt alone.
-- ``span``: a span of the context or no answer (``llama_squad.decoding.spans``). The envelope is
-  forced and costs no steps: the header is part of the prompt, the tail is one pass.
+- ``span``: a span of the context or no answer. The envelope is forced and costs no steps: the
+  header is part of the prompt, the tail is one pass.
+
+``llama_squad.decoding.constraints`` holds both.
 """
 
 import math
 import operator
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from llama_squad.answers import NO_ANSWER
-from llama_squad.decoding.batch import _Batch
+from llama_squad.decoding.batch import DecodingBatch, DecodingOptions
 from llama_squad.decoding.boundaries import Boundaries
 from llama_squad.decoding.cache import check_tree
+from llama_squad.decoding.constraints import CONSTRAINTS, Constraint
 from llama_squad.decoding.replies import Paragraph, Reply
-from llama_squad.decoding.search import _BeamSearch, _Node, _Search
-from llama_squad.decoding.spans import reply_ids, span_vocabulary
-from llama_squad.encoding import ConversationEncoder
+from llama_squad.decoding.spans import reply_ids
+from llama_squad.encoding import ChatEncoder
 from llama_squad.tree import common_prefix, is_out_of_memory
 
 SEARCHED_TOKENS = 16
@@ -40,16 +41,13 @@ LEAST_QUESTIONS, MOST_QUESTIONS = 32, 512
 """Bounds of the default batch size."""
 
 
-# The generator -------------------------------------------------------------------------------
-
-
 class Generator:
     """Decode the replies to the questions of paragraphs.
 
     Args:
         model: a causal language model with ``sdpa`` or ``eager`` attention, on any device.
         encoder: the tokenizer's, with the chat template.
-        decoding: "span" or "free"; see the module.
+        decoding: "span", "free" or another of ``CONSTRAINTS``, or a constraint; see the module.
         num_beams: partial replies of one length that the search takes at most.
         max_new_tokens: length limit of a reply (in span decoding of the span).
         na_prob_thresh: the reply abstains where na_prob is above it (span decoding).
@@ -63,9 +61,9 @@ class Generator:
     def __init__(
         self,
         model: PreTrainedModel,
-        encoder: ConversationEncoder,
+        encoder: ChatEncoder,
         *,
-        decoding: Literal["span", "free"] = "span",
+        decoding: str | Constraint = "span",
         num_beams: int = 1,
         max_new_tokens: int = 256,
         na_prob_thresh: float = 0.5,
@@ -73,18 +71,16 @@ class Generator:
         length_penalty: float = 0.0,
         span_boundaries: Boundaries = "word",
     ) -> None:
-        self.model = model
-        self.tokenizer = encoder.tokenizer
-        self.num_beams = num_beams
-        self.max_new_tokens = max_new_tokens
-        self.na_prob_thresh = na_prob_thresh
-        self.n_best = n_best
-        self.length_penalty = length_penalty
-        self.span_boundaries = span_boundaries
-        self.vocabulary = span_vocabulary(encoder) if decoding == "span" else None
-        self.stop_ids = stop_ids(model, encoder)
-        config = model.config.get_text_config()
-        self.positions: int | None = getattr(config, "max_position_embeddings", None)
+        stops = stop_ids(model, encoder)
+        if isinstance(decoding, str):
+            decoding = CONSTRAINTS[decoding](
+                encoder, stops, span_boundaries=span_boundaries, na_prob_thresh=na_prob_thresh
+            )
+        self.model, self.constraint = model, decoding
+        self.options = DecodingOptions(
+            model, decoding, num_beams, 1 if decoding.ranked else n_best, max_new_tokens,
+            length_penalty, len(stops),
+        )  # fmt: skip
         self._too_many = math.inf  # questions that memory did not hold
 
     def reply(self, paragraphs: Sequence[Paragraph]) -> list[list[Reply]]:
@@ -102,7 +98,7 @@ class Generator:
         fits = questions < self._too_many and self._memory_needed(paragraphs) < free_memory()
         if fits or not halves:
             try:
-                return _Batch(self, paragraphs).replies()
+                return DecodingBatch(self.options, paragraphs).replies()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -118,23 +114,14 @@ class Generator:
             return [[reply for row in replies for reply in row]]
         return replies
 
-    def search(self, root: _Node) -> "_Search | _BeamSearch":
-        """Return a new search for the reply to one question."""
-        if self.vocabulary:
-            return _Search(root, self.num_beams, self.n_best, ranked=False)
-        if self.length_penalty and self.num_beams > 1:
-            return _BeamSearch(root, self.num_beams, self.length_penalty, len(self.stop_ids))
-        return _Search(root, self.num_beams, 1, ranked=True)
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model has positions for; None where it does not say."""
+        return self.options.positions
 
     def room(self, prompt: int) -> float:
         """Return how many tokens a reply (a span) may have after a prompt of so many tokens."""
-        if self.positions is None:
-            return math.inf
-        forced = 0
-        if self.vocabulary:
-            tail = max(len(self.vocabulary.no_answer), *map(len, self.vocabulary.tails.values()))
-            forced = len(self.vocabulary.header) + tail
-        return self.positions - prompt - forced
+        return self.options.room(prompt)
 
     def batch_size(self) -> int:
         """Return how many questions to answer at once: 32, on a GPU more as its memory allows.
@@ -158,7 +145,7 @@ class Generator:
         width = getattr(config, "head_dim", None) or config.hidden_size // attention_heads
         stems = [common_prefix(p.prompts) for p in paragraphs]
         branches = [
-            sum(len(ids) - stem + self.num_beams * SEARCHED_TOKENS for ids in p.prompts)
+            sum(len(ids) - stem + self.options.num_beams * SEARCHED_TOKENS for ids in p.prompts)
             for p, stem in zip(paragraphs, stems, strict=True)
         ]
         length = max(map(operator.add, stems, branches))  # positions of a row, and of its one pass
@@ -181,7 +168,7 @@ def free_memory() -> float:
         return math.inf
 
 
-def stop_ids(model: PreTrainedModel, encoder: ConversationEncoder) -> frozenset[int]:
+def stop_ids(model: PreTrainedModel, encoder: ChatEncoder) -> frozenset[int]:
     """Return the tokens that end a reply: the model's own, and the chat template's end of turn."""
     found: set[int] = set()
     for source in (model.generation_config, encoder.tokenizer):

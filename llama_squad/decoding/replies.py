@@ -34,7 +34,7 @@ class Reply:
         no_answer_log_prob: log P of the reply that abstains, scored over the same stretch.
         na_prob: sigmoid(no_answer_log_prob - best.log_prob): the chance of "no answer" if it is
             that or the best span. None in free decoding.
-        certain: no reply that ``num_beams`` cut off could have been better.
+        proven_best: no reply that ``num_beams`` cut off could have been better.
     """
 
     completion: str
@@ -44,7 +44,7 @@ class Reply:
     spans: tuple[Span, ...] = ()
     no_answer_log_prob: float | None = None
     na_prob: float | None = None
-    certain: bool = False
+    proven_best: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from llama_squad.decoding.cache import Branch
-from llama_squad.decoding.spans import State
 
 SPECULATION = 0.7
 """Partial replies this close (in nats) to the likeliest one are run along with it: they will
@@ -27,44 +26,66 @@ N_BEST_BEAMS = 20
 each of them."""
 
 
-# The search ----------------------------------------------------------------------------------
+State = tuple[int, ...]
+"""Where a reply stands in its grammar; what it means is the grammar's own."""
+
+
+@dataclass(frozen=True)
+class Successors:
+    """The tokens that may follow (None: any): the i-th comes with ``targets[i]``.
+
+    A target is what the grammar's ``step`` is told beside the token.
+    """
+
+    ids: list[int] | None
+    targets: Sequence[Any] = ()
+
+
+class Closing(NamedTuple):
+    """The end of what is searched for: tokens that are forced after it, and what the reply says.
+
+    Of several complete replies of one text only the best counts; without a text each counts.
+    """
+
+    tail: Sequence[int] = ()
+    text: str = ""
 
 
 @dataclass
-class _Node:
+class Hypothesis:
     """A partial reply: tokens after the prompt (in span decoding: after the header)."""
 
     log_prob: float
     ids: tuple[int, ...]
-    level: int
+    length: int
     stem: Branch
     kind: Literal["open", "closing", "complete"] = "open"
     state: State = ()
-    tail: Sequence[int] = ()  # forced tokens that follow (closing)
+    forced_suffix: Sequence[int] = ()  # tokens that follow (closing)
     text: str = ""  # the span (closing, complete)
     branch: Branch | None = None  # once it was run
-    children: "list[_Node] | None" = None
+    children: "list[Hypothesis] | None" = None
 
 
-class _Search:
+class BestFirstSearch:
     """Best-first beam search for one question.
 
     It tells which nodes it needs run (``advance``), and is told their logits' outcome by setting
     ``children``; what it has done so far is the same whatever else was run ahead of need.
     """
 
-    def __init__(self, root: _Node, num_beams: int, n_best: int, ranked: bool) -> None:
+    def __init__(self, root: Hypothesis, num_beams: int, n_best: int, ranked: bool) -> None:
         self._beams, self._n_best = num_beams, n_best
         self._ranked = ranked  # a complete reply must be among its length's num_beams best
         self._order = itertools.count()
-        self._queue: list[tuple[float, int, _Node]] = []
+        self._queue: list[tuple[float, int, Hypothesis]] = []
         self._taken: Counter[tuple[int, str]] = Counter()
-        self._spare: list[_Node] = []  # given up for the answer; the other spans may need them
-        self.cut_off = -math.inf  # log P of the best partial reply that was given up
-        self.found: dict[str | int, _Node] = {}
+        self._spare: list[Hypothesis] = []  # given up for the answer; the other spans may need them
+        self.pruned_log_prob = -math.inf  # log P of the best partial reply that was given up
+        self.found: dict[str | int, Hypothesis] = {}
         self._push(root)
 
-    def advance(self) -> list[_Node]:
+    def advance(self) -> list[Hypothesis]:
         """Go on as far as known; return the nodes to run next, or none where all is found."""
         while len(self.found) < self._n_best:
             if self._spare and self.found:  # the answer is found as if it alone were asked for
@@ -72,15 +93,15 @@ class _Search:
             if not self._queue:
                 break
             node = self._queue[0][2]
-            full = self._taken[node.level, node.kind] >= self._beams
+            full = self._taken[node.length, node.kind] >= self._beams
             if full and node.kind != "complete":
                 self._pop()
-                self.cut(node.log_prob)
+                self.prune(node.log_prob)
                 if self._n_best > 1 and not self.found:
                     self._spare.append(node)
             elif node.kind == "complete":
                 self._pop()
-                rank = sum(self._taken[node.level, kind] for kind in ("open", "complete"))
+                rank = sum(self._taken[node.length, kind] for kind in ("open", "complete"))
                 if not self._ranked or rank <= self._beams:
                     self.found.setdefault(node.text or len(self.found), node)
             elif node.children is None:
@@ -91,13 +112,13 @@ class _Search:
                     self._push(child)
         return []
 
-    def set_aside(self, nodes: Sequence[_Node]) -> None:
+    def set_aside(self, nodes: Sequence[Hypothesis]) -> None:
         """Keep nodes that the answer's search gives up, for the other spans."""
         self._spare += nodes
 
-    def cut(self, log_prob: float) -> None:
+    def prune(self, log_prob: float) -> None:
         """Note that a partial reply of this log-probability was given up."""
-        self.cut_off = max(self.cut_off, log_prob)
+        self.pruned_log_prob = max(self.pruned_log_prob, log_prob)
 
     @property
     def branches(self) -> list[Branch]:
@@ -111,14 +132,14 @@ class _Search:
             self._push(node)
         self._spare.clear()
 
-    def _push(self, node: _Node) -> None:
+    def _push(self, node: Hypothesis) -> None:
         heapq.heappush(self._queue, (-node.log_prob, next(self._order), node))
 
     def _pop(self) -> None:
         node = heapq.heappop(self._queue)[2]
-        self._taken[node.level, node.kind] += 1
+        self._taken[node.length, node.kind] += 1
 
-    def _wanted(self, best: float) -> list[_Node]:
+    def _wanted(self, best: float) -> list[Hypothesis]:
         nearest = heapq.nsmallest(self._beams, self._queue)
         return [
             node
@@ -126,11 +147,11 @@ class _Search:
             if node.children is None
             and node.kind != "complete"
             and node.log_prob >= best - SPECULATION
-            and self._taken[node.level, node.kind] < self._beams
+            and self._taken[node.length, node.kind] < self._beams
         ]
 
 
-class _BeamSearch:
+class BeamSearch:
     """Beam search in lockstep, with a length penalty, for one question in free decoding.
 
     A complete reply counts log P / tokens ** ``length_penalty``. That does not fall as a reply
@@ -138,15 +159,15 @@ class _BeamSearch:
     its length, beats the worst of ``num_beams`` complete ones.
     """
 
-    cut_off = -math.inf
+    pruned_log_prob = -math.inf
 
-    def __init__(self, root: _Node, num_beams: int, length_penalty: float, stops: int) -> None:
+    def __init__(self, root: Hypothesis, num_beams: int, length_penalty: float, stops: int) -> None:
         self._beams, self._penalty = num_beams, length_penalty
         self._kept = num_beams * max(2, 1 + stops)
         self._running = [root]
-        self._complete: list[tuple[float, _Node]] = []
+        self._complete: list[tuple[float, Hypothesis]] = []
 
-    def advance(self) -> list[_Node]:
+    def advance(self) -> list[Hypothesis]:
         """Go on as far as known; return the nodes to run next, or none where all is found."""
         while self._running:
             unknown = [node for node in self._running if node.children is None]
@@ -162,7 +183,7 @@ class _BeamSearch:
         return []
 
     @property
-    def found(self) -> dict[int, _Node]:
+    def found(self) -> dict[int, Hypothesis]:
         """The best complete reply."""
         return dict(enumerate(node for _, node in self._complete[:1]))
 
@@ -171,13 +192,16 @@ class _BeamSearch:
         """The branches that may yet grow."""
         return [node.branch or node.stem for node in self._running]
 
-    def cut(self, log_prob: float) -> None:
+    def set_aside(self, nodes: Sequence[Hypothesis]) -> None:
+        """Forget nodes: one reply is looked for."""
+
+    def prune(self, log_prob: float) -> None:
         """Note nothing: what a search by length gave up is not comparable."""
 
-    def _score(self, node: _Node) -> float:
-        return node.log_prob / node.level**self._penalty
+    def _score(self, node: Hypothesis) -> float:
+        return node.log_prob / node.length**self._penalty
 
-    def _may_improve(self, still: Sequence[_Node]) -> bool:
+    def _may_improve(self, still: Sequence[Hypothesis]) -> bool:
         if len(self._complete) < self._beams:
             return True
         return bool(still) and self._score(still[0]) > self._complete[-1][0]

@@ -27,15 +27,11 @@ from llama_squad.answers import (
     format_answer,
 )
 from llama_squad.decoding.boundaries import Boundaries, holds_word, is_word_boundary
-from llama_squad.encoding import IGNORE, ConversationEncoder
+from llama_squad.decoding.search import State, Successors
+from llama_squad.encoding import IGNORE, ChatEncoder
 
-State = tuple[int, ...]
-"""Where a reply stands: the byte offsets of the escaped context at which the span may go on, after
-``_BARE`` while it holds no word yet (no letter or digit; where boundaries are "any", no whole
-character); ``()`` at the span's start (anywhere); ``(-n,)`` while n bytes of the lead are due."""
-
+# A state (see ``SpanGrammar``) of a span that has not begun, and the mark of one without a word.
 _FRESH: State = ()
-
 _BARE = -(2**62)
 
 # Replies whose tokens show where this tokenizer merges the quotes with what is inside of them.
@@ -98,7 +94,7 @@ class SpanVocabulary:
             replies with the same tokens.
     """
 
-    def __init__(self, encoder: ConversationEncoder) -> None:
+    def __init__(self, encoder: ChatEncoder) -> None:
         self._bytes = token_bytes(encoder.tokenizer)
         replies = {probe: reply_ids(encoder, probe) for probe in _PROBES}
         self.header, lead_text = self._split_header(replies[NO_ANSWER])
@@ -127,14 +123,14 @@ class SpanVocabulary:
             longer = {s[left:]: t for s, t in tokens.items() if len(s) > left and s[:left] == rest}
             self.beyond[left] = _Matches.build(longer, ends)
 
-    def spell(self, ids: Sequence[int]) -> bytes:
+    def to_bytes(self, ids: Sequence[int]) -> bytes:
         """Return the bytes that tokens stand for (control tokens: none)."""
         return b"".join(self._bytes.get(token_id, b"") for token_id in ids)
 
     def _split_header(self, ids: Sequence[int]) -> tuple[list[int], bytes]:
         """Return the leading tokens that end at or before the header's colon, and the lead."""
         header = ANSWER_HEADER.encode()
-        spelled = self.spell(ids)
+        spelled = self.to_bytes(ids)
         start = spelled.find(header)
         if start < 0:
             raise ValueError(
@@ -142,32 +138,32 @@ class SpanVocabulary:
                 "of tokenizer, use --decoding free"
             )
         count = 0
-        while len(self.spell(ids[: count + 1])) <= start + len(header) - 2:
+        while len(self.to_bytes(ids[: count + 1])) <= start + len(header) - 2:
             count += 1
-        return list(ids[:count]), spelled[len(self.spell(ids[:count])) : start + len(header)]
+        return list(ids[:count]), spelled[len(self.to_bytes(ids[:count])) : start + len(header)]
 
     def _learn_tail(self, probe: str, ids: Sequence[int], lead: int) -> None:
         closing = lead + len(escape_answer(probe).encode())
         for count in range(1, len(ids)):
-            end = len(self.spell(ids[:count])) - closing
+            end = len(self.to_bytes(ids[:count])) - closing
             if end > 0:
                 self.tails.setdefault(end, list(ids[count:]))
                 return
 
     def _lead(self, ids: Sequence[int]) -> list[int]:
         count = 0
-        while len(self.spell(ids[: count + 1])) <= len(self.lead_text):
+        while len(self.to_bytes(ids[: count + 1])) <= len(self.lead_text):
             count += 1
         return list(ids[:count])
 
 
 @functools.lru_cache(maxsize=4)
-def span_vocabulary(encoder: ConversationEncoder) -> SpanVocabulary:
+def span_vocabulary(encoder: ChatEncoder) -> SpanVocabulary:
     """Return the encoder's ``SpanVocabulary``, made once (a second or two)."""
     return SpanVocabulary(encoder)
 
 
-def reply_ids(encoder: ConversationEncoder, text: str) -> list[int]:
+def reply_ids(encoder: ChatEncoder, text: str) -> list[int]:
     """Return the ids of the reply that answers ``text``, through the end of the turn."""
     messages = [
         {"role": "user", "content": "?"},
@@ -230,20 +226,14 @@ def _spellings(spelled: Mapping[int, bytes]) -> dict[bytes, int]:
     return {text: token_id for token_id, text in sorted(spelled.items()) if text}
 
 
-@dataclass(frozen=True)
-class Successors:
-    """The tokens that may follow: the i-th leads to ``targets[i]``.
-
-    A target is the next ``State``'s offsets (a list: call ``tuple``), or an int where the token
-    closes the string: how many bytes of the footer it spells.
-    """
-
-    ids: list[int]
-    targets: list[list[int] | int]
-
-
 class SpanGrammar:
     """The replies that are spans of one context.
+
+    A state holds the byte offsets of the escaped context at which the span may go on, after
+    ``_BARE`` while it holds no word yet (no letter or digit; where boundaries are "any", no whole
+    character); it is ``()`` at the span's start (anywhere), and ``(-n,)`` while n bytes of the lead
+    are due. A target is the next state's offsets (a list), or an int where the token closes the
+    string: how many bytes of the footer it spells.
 
     Args:
         vocabulary: the tokenizer's.
@@ -283,7 +273,7 @@ class SpanGrammar:
         ``closing`` is that token's target: how many bytes of the footer it spells.
         """
         vocabulary = self._vocabulary
-        spelled = vocabulary.spell(ids)[len(vocabulary.lead_text) : -closing]
+        spelled = vocabulary.to_bytes(ids)[len(vocabulary.lead_text) : -closing]
         return json.loads(b'"' + spelled + b'"')
 
     def accepts(self, ids: Sequence[int]) -> bool:
@@ -291,9 +281,10 @@ class SpanGrammar:
         state = self.start
         for index, token_id in enumerate(ids):
             found = self.successors(state)
-            if token_id not in found.ids:
+            targets = dict(zip(found.ids or [], found.targets, strict=True))
+            if token_id not in targets:
                 return False
-            target = found.targets[found.ids.index(token_id)]
+            target = targets[token_id]
             if isinstance(target, int):
                 return list(ids[index + 1 :]) == self._vocabulary.tails[target]
             state = tuple(target)

@@ -71,8 +71,8 @@ def merge_windows(replies: Sequence[tuple[int, Reply]], n_best: int = 1) -> Repl
     spans: dict[str, Span] = {}
     for span in sorted((s for r in moved for s in r.spans), key=lambda s: -s.log_prob):
         spans.setdefault(span.text, span)
-    certain = all(reply.certain for reply in moved)
-    return replace(best, spans=tuple(spans.values())[:n_best], certain=certain)
+    certain = all(reply.proven_best for reply in moved)
+    return replace(best, spans=tuple(spans.values())[:n_best], proven_best=certain)
 
 
 def _odds(reply: Reply) -> float:

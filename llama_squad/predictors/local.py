@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph, Reply
 from llama_squad.decoding.windows import cut_windows, merge_windows
-from llama_squad.encoding import ConversationEncoder
+from llama_squad.encoding import ChatEncoder
 from llama_squad.predictors.base import Batch, Prediction, Record
 from llama_squad.prompts import SYSTEM_PROMPT, Message, build_messages
 
@@ -60,7 +60,7 @@ class LocalModel:
     def __init__(
         self,
         model: PreTrainedModel,
-        encoder: ConversationEncoder,
+        encoder: ChatEncoder,
         *,
         prompt: str = "single_turn",
         system_prompt: str = SYSTEM_PROMPT,
@@ -69,8 +69,8 @@ class LocalModel:
         self._encoder = encoder
         self._prompt, self._system_prompt = prompt, system_prompt
         self._generator = Generator(model, encoder, **options)
-        self._max_new_tokens: int = self._generator.max_new_tokens
-        self._n_best: int = self._generator.n_best
+        self._max_new_tokens: int = self._generator.options.max_new_tokens
+        self._n_best: int = self._generator.options.n_best
         self._turns = Generator(model, encoder, decoding="free", max_new_tokens=TURN_TOKENS)
 
     @property
@@ -141,7 +141,7 @@ class LocalModel:
         rest = [place for place in places if place not in fit]
         sizes = {place: room - lengths[place - first] + size for place in rest}
         for place in rest:
-            if not self._generator.vocabulary or sizes[place] < LEAST_WINDOW:
+            if not self._generator.constraint.windowed or sizes[place] < LEAST_WINDOW:
                 failures[place] = (
                     f"the prompt is {lengths[place - first]:,} tokens long, and with "
                     f"{min(REPLY_ROOM, self._max_new_tokens)} for the reply the model reads "

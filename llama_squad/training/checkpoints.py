@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_squad.config import load_run_config
-from llama_squad.encoding import ConversationEncoder
+from llama_squad.encoding import ChatEncoder
 from llama_squad.evaluation import weights_digest
 
 RECORD = "resume"
@@ -95,7 +95,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def make_record(
-    settings: Mapping[str, Any], train: Any, encoder: ConversationEncoder, processes: int
+    settings: Mapping[str, Any], train: Any, encoder: ChatEncoder, processes: int
 ) -> dict[str, Any]:
     """Return what decides a run's rows and steps, as JSON has it.
 

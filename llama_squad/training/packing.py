@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama_squad.encoding import ConversationEncoder, Encoded
+from llama_squad.encoding import ChatEncoder, Encoded
 from llama_squad.tree import shareable_prefix
 
 
 def encode_split(
-    split: Any, encoder: ConversationEncoder, max_length: int | None, name: str
+    split: Any, encoder: ChatEncoder, max_length: int | None, name: str
 ) -> tuple[Any, int]:
     """Encode a split's messages: a dataset with input_ids, labels and group; and how many dropped.
 
@@ -45,9 +45,7 @@ def encode_split(
     return dataset, len(split) - len(dataset)
 
 
-def encode_dataset(
-    dataset: Any, encoder: ConversationEncoder, max_length: int | None
-) -> dict[str, Any]:
+def encode_dataset(dataset: Any, encoder: ChatEncoder, max_length: int | None) -> dict[str, Any]:
     """Encode the train and val splits, and say how many examples had to be left out.
 
     Raises:
@@ -95,7 +93,7 @@ def _paragraph_key(title: str, context: str) -> str:
 
 
 _ENCODING_VERSION = 1
-"""Raised when ``ConversationEncoder`` changes what it gives, so that no stale cache is read."""
+"""Raised when ``ChatEncoder`` changes what it gives, so that no stale cache is read."""
 
 
 def row_dataset(examples: Any, rows: Sequence[Sequence[Sequence[int]]]) -> Any:

@@ -17,7 +17,7 @@ from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.collator import SquadDataCollator
 from llama_squad.config import load_run_config
 from llama_squad.decoding.cache import check_tree
-from llama_squad.encoding import ConversationEncoder
+from llama_squad.encoding import ChatEncoder
 from llama_squad.metrics import is_exact_match
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
@@ -67,9 +67,7 @@ def check_shared_contexts(
 # Putting a run together ------------------------------------------------------------------------
 
 
-def prepare_model(
-    args: TrainArguments, model_args: ModelArguments, encoder: ConversationEncoder
-) -> Any:
+def prepare_model(args: TrainArguments, model_args: ModelArguments, encoder: ChatEncoder) -> Any:
     """Load the base model and make it trainable in the way that the arguments ask for."""
     if args.full_parameters:
         if model_args.dtype == "auto":  # bfloat16 weights would swallow small updates
@@ -158,7 +156,7 @@ def _plain_step(questions: int, train: Any) -> str:
 
 
 def make_validation(
-    sft_args: Any, dataset: Any, dataset_name: str, encoder: ConversationEncoder
+    sft_args: Any, dataset: Any, dataset_name: str, encoder: ChatEncoder
 ) -> Callable[[Any], dict[str, float]] | None:
     """Return what answers the validation questions by real generation at each evaluation.
 
