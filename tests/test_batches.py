@@ -109,7 +109,7 @@ def audit_of(pairs, monkeypatch):
                 for record in group:
                     text, score = pairs[int(record["id"])][self.side]
                     ids = [ord(char) for char in text]
-                    reply = Reply(text, ids, score, Span(text, score), certain=True)
+                    reply = Reply(text, ids, score, Span(text, score), proven_best=True)
                     found.append(Prediction(record, "", reply))
             return found
 
