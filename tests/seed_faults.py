@@ -129,16 +129,16 @@ FAULTS = [
     ),
     Fault(
         "decoding's tree: dead branches are dropped, the living not renumbered",
-        "llama_squad/generation.py",
+        "llama_squad/tree.py",
         "branch.columns = np.searchsorted(columns, branch.columns)",
         "pass",
         f"{DECODING} -k dead_branches",
     ),
     Fault(
         "decoding's tree: a window is wider by one",
-        "llama_squad/generation.py",
-        "self._depths[:, None, None, :] < window",
-        "self._depths[:, None, None, :] <= window",
+        "llama_squad/tree.py",
+        "query - key < window",
+        "query - key <= window",
         f"{DECODING} -k windows",
     ),
     Fault(
