@@ -170,8 +170,9 @@ def why_not_shared(model: Any, probe: Probe, row: "RowProbe | None" = None) -> s
     What is asked is exact: other tokens in one branch move no logit of another one, not by the
     last bit; the stem's tokens and a branch's own positions do move them. Where a model has
     experts, other tokens change how many are sent to each, and by that the order of sums: there no
-    gradient may flow between branches. At last the logits are compared with those of the sequences
-    alone: they may differ as much as when every product is rounded otherwise (``TOLERANCE``).
+    gradient may flow between branches. Then the logits of the last branch, which stands farthest
+    from its stem, are compared with those of its sequence alone: they may differ as much as when
+    every product is rounded otherwise (``TOLERANCE``).
 
     Args:
         model: in any state; it is put back into it.
@@ -193,9 +194,9 @@ def why_not_shared(model: Any, probe: Probe, row: "RowProbe | None" = None) -> s
 
 
 def _try(model: Any, probe: Probe, row: "RowProbe | None") -> str:
-    alone = _run_alone(model, probe)
+    alone = _run_last_alone(model, probe)
     with _rounded_otherwise(model):
-        rounded = _run_alone(model, probe)
+        rounded = _run_last_alone(model, probe)
     name = type(model).__name__
     try:
         base, sister, stem, moved = map(probe.run, ("", "sister", "stem", "positions"))
@@ -212,7 +213,7 @@ def _try(model: Any, probe: Probe, row: "RowProbe | None") -> str:
         "ignores the positions that it is given": _equal(base[-1:], moved[-1:]),
     }
     found = [f"{name} {fault}" for fault, is_there in faults.items() if is_there]
-    return found[0] if found else _compare(name, *map(torch.cat, (base, alone, rounded)))
+    return found[0] if found else _compare(name, base[-1], alone, rounded)
 
 
 def _compare(name: str, shared: torch.Tensor, alone: torch.Tensor, rounded: torch.Tensor) -> str:
@@ -233,16 +234,13 @@ def _equal(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool
 
 
 @torch.no_grad()
-def _run_alone(model: Any, probe: Probe) -> list[torch.Tensor]:
-    """Return the watched logits of each branch's sequence by itself."""
-    found = []
-    for example, watched in zip(probe.examples, probe.watched, strict=True):
-        ids = torch.tensor([example["input_ids"]], device=model.device)
-        keep = torch.zeros(ids.shape, dtype=torch.bool, device=model.device)
-        keep[0, list(watched)] = True
-        with exact_head(model):
-            found.append(_kept_logits(model, {"input_ids": ids}, keep).flatten(0, -2))
-    return found
+def _run_last_alone(model: Any, probe: Probe) -> torch.Tensor:
+    """Return the watched logits of the last branch's sequence by itself."""
+    ids = torch.tensor([probe.examples[-1]["input_ids"]], device=model.device)
+    keep = torch.zeros(ids.shape, dtype=torch.bool, device=model.device)
+    keep[0, list(probe.watched[-1])] = True
+    with exact_head(model):
+        return _kept_logits(model, {"input_ids": ids}, keep).flatten(0, -2)
 
 
 @contextlib.contextmanager

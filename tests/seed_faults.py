@@ -136,16 +136,16 @@ FAULTS = [
     ),
     Fault(
         "decoding's tree: a window is wider by one",
-        "llama_squad/generation.py",
-        "self._depths[:, None, None, :] < window",
-        "self._depths[:, None, None, :] <= window",
+        "llama_squad/tree.py",
+        "query - key < window",
+        "query - key <= window",
         f"{DECODING} -k windows",
     ),
     Fault(
         "search: one beam more than asked for",
         "llama_squad/decoding/search.py",
-        "self._taken[node.level, node.kind] >= self._beams",
-        "self._taken[node.level, node.kind] > self._beams",
+        "self._taken[node.length, node.kind] >= self._beams",
+        "self._taken[node.length, node.kind] > self._beams",
         f"{DECODING} -k without_changing_it",
     ),
     Fault(
@@ -157,16 +157,16 @@ FAULTS = [
     ),
     Fault(
         "search: the end of a reply costs nothing",
-        "llama_squad/generation.py",
-        "log_prob=node.log_prob + tail, ids",
+        "llama_squad/decoding/batch.py",
+        "log_prob=node.log_prob + total, ids",
         "log_prob=node.log_prob, ids",
         f"{DECODING} -k best_of_all",
     ),
     Fault(
         "search: probabilities are not normalised",
-        "llama_squad/generation.py",
-        "norms = logits.logsumexp(-1, keepdim=True)",
-        "norms = logits.amax(-1, keepdim=True)",
+        "llama_squad/decoding/batch.py",
+        "return logits.logsumexp(-1, keepdim=True)",
+        "return logits.amax(-1, keepdim=True)",
         f"{DECODING} -k best_of_all",
     ),
     Fault(
@@ -179,15 +179,15 @@ FAULTS = [
     Fault(
         "search: the abstention's end of turn is not scored",
         "llama_squad/decoding/batch.py",
-        "vocabulary.no_answer).sum(1).tolist()",
-        "vocabulary.no_answer)[:, :-1].sum(1).tolist()",
+        "alternative).sum(1).tolist()",
+        "alternative)[:, :-1].sum(1).tolist()",
         f"{DECODING} -k no_answer_probability",
     ),
     Fault(
         "search: na_prob is the chance of an answer",
-        "llama_squad/decoding/batch.py",
-        "_sigmoid(abstain - best.log_prob)",
-        "_sigmoid(best.log_prob - abstain)",
+        "llama_squad/decoding/constraints.py",
+        "_sigmoid(alternative - best.log_prob)",
+        "_sigmoid(best.log_prob - alternative)",
         f"{DECODING} -k threshold",
     ),
     Fault(
@@ -297,7 +297,7 @@ FAULTS = [
     ),
     Fault(
         "results: a newline in a cell ends a torn row",
-        "llama_squad/results.py",
+        "llama_squad/rows.py",
         r'if quotes % 2 == 0 and line.endswith(b"\n"):',
         r'if line.endswith(b"\n"):',
         RESULTS,

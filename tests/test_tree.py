@@ -274,7 +274,8 @@ def test_masks_of_a_window_follow_positions() -> None:
 def laid_out(model: Any, encoded: Any, folder: Path) -> Any:
     """Lay a dataset out as the stage does."""
     settings = SquadSFTConfig(output_dir=str(folder), report_to="none", bf16=False)
-    return lay_out(TrainArguments(), settings, {"train": encoded}, model, collator())["train"]
+    layout = lay_out(TrainArguments(), settings, {"train": encoded}, model, collator())
+    return layout.features["train"]
 
 
 def scaled_rope(limit: int) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def check_shared_contexts(
     if not why and os.environ.get("RANK", "0") == "0":
         print(
             f"Shared contexts checked on {len(probe.examples)} questions: none sees another, and "
-            "all give the logits that they give alone."
+            "the last one gives the logits that it gives alone."
         )
     return why
 
