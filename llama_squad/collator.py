@@ -3,7 +3,7 @@
 ``ChatEncoder`` finds the supervised tokens by the character offsets of the rendered
 conversation. ``SquadDataCollator`` pads batches, and builds rows in which the questions of a
 paragraph share its context: ``[prefix][branch 1]...[branch k]``, each branch seeing the prefix and
-itself. Loss and gradients are those of the separate examples; see README.md, "How it works".
+itself. Loss and gradients are those of the separate examples; see docs/how-it-works.md.
 """
 
 import itertools

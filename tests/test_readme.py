@@ -17,7 +17,9 @@ from llama_squad.config import parse_stage
 
 SOURCES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     ROOT / "quickstart.sh",
+    *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "configs").glob("*.yaml")),
     *sorted(ROOT.glob("*.py")),
     *sorted((ROOT / "llama_squad").rglob("*.py")),
@@ -113,8 +115,8 @@ def test_recipes_do_not_clash(monkeypatch):
 
 
 def test_files_that_the_readme_names_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = text[text.index("## What is where") : text.index("## How it works")]
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text[text.index("## What is where") : text.index("## Style")]
     names = re.findall(r"^(?:  )?([\w./]+\.(?:py|sh|yaml))", tree, re.M)
     assert len(names) >= 18
     for name in names:
