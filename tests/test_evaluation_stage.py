@@ -360,15 +360,15 @@ def test_audit_from_the_command_line(run, capsys, monkeypatch, gap, counted):
 
     def scripted(self, batch):
         generator = self._generator
-        beams.append(generator.num_beams)
-        generator.num_beams = 2  # a thousand take long
+        beams.append(generator.options.num_beams)
+        generator.options.num_beams = 2  # a thousand take long
         predictions = answer(self, batch)
-        generator.num_beams = beams[-1]
-        if generator.num_beams == 2:
+        generator.options.num_beams = beams[-1]
+        if generator.options.num_beams == 2:
             return predictions
         spans = [Span("other", prediction.reply.best.log_prob + gap) for prediction in predictions]
         return [
-            replace(prediction, reply=replace(prediction.reply, best=span, certain=True))
+            replace(prediction, reply=replace(prediction.reply, best=span, proven_best=True))
             for prediction, span in zip(predictions, spans, strict=True)
         ]
 
@@ -418,7 +418,7 @@ def test_audit_counts():
         def answer(self, batch):
             return [
                 Prediction(r, "", Reply("", [], 0.0, pairs[r["id"]][self.side],
-                                        certain=pairs[r["id"]][2]))
+                                        proven_best=pairs[r["id"]][2]))
                 for group in batch for r in group
             ]  # fmt: skip
 

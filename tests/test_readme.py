@@ -43,7 +43,7 @@ FOUND = [
 
 
 def test_finds_commands():
-    assert len([c for name, c in FOUND if name == "README.md"]) >= 12
+    assert len([c for name, c in FOUND if name == "README.md"]) >= 10
     assert {"quickstart.sh", "llama2_7b.yaml", "multi_turn.yaml"} <= {name for name, _ in FOUND}
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for line in (
@@ -111,7 +111,7 @@ def test_recipes_do_not_clash(monkeypatch):
             assert trained.setdefault(sft.output_dir, settings) == settings, sft.output_dir
     adapters = {args.adapter_name for args, _ in tested.values()} - {None}
     assert adapters == {f"{folder}/final_checkpoints" for folder in trained}
-    assert len(tested) >= 10
+    assert len(tested) >= 7
 
 
 def test_files_that_the_readme_names_exist():
