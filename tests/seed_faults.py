@@ -129,16 +129,16 @@ FAULTS = [
     ),
     Fault(
         "decoding's tree: dead branches are dropped, the living not renumbered",
-        "llama_squad/generation.py",
+        "llama_squad/tree.py",
         "branch.columns = np.searchsorted(columns, branch.columns)",
         "pass",
         f"{DECODING} -k dead_branches",
     ),
     Fault(
         "decoding's tree: a window is wider by one",
-        "llama_squad/generation.py",
-        "self._depths[:, None, None, :] < window",
-        "self._depths[:, None, None, :] <= window",
+        "llama_squad/tree.py",
+        '"sliding_attention": lambda window: query - key < window',
+        '"sliding_attention": lambda window: query - key <= window',
         f"{DECODING} -k windows",
     ),
     Fault(
@@ -158,15 +158,15 @@ FAULTS = [
     Fault(
         "search: the end of a reply costs nothing",
         "llama_squad/generation.py",
-        "log_prob=node.log_prob + tail, ids",
+        "log_prob=node.log_prob + total, ids",
         "log_prob=node.log_prob, ids",
         f"{DECODING} -k best_of_all",
     ),
     Fault(
         "search: probabilities are not normalised",
         "llama_squad/generation.py",
-        "norms = logits.logsumexp(-1, keepdim=True)",
-        "norms = logits.amax(-1, keepdim=True)",
+        "return logits.logsumexp(-1, keepdim=True)",
+        "return logits.amax(-1, keepdim=True)",
         f"{DECODING} -k best_of_all",
     ),
     Fault(
