@@ -384,6 +384,17 @@ def test_more_spans_than_the_answer_are_found_without_changing_it():
     assert search.cut_off == -math.inf
 
 
+def test_n_best_widens_nothing_before_the_answer_is_found(model, encoder):
+    paragraph = make_paragraph(encoder, "Ab c, 12 d. Ef gh (ij).", ["When?"])
+    first = []
+    for n_best in (1, 5):
+        batch = generation._Batch(Generator(model, encoder, n_best=n_best), [paragraph])
+        ((question,),) = batch._rows
+        first.append([child.ids for child in question.root.children])
+    assert first[0] == first[1]
+    assert question.search._spare, "nothing waits"
+
+
 def test_n_best_spans_are_distinct_and_in_order(model, encoder):
     paragraph = make_paragraph(encoder, "Ab c, 12 d.", ["When?", "Who?", "Why?"])
     (alone,) = Generator(model, encoder).reply([paragraph])
