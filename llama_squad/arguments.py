@@ -330,6 +330,7 @@ def check_training_numbers(args: TrainArguments, trainer: TrainerArguments) -> N
     sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
     check_at_least(1, trainer, *sizes, "gradient_accumulation_steps", "max_length")
     check_at_least(0, trainer, "learning_rate")
+    check_above_zero(trainer, "eval_steps", "logging_steps", "save_steps")
     if trainer.max_steps < 1 and trainer.max_steps != -1:
         raise ValueError(
             f"--max_steps must be at least 1, or -1 to go by epochs, not {trainer.max_steps}"

@@ -149,7 +149,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         default = action.default
         if isinstance(default, list):
             default = " ".join(map(str, default))
-        if default is None or default == "" or isinstance(default, bool) or "default" in text:
+        unsaid = default in (None, "", argparse.SUPPRESS) or isinstance(default, bool)
+        if unsaid or "default" in text:
             return text
         shown = " ".join(str(default).split()).replace("%", "%%")
         if len(shown) > 60:

@@ -105,8 +105,8 @@ def _base_of(adapter_name: str) -> str | None:
         base = PeftConfig.from_pretrained(adapter_name).base_model_name_or_path
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cannot load the adapter {adapter_name}: {error}\nIt is neither a folder here "
-            "nor, as seen from here, an adapter on the Hub: train one with "
+            f"cannot load the adapter {adapter_name}: {_one_line(error)} It is neither a folder "
+            "here nor, as seen from here, an adapter on the Hub: train one with "
             "`python train_llama_squad.py`, or name another with --adapter_name"
         ) from error
     return _from_here(base)
@@ -179,11 +179,18 @@ def load_tokenizer(
     return tokenizer
 
 
+def _one_line(error: Exception) -> str:
+    """Return what a library says, in one line that ends as a sentence does."""
+    said = " ".join(str(error).split())
+    return said if said.endswith((".", "!", "?")) else f"{said}."
+
+
 def _cannot_load(what: str, source: str, error: Exception) -> str:
+    said = _one_line(error)
     if Path(source).is_dir():
-        return f"cannot load the {what} in {source}: {error}"
+        return f"cannot load the {what} in {source}: {said}"
     return (
-        f"cannot load the {what} of {source!r}: {error}\nIt is neither a folder here nor, as seen "
+        f"cannot load the {what} of {source!r}: {said} It is neither a folder here nor, as seen "
         "from here, a model on the Hub. Check the name, your network and, for a gated model such "
         "as Llama, your access (`hf auth login`); or give a folder with --model_name"
     )
@@ -319,8 +326,8 @@ def load_model(
         raise ValueError(_cannot_load("model", args.model_name, error)) from error
     except ImportError as error:  # of flash attention, or of 4 bits
         raise ValueError(
-            f"cannot load the model {args.model_name}: {error}\nInstall the missing package, "
-            "or ask for less: --attn_implementation sdpa, --no_quantize"
+            f"cannot load the model {args.model_name}: {_one_line(error)} Install the missing "
+            "package, or ask for less: --attn_implementation sdpa, --no_quantize"
         ) from error
     config = model.config.get_text_config()
     if getattr(config, "sliding_window", None) == 0:  # which masks would take for seeing nothing

@@ -170,6 +170,10 @@ def _quiet_libraries() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
         lambda record: "gemm_4bit_forward" not in record.getMessage()
     )
+    # the trainer aligns a model with its tokenizer, as it should
+    logging.getLogger("transformers.trainer_utils").addFilter(
+        lambda record: "new PAD/BOS/EOS tokens" not in record.getMessage()
+    )
 
 
 # The next command ----------------------------------------------------------------------------

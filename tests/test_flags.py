@@ -91,6 +91,9 @@ def test_words_of_a_later_parser_are_passed_over() -> None:
         (["--lora_r=0"], "--lora_r must be at least 1, not 0"),
         (["--lora_dropout=1"], "--lora_dropout must be at least 0 and below 1, not 1.0"),
         (["--num_train_epochs=0"], "--num_train_epochs must be above 0, not 0.0"),
+        (["--eval_steps=0"], "--eval_steps must be above 0, not 0.0"),
+        (["--logging_steps=0"], "--logging_steps must be above 0, not 0.0"),
+        (["--save_steps=-1"], "--save_steps must be above 0, not -1.0"),
         (["--full_parameters", "--lora_r=8"], "so --lora_r would do nothing"),
     ],
 )
@@ -119,6 +122,7 @@ def test_help_loads_nothing_slow_and_keeps_the_examples_on_their_lines(
     assert not re.search(r"--\w+-\w+", done.stdout), "a flag in two spellings"
     named = re.findall(r"^  --(?:\[no_\])?(\w+)", done.stdout, re.M)
     assert len(named) == len(set(named)) and "config" in named
+    assert "SUPPRESS" not in done.stdout
     assert "data:" in lines and lines.index("data:") < lines.index("more:")
 
 

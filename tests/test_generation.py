@@ -389,6 +389,18 @@ def test_more_spans_than_the_answer_are_found_without_changing_it():
     assert search.pruned_log_prob == -math.inf
 
 
+def test_n_best_widens_nothing_before_the_answer_is_found(model, encoder):
+    paragraph = make_paragraph(encoder, "Ab c, 12 d. Ef gh (ij).", ["When?"])
+    first = []
+    for n_best in (1, 5):
+        batch = DecodingBatch(Generator(model, encoder, n_best=n_best).options, [paragraph])
+        ((question,),) = batch._rows
+        opened = [question.root, *question.root.children]
+        first.append([[child.ids for child in node.children or ()] for node in opened])
+    assert first[0] == first[1]
+    assert question.search._spare, "nothing waits"
+
+
 def test_n_best_spans_are_distinct_and_in_order(model, encoder):
     paragraph = make_paragraph(encoder, "Ab c, 12 d.", ["When?", "Who?", "Why?"])
     (alone,) = Generator(model, encoder).reply([paragraph])

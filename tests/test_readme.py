@@ -4,6 +4,7 @@ import re
 import shlex
 
 import pytest
+import seed_faults
 from conftest import ROOT
 
 from llama_squad.arguments import (
@@ -126,3 +127,7 @@ def test_files_that_the_readme_names_exist():
         assert (ROOT / recipe).is_file(), recipe
     package = {path.name for path in (ROOT / "llama_squad").rglob("[a-z]*.py")}
     assert package <= set(re.findall(r"\w+\.py", tree)), "a module is missing from the tree"
+
+
+def test_seeded_faults_are_aimed_at_what_is_there() -> None:
+    assert seed_faults.misaimed() == []

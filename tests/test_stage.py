@@ -156,6 +156,21 @@ def test_progress_in_a_pipe_is_lines(tmp_path: Path) -> None:
     assert sum("100% 20/20" in line for line in lines) == 2
 
 
+def test_warnings_that_nobody_can_act_on_are_silent(tmp_path: Path) -> None:
+    work = (
+        "import logging\n"
+        "for name in ('bitsandbytes.backends.cpu.ops', 'transformers.trainer_utils'):\n"
+        "    for text in ('Failed to load CPU gemm_4bit_forward',"
+        " 'The tokenizer has new PAD/BOS/EOS tokens', f'{name} has more to say'):\n"
+        "        logging.getLogger(name).warning(text)"
+    )
+    errors = start(tmp_path, work).communicate(timeout=60)[1]
+    said = errors.splitlines()
+    assert "bitsandbytes.backends.cpu.ops has more to say" in said
+    assert "transformers.trainer_utils has more to say" in said
+    assert len(said) == 4, "each knows its own warning only"
+
+
 @pytest.mark.parametrize(
     ("name", "is_one"),
     [

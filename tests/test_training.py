@@ -671,3 +671,13 @@ def test_a_missing_attention_package_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="(?s)cannot load the model.*--attn_implementation sdpa"):
         modeling.load_model(arguments)
+
+
+def test_a_model_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no connection\n\nsee a page")
+
+    monkeypatch.setattr(modeling.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(ValueError, match="no connection see a page. It is neither") as error:
+        modeling.load_tokenizer(ModelArguments(model_name="nobody/nothing"))
+    assert "\n" not in str(error.value)
