@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from llama_squad.prompts import SYSTEM_PROMPT
+from llama_squad.prompts import PROMPTS, SYSTEM_PROMPT
 
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 
@@ -53,7 +53,7 @@ class CreateArguments:
         False, "Leave out questions that cannot be used, and list them beside the dataset."
     )
     sample: bool = _option(False, "Use the small world bundled in quickstart/data.")
-    prompt: Literal["single_turn", "multi_turn"] = _option("single_turn", _PROMPT_HELP)
+    prompt: str = _option("single_turn", _PROMPT_HELP, choices=list(PROMPTS))
     system_prompt: str = _option(SYSTEM_PROMPT, _SYSTEM_HELP)
     validation_ratio: float = _option(
         0.05, "Share of the training questions to hold out for validation, by whole titles."
@@ -210,7 +210,7 @@ class EvalArguments:
     )
     dataset_name: str = _option("data/squad_v2", _DATASET_HELP)
     split: Literal["train", "val", "test"] = _option("test", "Split to answer.")
-    prompt: Literal["single_turn", "multi_turn"] = _option("single_turn", _PROMPT_HELP)
+    prompt: str = _option("single_turn", _PROMPT_HELP, choices=list(PROMPTS))
     system_prompt: str = _option(SYSTEM_PROMPT, _SYSTEM_HELP)
     reasoning_tokens: int = _option(0, "Pause tokens before the answer (the adapter knows).")
     quantize: bool = _option(False, "Load the model in 4 bits.")
@@ -281,7 +281,7 @@ class AppArguments:
 
     adapter_name: str | None = _option(None, "Adapter: a folder, or a name on the Hub.")
     dataset_name: str = _option("data/squad_v2", "Dataset that the random questions come from.")
-    prompt: Literal["single_turn", "multi_turn"] = _option("single_turn", _PROMPT_HELP)
+    prompt: str = _option("single_turn", _PROMPT_HELP, choices=list(PROMPTS))
     system_prompt: str = _option(SYSTEM_PROMPT, _SYSTEM_HELP)
     reasoning_tokens: int = _option(0, "Pause tokens before the answer (the adapter knows).")
     quantize: bool = _option(False, "Load the model in 4 bits.")

@@ -23,13 +23,6 @@ Scores = dict[str, tuple[int, float]]
 """Question id → (exact, F1), both in [0, 1]."""
 Interval = tuple[float, float]
 
-STRICT_COLUMNS = (
-    "% Valid JSON",
-    "% Exact Match",
-    "% EM for Valid JSON",
-    "% Correct No Answer",
-    "% Correct Has Answer",
-)
 Z_95 = 1.959963984540054
 """The 97.5 % point of the standard normal distribution, for two-sided 95 % intervals."""
 
@@ -323,31 +316,28 @@ def strict_outcome(answer: Answer, golds: Sequence[str]) -> Outcome:
     return Outcome(valid, bool(golds), is_exact_match(answer, golds))
 
 
+STRICT_COLUMNS: dict[str, tuple[Callable[[Outcome], bool], Callable[[Outcome], bool]]] = {
+    "% Valid JSON": (lambda o: o.valid, lambda o: True),
+    "% Exact Match": (lambda o: o.right, lambda o: True),
+    "% EM for Valid JSON": (lambda o: o.right, lambda o: o.valid),
+    "% Correct No Answer": (lambda o: o.right, lambda o: not o.has_answer),
+    "% Correct Has Answer": (lambda o: o.right, lambda o: o.has_answer),
+}
+"""The original's columns: which questions count as successes, and of which."""
+
+
 def strict_counts(outcomes: Mapping[Outcome, int]) -> dict[str, tuple[int, int]]:
     """Return (successes, trials) of each of ``STRICT_COLUMNS``.
-
-    Valid JSON counts the valid replies; exact match the right ones of all; EM for valid JSON the
-    right ones of the valid; correct (no) answer the right ones of the questions with (without) a
-    gold answer.
 
     Args:
         outcomes: how many questions there are of each.
     """
-
-    def count(wanted: Callable[[Outcome], bool]) -> int:
-        return sum(number for outcome, number in outcomes.items() if wanted(outcome))
-
-    total, valid = sum(outcomes.values()), count(lambda o: o.valid)
-    right, right_has = count(lambda o: o.right), count(lambda o: o.right and o.has_answer)
-    has_answer = count(lambda o: o.has_answer)
-    counts = (
-        (valid, total),
-        (right, total),
-        (right, valid),
-        (right - right_has, total - has_answer),
-        (right_has, has_answer),
-    )
-    return dict(zip(STRICT_COLUMNS, counts, strict=True))
+    counts = {}
+    for name, (succeeds, counted) in STRICT_COLUMNS.items():
+        tried = {outcome: n for outcome, n in outcomes.items() if counted(outcome)}
+        successes = sum(n for outcome, n in tried.items() if succeeds(outcome))
+        counts[name] = (successes, sum(tried.values()))
+    return counts
 
 
 def wilson_interval(successes: int, trials: int, z: float = Z_95) -> Interval:
