@@ -191,7 +191,8 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
     threshold = 1.0 if args.tune_threshold else evaluation.load_threshold(args, model_args)
     model = load_predictor(args, model_args)
     if args.batch_size is None:
-        size = getattr(model(na_prob_thresh=threshold), "batch_size", 32)
+        size = evaluation.begun_with(args)
+        size = size or getattr(model(na_prob_thresh=threshold), "batch_size", 32)
         args = dataclasses.replace(args, batch_size=evaluation.Processes.join().share(size))
     assert args.batch_size is not None
     if args.tune_threshold:
