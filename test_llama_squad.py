@@ -12,6 +12,7 @@ as it is known, so that a killed run goes on where it stopped. Several processes
 """
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -96,6 +97,8 @@ def check_flags(args: TestArguments, model_args: ModelArguments) -> None:
         "--chat_template": model_args.chat_template,
         "--attn_implementation": model_args.attn_implementation,
         "--na_prob_thresh": args.predictor == "server" and args.na_prob_thresh is not None,
+        "--batch_size": args.predictor == "server" and args.batch_size is not None,
+        "--dtype": args.predictor == "server" and model_args.dtype != "auto",
         "--decoding free": args.predictor == "encoder" and args.decoding == "free",
         "--prompt multi_turn": args.predictor == "encoder" and args.prompt == "multi_turn",
     }
@@ -159,8 +162,8 @@ def check_server_flags(args: TestArguments) -> None:
             raise ValueError(f"--{name} needs --predictor server: no other is asked over a network")
     if not args.timeout > 0:
         raise ValueError(f"--timeout must be above 0 seconds, not {args.timeout}")
-    if not args.temperature >= 0:
-        raise ValueError(f"--temperature must not be negative, but is {args.temperature}")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature must be a number from 0, not {args.temperature}")
     if args.base_url is not None:
         check_url(args)
 

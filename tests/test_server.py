@@ -125,7 +125,7 @@ def stage(server: Server, dataset: str, output: Path, *flags: str) -> list[Any]:
     """Run the stage against the server; return the rows."""
     test_llama_squad.main(
         ["--predictor", "server", "--base_url", server.url, "--model_name", "gpt-test",
-         "--dataset_name", dataset, "--output", str(output), "--batch_size", "4", *flags]
+         "--dataset_name", dataset, "--output", str(output), *flags]
     )  # fmt: skip
     return read_results(output)
 
@@ -512,7 +512,10 @@ def test_openai_needs_a_key(dataset: str, monkeypatch: pytest.MonkeyPatch) -> No
         (["--predictor=server", "--concurrency=0"], "--concurrency must be at least 1, not 0"),
         (["--predictor=server", "--timeout=0"], "--timeout must be above 0 seconds"),
         (["--predictor=server", "--timeout=nan"], "--timeout must be above 0 seconds"),
-        (["--predictor=server", "--temperature=-1"], "--temperature must not be negative"),
+        (["--predictor=server", "--temperature=-1"], "--temperature must be a number from 0"),
+        (["--predictor=server", "--temperature=inf"], "--temperature must be a number from 0"),
+        (["--predictor=server", "--batch_size=4"], "--batch_size means nothing to --predictor se"),
+        (["--predictor=server", "--dtype=float32"], "--dtype means nothing to --predictor server"),
     ],
 )
 def test_flags_of_servers(flags: list[str], message: str) -> None:
