@@ -123,5 +123,7 @@ def test_files_that_the_readme_names_exist():
         assert (ROOT / name).is_file() or (ROOT / "llama_squad" / name).is_file(), name
     for recipe in re.findall(r"configs/\w+\.yaml", text):
         assert (ROOT / recipe).is_file(), recipe
+    modules = re.findall(r"\w+\.py", tree[: tree.index("quickstart/")])
+    assert len(modules) == len(set(modules)), "a module is in the tree twice"
     package = {path.name for path in (ROOT / "llama_squad").glob("[a-z]*.py")}
     assert package <= set(re.findall(r"\w+\.py", tree)), "a module is missing from the tree"
