@@ -84,12 +84,12 @@ def run(args: AppArguments, model_args: ModelArguments) -> None:
     import gradio
 
     from llama_squad import modeling
-    from llama_squad.decoding.chat import Talker
+    from llama_squad.decoding.chat import ChatSession
 
     modeling.say_device()
     encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)
     model = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
-    page = build(args, Talker(model, encoder, args, gradio.Info), model_args.model_name)
+    page = build(args, ChatSession(model, encoder, args, gradio.Info), model_args.model_name)
     serve(
         page, server_name=args.host, server_port=args.port, share=args.share,
         prevent_thread_lock=True,

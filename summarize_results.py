@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from llama_squad.config import parse_stage
-from llama_squad.metrics import gold_texts, score_predictions, score_table
+from llama_squad.metrics import ScoreTable, gold_texts, score_predictions, score_table
 from llama_squad.plots import plot_na_probs
 from llama_squad.report import Format, describe_differing, render_figures, render_summaries
 from llama_squad.result_reader import iter_results
+from llama_squad.results import one_line_errors
 from llama_squad.rows import Row, rethreshold
 from llama_squad.stage import run_stage
 from llama_squad.summary import Tally
@@ -85,7 +87,7 @@ def read_json(path: str) -> Any:
 
 
 def name_files(files: Sequence[str]) -> dict[str, Path]:
-    """Name each file: as in NAME=FILE, else its stem (its folder, for a results.csv)."""
+    """Name each file: as in NAME=FILE, else its name less .csv (its folder, for a results.csv)."""
     named = []
     for file in files:
         name, _, rest = file.partition("=")
@@ -93,7 +95,7 @@ def name_files(files: Sequence[str]) -> dict[str, Path]:
         if path == Path(file):
             folder = path.resolve().parent.name
             own = path.stem == "results" and folder not in ("", "results")
-            name = folder if own else path.stem
+            name = folder if own else path.name.removesuffix(".csv")
         named.append((name, path))
     count = Counter(name for name, _ in named)
     names = {name if count[name] == 1 else str(path): path for name, path in named}
@@ -122,8 +124,12 @@ def summarize_files(args: SummarizeArguments) -> str:
             asked.add(row)
             tally.add(row)
         summaries[name], questions[name] = tally.figures(), asked.key()
-        if args.plot and not plot_file(tally, args.plot, name):
-            unplotted.append(str(path))
+        if args.plot:
+            table = tally.weighed()
+            if table is None:
+                unplotted.append(str(path))
+            else:
+                plot_file(table, args.plot, name)
     if unplotted and len(unplotted) == len(summaries):
         raise ValueError(f"no --plot of {', '.join(unplotted)}: some rows have no na_prob")
     if unplotted:
@@ -158,13 +164,11 @@ class Questions:
         return self._count, f"{self._digest:032x}" if self._named else ""
 
 
-def plot_file(tally: Tally, folder: str, name: str) -> bool:
-    """Draw one file's picture; False where a row has no na_prob."""
-    table = tally.weighed()
-    if table is None:
-        return False
-    plot_na_probs(table, Path(folder, f"{name.replace('/', '_')}.png"), name)
-    return True
+def plot_file(table: ScoreTable, folder: str, name: str) -> None:
+    """Draw one file's picture."""
+    path = Path(folder, f"{name.replace('/', '_')}.png")
+    with one_line_errors(path):
+        plot_na_probs(table, path, name)
 
 
 def score_official(args: SummarizeArguments) -> str:
@@ -179,9 +183,20 @@ def score_official(args: SummarizeArguments) -> str:
         if na_probs is None:
             raise ValueError("--plot draws no-answer probabilities: give --na_prob FILE")
         name = Path(args.predictions).stem
-        table = score_table(golds, predictions, na_probs)
-        plot_na_probs(table, Path(args.plot, f"{name}.png"), name)
+        plot_file(score_table(golds, predictions, na_probs), args.plot, name)
     return render_figures(figures, args.format)
+
+
+def check_threshold(args: SummarizeArguments) -> None:
+    """Refuse what no na_prob can be compared with. Raises ValueError.
+
+    Other systems' files may hold any figure in the place of a probability, such as log-odds.
+    """
+    threshold = args.na_prob_thresh
+    if threshold is None or (args.predictions and not math.isnan(threshold)):
+        return
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"--na_prob_thresh is a probability, not {threshold}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -196,11 +211,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
     )
     try:
+        check_threshold(args)
         summary = score_official(args) if args.predictions else summarize_files(args)
         if args.output:
-            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.output).write_text(summary, encoding="utf-8")
-    except (ValueError, OSError) as error:
+            with one_line_errors(args.output):
+                Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+                Path(args.output).write_text(summary, encoding="utf-8")
+    except ValueError as error:
         sys.exit(f"summarize_results.py: error: {error}")
     print(summary, end="")
 

@@ -12,6 +12,7 @@ as it is known, so that a killed run goes on where it stopped. Several processes
 """
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +22,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from llama_squad.arguments import EvalArguments, ModelArguments, resolve_beams
-from llama_squad.audit import AUDIT_BEAMS, audit
 from llama_squad.config import parse_stage
-from llama_squad.evaluation import Processes, check_outputs, choose_records, evaluate, settings_of
 from llama_squad.folders import check_dataset, check_file, check_weights
 from llama_squad.stage import if_interrupted, next_command, run_stage
-from llama_squad.thresholds import load_threshold, tune_threshold
 
 if TYPE_CHECKING:
     from llama_squad.predictors.base import Predictor
@@ -100,6 +98,8 @@ def check_flags(args: EvalArguments, model_args: ModelArguments) -> None:
         "--chat_template": model_args.chat_template,
         "--attn_implementation": model_args.attn_implementation,
         "--na_prob_thresh": args.predictor == "server" and args.na_prob_thresh is not None,
+        "--batch_size": args.predictor == "server" and args.batch_size is not None,
+        "--dtype": args.predictor == "server" and model_args.dtype != "auto",
         "--decoding free": args.predictor == "encoder" and args.decoding == "free",
         "--prompt multi_turn": args.predictor == "encoder" and args.prompt == "multi_turn",
     }
@@ -163,8 +163,8 @@ def check_server_flags(args: EvalArguments) -> None:
             raise ValueError(f"--{name} needs --predictor server: no other is asked over a network")
     if not args.timeout > 0:
         raise ValueError(f"--timeout must be above 0 seconds, not {args.timeout}")
-    if not args.temperature >= 0:
-        raise ValueError(f"--temperature must not be negative, but is {args.temperature}")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature must be a number from 0, not {args.temperature}")
     if args.base_url is not None:
         check_url(args)
 
@@ -187,14 +187,25 @@ def check_url(args: EvalArguments) -> None:
 
 def run(args: EvalArguments, model_args: ModelArguments) -> None:
     """Answer, score and print."""
+    from llama_squad.audit import AUDIT_BEAMS, audit
     from llama_squad.data import load_squad
+    from llama_squad.evaluation import (
+        Processes,
+        begun_with,
+        check_outputs,
+        choose_records,
+        evaluate,
+        settings_of,
+    )
+    from llama_squad.thresholds import load_threshold, tune_threshold
 
     check_outputs(args)
     dataset = load_squad(args.dataset_name)
     threshold = 1.0 if args.tune_threshold else load_threshold(args, model_args)
     model = load_predictor(args, model_args)
     if args.batch_size is None:
-        size = getattr(model(na_prob_thresh=threshold), "batch_size", 32)
+        size = begun_with(args)
+        size = size or getattr(model(na_prob_thresh=threshold), "batch_size", 32)
         args = dataclasses.replace(args, batch_size=Processes.join().share(size))
     assert args.batch_size is not None
     if args.tune_threshold:
@@ -224,7 +235,7 @@ def load_predictor(args: EvalArguments, model_args: ModelArguments) -> "Callable
         ValueError: it cannot be loaded.
     """
     from llama_squad import modeling
-    from llama_squad.predictors.extractive import Encoder
+    from llama_squad.predictors.extractive import ExtractiveModel
     from llama_squad.predictors.local import LocalModel
 
     chat: dict[str, Any] = {
@@ -244,7 +255,7 @@ def load_predictor(args: EvalArguments, model_args: ModelArguments) -> "Callable
     modeling.say_device()
     if args.predictor == "encoder":
         reader, tokenizer = modeling.load_reader(model_args)
-        return lambda na_prob_thresh, **_: Encoder(reader, tokenizer, na_prob_thresh)
+        return lambda na_prob_thresh, **_: ExtractiveModel(reader, tokenizer, na_prob_thresh)
     encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)
     weights = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
     return partial(

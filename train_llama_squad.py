@@ -28,9 +28,6 @@ from llama_squad.config import parse_stage
 from llama_squad.flags import sft_config_fields
 from llama_squad.folders import check_dataset, check_file, check_output, check_weights
 from llama_squad.stage import if_interrupted, next_command, run_stage
-from llama_squad.training.packing import encode_dataset, sample_paragraphs
-from llama_squad.training.setup import lay_out, make_validation, prepare_model
-from llama_squad.training.trainer import SquadTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -114,6 +111,9 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     from llama_squad.data import load_squad
     from llama_squad.training import checkpoints, preflight, publishing
     from llama_squad.training.merge_error import Sample
+    from llama_squad.training.packing import encode_dataset, sample_paragraphs
+    from llama_squad.training.setup import lay_out, make_validation, prepare_model
+    from llama_squad.training.trainer import SquadTrainer
 
     preflight.check_hub(sft_args)
     modeling.say_device()

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from llama_squad.arguments import EvalArguments, ModelArguments
-from llama_squad.config import provenance
+from llama_squad.config import provenance, write_json
 from llama_squad.modeling import resolve_dtype
 from llama_squad.predictors.base import (
     Batch,
@@ -36,13 +36,13 @@ from llama_squad.predictors.base import (
 from llama_squad.results import ResultsFile, check_writable, config_path
 from llama_squad.training.packing import sample_paragraphs
 
-# What may change between two runs of one result file.
 THRESHOLD_FILE = "na_prob_thresh.json"
 """The threshold tuned on the validation split, beside the adapter."""
 
-_VOLATILE = ("output", "overwrite", "batch_size", "predictions_dir", "audit", "tune_threshold",
-             "tune_for", "concurrency", "timeout", "max_tokens_name", "versions",
-             "commit")  # fmt: skip
+# What may change between two runs of one result file.
+_VOLATILE = ("output", "overwrite", "batch_size", "batch_sizes", "predictions_dir", "audit",
+             "tune_threshold", "tune_for", "concurrency", "timeout", "max_tokens_name",
+             "versions", "commit")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,6 @@ def evaluate(
         whole: ResultsFile | None = None
         done: set[str] | str = set()
         if processes.rank == 0:
-            _say_if_mixed(output, settings, overwrite)
             try:
                 file = ResultsFile(output, settings, _VOLATILE, overwrite)
                 whole = stack.enter_context(file)
@@ -191,6 +190,8 @@ def evaluate(
         # A batch that was interrupted is answered whole: the same batches give the same figures,
         # to the last bit, however often a run was killed and on however many processes it ran.
         todo = [batch for batch in batches if _ids(batch) - done]
+        if whole and todo:
+            _note_if_mixed(output, settings)
         mine = todo[processes.rank :: processes.world]
         # A failed row stays in its place until a reply can take it, at the merge.
         if whole and not whole.failed:
@@ -208,23 +209,45 @@ def evaluate(
         processes.share(None)
 
 
-def _say_if_mixed(output: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
-    """Say that a file's rows come from batches of several sizes, where that may show (16 bits)."""
-    path, size = config_path(output), settings.get("batch_size")
-    if overwrite or not path.is_file() or "dtype" not in settings:
-        return
-    exact = resolve_dtype(settings["dtype"]) == torch.float32 and not settings.get("quantize")
+def begun_with(args: EvalArguments) -> int | None:
+    """Return the batch size that a run which goes on was begun with; None where none does."""
+    paths = [Path(args.output)]
+    if args.tune_threshold:
+        paths.append(_validation_path(paths[0]))
+    sizes = [] if args.overwrite else [_saved_settings(path).get("batch_size") for path in paths]
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def _saved_settings(output: Path) -> dict[str, Any]:
     try:
-        before = json.loads(path.read_text(encoding="utf-8")).get("batch_size")
-    except (OSError, ValueError, AttributeError):  # ResultsFile says so
+        saved = json.loads(config_path(output).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # ResultsFile says so
+        return {}
+    return saved if isinstance(saved, dict) else {}
+
+
+def _note_if_mixed(output: Path, settings: Mapping[str, Any]) -> None:
+    """Say, and keep beside the file, that its rows come from batches of several sizes.
+
+    Nothing is said where that cannot show: in float32, or of servers.
+    """
+    local = settings.get("predictor") != "server" and "dtype" in settings
+    if not local or (
+        resolve_dtype(settings["dtype"]) == torch.float32 and not settings.get("quantize")
+    ):
         return
-    if not exact and before not in (None, size):
-        print(
-            f"{output} was begun with batches of {before} questions, and goes on with {size}: in "
-            "16 bits the size of a batch shifts log-probabilities by rounding. For rows of one "
-            f"size give --batch_size {before}, or --overwrite.",
-            file=sys.stderr,
-        )
+    saved, size = _saved_settings(output), settings.get("batch_size")
+    before = saved.get("batch_sizes") or [saved.get("batch_size", size)]
+    sizes = [*before, *[size] * (size not in before)]
+    if len(sizes) < 2:
+        return
+    write_json(config_path(output), saved | {"batch_sizes": sizes})
+    print(
+        f"{output} was begun with batches of {sizes[0]} questions, and holds or will hold rows "
+        f"from batches of {' and '.join(map(str, sizes[1:]))}, too: in 16 bits the size of a batch "
+        "shifts log-probabilities by rounding. For rows of one size --overwrite it.",
+        file=sys.stderr,
+    )
 
 
 def _shard_path(output: Path, rank: int) -> Path:

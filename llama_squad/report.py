@@ -87,6 +87,8 @@ def describe_differing(questions: Mapping[str, tuple[int, str]]) -> str:
         f"  {n:,}{'' if digest else ' (not named in the file)'}: {'; '.join(names)}\n"
         for (n, digest), names in groups.items()
     )
+    if len({n for n, _ in groups}) == 1 and len({digest for _, digest in groups if digest}) < 2:
+        return f"Perhaps not the same questions, as not all files name them:\n{held}"
     return f"Not the same questions, so the rows do not compare:\n{held}"
 
 

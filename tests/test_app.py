@@ -29,7 +29,7 @@ import app
 from llama_squad.answers import Answer, format_answer
 from llama_squad.arguments import AppArguments, CreateArguments
 from llama_squad.data import write_dataset
-from llama_squad.decoding.chat import Talker
+from llama_squad.decoding.chat import ChatSession
 from llama_squad.encoding import ChatEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,9 +132,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def scripted(tokenizer: Any, reply: Any, pause: float = 0.0, **settings: Any) -> Talker:
+def scripted(tokenizer: Any, reply: Any, pause: float = 0.0, **settings: Any) -> ChatSession:
     model = ScriptedModel(tokenizer, reply, pause)
-    return Talker(model, ChatEncoder(tokenizer), AppArguments(**settings))
+    return ChatSession(model, ChatEncoder(tokenizer), AppArguments(**settings))
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_what_is_shown_can_be_taken_back(text: str) -> None:
 
 def test_a_reply_is_the_greedy_one(tokenizer: Any, llama: Any) -> None:
     encoder = ChatEncoder(tokenizer)
-    talker = Talker(llama, encoder, AppArguments(max_new_tokens=24))
+    talker = ChatSession(llama, encoder, AppArguments(max_new_tokens=24))
     *_, messages = talker.ask(CONTEXT, "Who?")
     prompt = {"role": "system", "content": talker.args.system_prompt}, messages[0]
     ids = torch.tensor(encoder.encode_prompts([prompt]))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from llama_squad.audit import audit
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph, Reply, Span
 from llama_squad.encoding import ChatEncoder
-from llama_squad.evaluation import _say_if_mixed
+from llama_squad.evaluation import _note_if_mixed, begun_with
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
 from llama_squad.results import config_path
@@ -132,8 +133,24 @@ def test_audit_compares_against_the_noise(monkeypatch):
 def test_a_file_of_several_batch_sizes_says_so_in_16_bits(tmp_path, capsys):
     output = tmp_path / "results.csv"
     config_path(output).write_text('{"batch_size": 8}')
-    for dtype, size, said in (
-        ("float32", 32, False), ("bfloat16", 8, False), ("bfloat16", 32, True)
+    server = {"predictor": "server"}
+    for dtype, size, said, more in (
+        ("float32", 32, False, {}), ("bfloat16", 8, False, {}), ("bfloat16", 32, False, server),
+        ("bfloat16", 32, True, {}), ("bfloat16", 8, True, {}),  # of a file that is mixed already
     ):  # fmt: skip
-        _say_if_mixed(output, {"dtype": dtype, "batch_size": size}, False)
-        assert ("--batch_size 8" in capsys.readouterr().err) is said
+        _note_if_mixed(output, {"dtype": dtype, "batch_size": size, **more})
+        assert ("begun with batches of 8" in capsys.readouterr().err) is said
+    saved = json.loads(config_path(output).read_text())
+    assert saved == {"batch_size": 8, "batch_sizes": [8, 32]}
+
+
+def test_a_run_that_goes_on_keeps_its_batch_size(tmp_path):
+    """A GPU with less free memory than before would have another default."""
+    args = dataclasses.replace(EvalArguments(), output=str(tmp_path / "results.csv"))
+    tuning = dataclasses.replace(args, tune_threshold=True)
+    assert begun_with(args) is None
+    config_path(tmp_path / "results.csv.val.csv").write_text('{"batch_size": 64}')
+    assert (begun_with(args), begun_with(tuning)) == (None, 64)
+    config_path(args.output).write_text('{"batch_size": 8}')
+    assert begun_with(args) == begun_with(tuning) == 8
+    assert begun_with(dataclasses.replace(args, overwrite=True)) is None

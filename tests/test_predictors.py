@@ -14,7 +14,7 @@ from llama_squad import modeling
 from llama_squad.answers import format_answer
 from llama_squad.arguments import CreateArguments, ModelArguments
 from llama_squad.data import write_dataset
-from llama_squad.predictors.extractive import Encoder
+from llama_squad.predictors.extractive import ExtractiveModel
 from llama_squad.result_reader import read_results
 
 RECORDS = make_records(5, [2, 4], seed=3)
@@ -84,11 +84,11 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, **options: Any) -> tuple[Encoder, Any, Any]:
+def load(folder: Path, **options: Any) -> tuple[ExtractiveModel, Any, Any]:
     """Load the reader; return its predictor, the model and the tokenizer."""
     model = BertForQuestionAnswering.from_pretrained(folder).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    return Encoder(model, tokenizer, **options), model, tokenizer
+    return ExtractiveModel(model, tokenizer, **options), model, tokenizer
 
 
 def search(model: Any, tokenizer: Any, record: dict[str, Any]) -> tuple[str, float, float]:
@@ -157,7 +157,7 @@ def test_encoder_cuts_long_questions_and_windows(reader: Path, positions: int, l
     tokenizer.model_max_length = length
     model.config.max_position_embeddings = positions
     model.bert.embeddings.position_embeddings.weight.data[min(positions, length) :] = float("nan")
-    encoder = Encoder(model, tokenizer, na_prob_thresh=1.0)
+    encoder = ExtractiveModel(model, tokenizer, na_prob_thresh=1.0)
     record = RECORDS[0] | {"context": RECORDS[0]["context"] * 5, "question": "met " * 600}
     reply = encoder.answer([[record]])[0].reply
     assert reply.best
@@ -169,7 +169,7 @@ def test_encoder_that_reads_too_little_is_refused(reader: Path) -> None:
     _, model, tokenizer = load(reader)
     model.config.max_position_embeddings = -1  # XLNet's
     with pytest.raises(ValueError, match="bert is no encoder for this"):
-        Encoder(model, tokenizer)
+        ExtractiveModel(model, tokenizer)
 
 
 def test_encoder_is_held_in_float32_unasked(reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,8 @@ def test_recipes_do_not_clash(monkeypatch):
             types = (EvalArguments, ModelArguments)
             args, model = parse_stage("test", types, argv)
             assert tested.setdefault(args.output, (args, model)) == (args, model), args.output
+            # The original's pipeline divides a beam's log-probability by its length.
+            assert args.length_penalty == (1.0 if args.num_beams == 10 else 0.0), command
             assert args.decoding == "free" or source == "reasoning_tokens.yaml", command
         elif script == "train_llama_squad.py":
             types = (TrainArguments, ModelArguments, SquadSFTConfig)

@@ -125,7 +125,7 @@ def stage(server: Server, dataset: str, output: Path, *flags: str) -> list[Any]:
     """Run the stage against the server; return the rows."""
     test_llama_squad.main(
         ["--predictor", "server", "--base_url", server.url, "--model_name", "gpt-test",
-         "--dataset_name", dataset, "--output", str(output), "--batch_size", "4", *flags]
+         "--dataset_name", dataset, "--output", str(output), *flags]
     )  # fmt: skip
     return read_results(output)
 
@@ -296,6 +296,25 @@ def test_a_refused_question_fails_alone(
     assert f"1 of 14 questions failed (1 {kind}): the result file has the reasons" in said
 
 
+@pytest.mark.parametrize(
+    "response",
+    [
+        fault(400, "This model's maximum context length is 9 tokens.",
+              code="context_length_exceeded", param="messages"),
+        fault(400, "'max_tokens' or 'max_completion_tokens' is too large: 256. This model's maximum "
+              "context length is 512 tokens and your request has 400 input tokens", code=400),
+        fault(400, "The prompt triggered the content policy of this model", code="content_filter"),
+        fault(403, "Your input was flagged by moderation"),
+        fault(400, "Your request has 900 tokens, which no model here reads"),
+    ],
+)  # fmt: skip
+def test_the_first_question_may_be_refused(server: Server, response: Response) -> None:
+    """As it is where a rerun asks those that failed: nothing was answered before."""
+    server.respond = on(RECORDS[0]["question"], response)
+    known = ask(server, concurrency=1)
+    assert [id_ for id_, item in known.items() if item.failure] == [RECORDS[0]["id"]]
+
+
 def test_a_malformed_reply_is_no_failure(server: Server) -> None:
     server.respond = on("", completion(""))
     assert {item.failure for item in ask(server).values()} == {""}
@@ -333,10 +352,13 @@ def test_a_spent_quota_is_not_asked_again(server: Server) -> None:
     ("response", "requests", "message"),
     [
         (fault(401, "bad key"), 1, "401: bad key"),
+        (fault(403, "no access"), 1, "403: no access"),
         (fault(402, "pay"), 1, "402: pay"),
         (fault(404, "no such model"), 1, "404: no such model"),
         (fault(400, "no", param="temperature", code="unsupported_value"), 1, "unsupported_value"),
         ((400, {"detail": "unknown field response_format"}), 1, "unknown field response_format"),
+        (fault(400, "The model 'm' does not exist"), 1, "The model 'm' does not exist"),
+        (fault(400, "Invalid model name"), 1, "Invalid model name"),
         (fault(429, "slow down"), 11, "429: slow down"),
         (fault(500, "oops"), 22, "500: oops"),  # the first might be the question's own fault
     ],
@@ -490,7 +512,10 @@ def test_openai_needs_a_key(dataset: str, monkeypatch: pytest.MonkeyPatch) -> No
         (["--predictor=server", "--concurrency=0"], "--concurrency must be at least 1, not 0"),
         (["--predictor=server", "--timeout=0"], "--timeout must be above 0 seconds"),
         (["--predictor=server", "--timeout=nan"], "--timeout must be above 0 seconds"),
-        (["--predictor=server", "--temperature=-1"], "--temperature must not be negative"),
+        (["--predictor=server", "--temperature=-1"], "--temperature must be a number from 0"),
+        (["--predictor=server", "--temperature=inf"], "--temperature must be a number from 0"),
+        (["--predictor=server", "--batch_size=4"], "--batch_size means nothing to --predictor se"),
+        (["--predictor=server", "--dtype=float32"], "--dtype means nothing to --predictor server"),
     ],
 )
 def test_flags_of_servers(flags: list[str], message: str) -> None:

@@ -14,7 +14,7 @@ import summarize_results
 from llama_squad.answers import extract_answer, format_answer
 from llama_squad.metrics import score_table
 from llama_squad.results import ResultsFile
-from llama_squad.rows import make_row
+from llama_squad.rows import SEED_COLUMNS, make_row
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE = ROOT / "summarize_results.py"
@@ -102,7 +102,23 @@ def test_files_over_different_questions_are_told(capsys: pytest.CaptureFixture[s
     assert len(json.loads(captured.out)) == 2
     assert captured.err.startswith("Not the same questions")
     write_results("other.csv", {"a": TUNED["a"], "c": TUNED["b"]})  # as many, but others
-    assert "  2: tuned\n  2: other\n" in run(capsys, "tuned.csv", "other.csv")
+    out = run(capsys, "tuned.csv", "other.csv")
+    assert out.endswith(
+        "Not the same questions, so the rows do not compare:\n  2: tuned\n  2: other\n"
+    )
+
+
+def test_files_that_do_not_name_their_questions_may_hold_the_same(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_results("tuned.csv", TUNED)
+    with Path("original.csv").open("w", newline="") as file:
+        rows = [["p", '["x"]', "x", "r", "True"]] * 2
+        csv.writer(file).writerows([SEED_COLUMNS, *rows])
+    out = run(capsys, "tuned.csv", "original.csv")
+    assert "\nPerhaps not the same questions, as not all files name them:\n" in out
+    write_results("part.csv", {"a": TUNED["a"]})
+    assert "Not the same questions" in run(capsys, "part.csv", "original.csv")
 
 
 def test_plots_what_it_can(capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,6 +211,8 @@ def test_files_of_one_name_are_told_apart(capsys: pytest.CaptureFixture[str]) ->
         write_results(f"{folder}/run.csv", BASE)
     rows = json.loads(run(capsys, "one/run.csv", "two/run.csv", "--format", "json"))
     assert [r["name"] for r in rows] == ["one/run.csv", "two/run.csv"]
+    write_results("v1.0", BASE)
+    assert json.loads(run(capsys, "v1.0", "--format", "json"))[0]["name"] == "v1.0"
     assert "two result files have one name" in fail(capsys, "a=one/run.csv", "a=one/run.csv")
 
 
@@ -259,6 +277,13 @@ def test_plots(capsys: pytest.CaptureFixture[str]) -> None:
             ["base.csv", "--na_prob_thresh", "0.5"],
             "cannot be applied to base.csv: question a has no",
         ),
+        (["base.csv", "--na_prob_thresh", "nan"], "--na_prob_thresh is a probability, not nan"),
+        (["base.csv", "--na_prob_thresh", "5"], "--na_prob_thresh is a probability, not 5.0"),
+        (
+            ["--predictions", "p.json", "--data", "d.json", "--na_prob_thresh", "nan"],
+            "is a probability, not nan",
+        ),
+        (["base.csv", "--output", "."], "cannot write .: Is a directory; choose another place"),
         (["--data", "d.json"], "need --predictions"),
         (["--predictions", "p.json"], "--predictions needs --data"),
         (["--predictions", "p.json", "--data", "no.json"], "cannot read no.json"),

@@ -19,7 +19,7 @@ FRAME = 0.05
 """Seconds between two updates of a reply on the page: each costs about as much as a token."""
 
 
-class Talker:
+class ChatSession:
     """A model that all visitors share: it is held for one token at a time, so they take turns.
 
     It keeps nothing between two calls; the conversation is the visitor's.

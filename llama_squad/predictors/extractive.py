@@ -12,7 +12,7 @@ from llama_squad.decoding.replies import Reply, Span
 from llama_squad.predictors.base import Batch, Prediction, Record
 
 
-class Encoder:
+class ExtractiveModel:
     """An extractive encoder that was trained on SQuAD 2.0, such as deepset/deberta-v3-large-squad2.
 
     A span's score is the sum of the logits of its first and last token, that of "no answer" those

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -44,7 +45,13 @@ FAILURES_SHOWN = 5
 _ANOTHER_LIMIT = {
     "max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"
 }  # fmt: skip
-_OWN_OPTIONS = ("model", "temperature", "response_format", *_ANOTHER_LIMIT)
+_OWN_OPTIONS = re.compile(
+    rf"temperature|response_format|{'|'.join(_ANOTHER_LIMIT)}"
+    r"|(unknown|invalid|no such) model|\bmodel\b.*\bnot (found|exist)",
+    re.IGNORECASE,
+)
+_OF_THE_QUESTION = re.compile(r"context|content|filter|flagged|moderat|too long", re.IGNORECASE)
+"""Of a refusal for its length or its content, which may name the model or the limit, too."""
 _KEPT = "What was answered is kept: the same command goes on from there"
 
 
@@ -348,6 +355,8 @@ class ServerModel:
         reason = _reason(error)
         if status in (400, 413, 422) and not self._is_our_option(error):
             raise _QuestionFailed(reason)
+        if status == 403 and _OF_THE_QUESTION.search(reason):
+            raise _QuestionFailed(reason)
         wait = _retry_after(error)
         spent = error.code == "insufficient_quota" or error.type == "insufficient_quota"
         may_pass = status is None or status in (408, 409, 429) or status >= 500
@@ -382,7 +391,9 @@ class ServerModel:
             return True
         # Servers that give no code say it in words, which a question may hold, too.
         words = _reason(error)
-        return not self._tally.replies and any(name in words for name in _OWN_OPTIONS)
+        if self._tally.replies or _OF_THE_QUESTION.search(words):
+            return False
+        return bool(_OWN_OPTIONS.search(words))
 
 
 def _key(base_url: str | None) -> str:
