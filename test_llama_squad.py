@@ -209,11 +209,9 @@ def run(args: TestArguments, model_args: ModelArguments) -> None:
         evaluation.settings_of(args, model_args, threshold, records),
         batch_size=args.batch_size,
         overwrite=args.overwrite,
+        finish=partial(report, args),
     )
-    if evaluation.Processes.join().rank > 0:
-        return
-    report(args)
-    if args.audit:
+    if args.audit and evaluation.Processes.join().rank == 0:
         exhaustive = model(na_prob_thresh=1.0, num_beams=evaluation.AUDIT_BEAMS)
         print(evaluation.audit(model(na_prob_thresh=1.0), exhaustive, records, args))
 
