@@ -219,11 +219,9 @@ def run(args: EvalArguments, model_args: ModelArguments) -> None:
         settings_of(args, model_args, threshold, records),
         batch_size=args.batch_size,
         overwrite=args.overwrite,
+        finish=partial(report, args),
     )
-    if Processes.join().rank > 0:
-        return
-    report(args)
-    if args.audit:
+    if args.audit and Processes.join().rank == 0:
         exhaustive = model(na_prob_thresh=1.0, num_beams=AUDIT_BEAMS)
         print(audit(model(na_prob_thresh=1.0), exhaustive, records, args))
 

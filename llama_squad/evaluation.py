@@ -12,7 +12,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -160,11 +160,13 @@ def evaluate(
     *,
     batch_size: int = 32,
     overwrite: bool = False,
+    finish: Callable[[], None] = lambda: None,
 ) -> None:
     """Answer what ``output`` does not hold yet, and leave a complete result file there.
 
     The rows stand by paragraph, in the order of ``records``, whatever number of processes and
-    interruptions there was. Questions that failed before are asked again.
+    interruptions there was. Questions that failed before are asked again. The first process calls
+    ``finish`` at the end, while no other run can write the file.
 
     Raises:
         ValueError: ``output`` was made with other settings, or another run is writing it; see
@@ -206,6 +208,7 @@ def evaluate(
         if whole:
             _gather(whole, order, settings)
             whole.check_complete(order)
+            finish()
         processes.share(None)
 
 

@@ -517,8 +517,8 @@ def test_no_other_run_comes_between(tmp_path):
             evaluate(Answers(), RECORDS, path, {"seed": 1})
         tried.append(batch)
 
-    evaluated(Answers(second), path)
-    assert len(tried) == 6
+    evaluated(Answers(second), path, finish=lambda: second("the figures"))
+    assert len(tried) == 7
     whole = path.read_bytes()
     rows = read_results(path)
     for shard, part in ((0, rows[3:9]), (1, rows[12:])):  # of a run that was killed
@@ -530,6 +530,22 @@ def test_no_other_run_comes_between(tmp_path):
     assert model.asked == [row["id"] for row in rows[:3] + rows[9:12]]
     assert path.read_bytes() == whole
     assert sorted(p.name for p in tmp_path.iterdir()) == ["results.csv", "results.csv.config.json"]
+
+
+def test_the_figures_are_those_of_a_file_that_no_other_run_can_change(run, monkeypatch):
+    refused = []
+
+    def report(args):
+        with (
+            pytest.raises(ValueError, match="another process is writing"),
+            ResultsFile(args.output, {}, overwrite=True),
+        ):
+            pass
+        refused.append(args.output)
+
+    monkeypatch.setattr(test_llama_squad, "report", report)
+    run("--num_samples=2")
+    assert refused == ["results/results.csv"]
 
 
 @pytest.mark.parametrize("kind", ["lost", "doubled"])

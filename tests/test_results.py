@@ -208,7 +208,8 @@ def test_reading_leaves_out_a_torn_row(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from llama_squad.answers import extract_answer
-from llama_squad.results import ResultsFile, make_row
+from llama_squad.results import ResultsFile
+from llama_squad.rows import make_row
 
 ids = [str(number) for number in range(400)]
 with ResultsFile(sys.argv[1], {"seed": 1}) as file:
@@ -398,7 +399,8 @@ def test_files_that_differ_behind_a_dot_share_nothing(tmp_path: Path) -> None:
 LIMITED = """
 import resource, sys
 from llama_squad.answers import extract_answer
-from llama_squad.results import ResultsFile, check_writable, make_row
+from llama_squad.results import ResultsFile, check_writable
+from llama_squad.rows import make_row
 
 record = {"id": "", "title": "", "question": "", "answers": {"text": []}}
 row = make_row(record, "x" * 500, extract_answer("x"), "p")
