@@ -645,6 +645,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 from helpers import *
+from llama_squad.training import trainer as training
 from test_shared_contexts import epoch, planned, real_records, recorder, weights_after
 
 folder = Path(sys.argv[1])
@@ -667,18 +668,18 @@ trainer = make_trainer(
     gradient_accumulation_steps=sft_args.gradient_accumulation_steps, learning_rate=0.1,
 )
 counts = [[0, 0, 0], [0, 0, 0]]  # of the first three steps and the others
-plain = answer_loss
+plain = training.answer_loss
 
 def count(model, inputs, *options):
     loss, right, supervised = plain(model, inputs, *options)
-    found = (int(right), int(supervised), int(count_batch(inputs)[0]))
+    found = (int(right), int(supervised), int(training.count_batch(inputs)[0]))
     part = counts[trainer.state.global_step // 3]
     part[:] = [a + b for a, b in zip(part, found)]
     return loss, right, supervised
 
-answer_loss = count
+training.answer_loss = count
 trainer.train()
-answer_loss = plain
+training.answer_loss = plain
 (folder / f"counts-{rank}.json").write_text(json.dumps(counts))
 if rank == 0:
     figures = trainer.state.log_history

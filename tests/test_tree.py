@@ -101,7 +101,7 @@ def test_a_disguised_hybrid_is_caught(
     architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model(architecture, dtype, **HYBRIDS[architecture])
-    monkeypatch.setattr("llama_squad.tree.recurrent_layers", lambda config: "")
+    monkeypatch.setattr("llama_squad.tree_check.recurrent_layers", lambda config: "")
     assert "lets one question see another" in why_not(model)
     with pytest.raises(ValueError, match="see another|takes no tree mask"):
         check_tree(model, PROMPT)
