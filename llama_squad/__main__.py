@@ -1,0 +1,156 @@
+"""Ask questions about a text from the shell; prints one JSON object per question.
+
+    python -m llama_squad --adapter_name=results/final_checkpoints --context page.txt "Who?" "When?"
+    cat page.txt | python -m llama_squad --adapter_name=results/final_checkpoints "When?"
+    python -m llama_squad --adapter_name=results/final_checkpoints --input q.jsonl --output a.jsonl
+
+``--input`` takes JSON lines with "question" and "context", SQuAD files, with answers or without,
+CSV or parquet. The answers come as JSON lines, as they are known; with ``--output`` the same
+command goes on where it stopped.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_squad.folders import check_weights
+from llama_squad.stage import if_interrupted, run_stage
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Answer the questions of the command line, or of a file."""
+    args = _parse(argv)
+    try:
+        questions = list(_questions(args))
+        done = _done(args.output)
+        todo = [q for q in questions if q["id"] not in done] if args.output else questions
+        if args.output:
+            print(f"{len(done)} answers are there, {len(todo)} to come.", file=sys.stderr)
+        if todo:
+            kept = f"what was answered is kept in {args.output}: the same command goes on"
+            with if_interrupted(kept if args.output else "nothing is kept"):
+                _answer(args, todo)
+    except ValueError as error:
+        sys.exit(f"python -m llama_squad: {error}")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m llama_squad", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("questions", nargs="*", metavar="QUESTION", help="Questions about the context.")
+    add("--adapter_name", metavar="NAME", help="Adapter or merged model: a folder, or on the Hub.")
+    add("--model_name", metavar="NAME", help="Chat model, or another base for the adapter.")
+    add("--context", metavar="FILE", default="-", help="Text file (default: standard input).")
+    add("--input", metavar="FILE", help="Questions with their contexts, instead.")
+    add("--output", metavar="FILE", help="Append to this file (default: print).")
+    add("--num_beams", type=int, metavar="N", help="Beams (default: 4).")
+    add("--n_best", type=int, metavar="N", default=5, help="Spans to give per question (5).")
+    add("--na_prob_thresh", type=float, metavar="X",
+        help="No answer above it (default: tuned, or 0.5).")  # fmt: skip
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    add("--quantize", action="store_true", help="Load the model in 4 bits.")
+    args = parser.parse_args(argv)
+    if bool(args.questions) == bool(args.input):
+        parser.error("give questions, or a file of them with --input")
+    if not (args.adapter_name or args.model_name):
+        parser.error("give --adapter_name (what was trained), or --model_name")
+    for name, least in (("num_beams", 1), ("n_best", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} must be at least {least}, not {value}")
+    if args.na_prob_thresh is not None and not 0 <= args.na_prob_thresh <= 1:
+        parser.error(f"--na_prob_thresh is a probability, not {args.na_prob_thresh}")
+    return args
+
+
+def _questions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield what is asked, with an id each; check names of models before anything is loaded."""
+    cure = "give another folder, or a name on the Hub"
+    check_weights("--adapter_name", args.adapter_name, cure)
+    check_weights("--model_name", args.model_name, cure)
+    if args.questions:
+        context = _read(args.context)
+        for index, question in enumerate(args.questions):
+            yield {"id": str(index), "question": question, "context": context}
+        return
+    from llama_squad.sources.formats import read_rows
+
+    seen: set[str] = set()
+    for row in read_rows(Path(args.input)):
+        texts = {key: row.values.get(key) for key in ("question", "context")}
+        if row.fault or not all(isinstance(t, str) and t.strip() for t in texts.values()):
+            why = row.fault or "question and context must be texts, and not empty"
+            raise ValueError(f"{args.input}, {row.place}: {why}")
+        id_ = str(row.values.get("id") or row.place)
+        if id_ in seen:
+            raise ValueError(f"{args.input}, {row.place}: id {id_} is there twice: name them apart")
+        seen.add(id_)
+        yield {"id": id_, **texts}
+
+
+def _read(path: str) -> str:
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}: give a text file in UTF-8") from error
+
+
+def _done(output: str | None) -> set[str]:
+    """Return the ids that a file of answers holds; a last line that was cut off is dropped."""
+    path = Path(output) if output else None
+    if path is None or not path.is_file():
+        return set()
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    try:
+        return {json.loads(line)["id"] for line in whole.splitlines()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds other lines than answers: choose another --output"
+        ) from error
+
+
+def _answer(args: argparse.Namespace, questions: Sequence[dict[str, Any]]) -> None:
+    from llama_squad.predictors.base import batch_paragraphs
+    from llama_squad.reader import Reader, as_json
+
+    reader = Reader(
+        args.adapter_name or args.model_name,
+        model_name=args.model_name if args.adapter_name else None,
+        num_beams=args.num_beams, n_best=args.n_best, na_prob_thresh=args.na_prob_thresh,
+        quantize=args.quantize, dtype=args.dtype,
+    )  # fmt: skip
+    for batch in batch_paragraphs(questions, 32):
+        records = [record for group in batch for record in group]
+        lines = [
+            json.dumps({"id": q["id"], "question": q["question"], **as_json(r)}, ensure_ascii=False)
+            for q, r in zip(records, reader.read(records), strict=True)
+        ]
+        _write(args.output, "".join(f"{line}\n" for line in lines))
+
+
+def _write(output: str | None, text: str) -> None:
+    if output is None:
+        print(text, end="", flush=True)
+        return
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        with Path(output).open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {output}: {error.strerror}; choose another place"
+        ) from error
+
+
+if __name__ == "__main__":
+    run_stage(main)

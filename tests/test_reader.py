@@ -1,0 +1,132 @@
+"""Reading from Python and from the shell: the same answers as evaluation, with their places."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import make_records, model_folder
+
+import llama_squad
+from llama_squad import __main__ as shell
+from llama_squad import modeling
+from llama_squad.arguments import ModelArguments
+from llama_squad.predictors.base import group_paragraphs
+from llama_squad.predictors.local import LocalModel
+
+RECORDS = make_records(3, [2], seed=11)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return model_folder(tmp_path_factory.mktemp("model"), max_position_embeddings=512)
+
+
+@pytest.fixture(scope="module")
+def reader(folder: str) -> Any:
+    return llama_squad.Reader(folder, dtype="float32", n_best=3, na_prob_thresh=1.0)
+
+
+def test_readings_are_those_of_evaluation(reader: Any, folder: str) -> None:
+    args = ModelArguments(model_name=folder, dtype="float32")
+    model = LocalModel(
+        modeling.load_model(args), modeling.load_encoder(args), num_beams=4, n_best=3,
+        na_prob_thresh=1.0,
+    )  # fmt: skip
+    expected = model.answer(group_paragraphs(RECORDS))
+    readings = reader([r["question"] for r in RECORDS], [r["context"] for r in RECORDS])
+    by_id = {p.record["id"]: p.reply for p in expected}
+    for record, reading in zip(RECORDS, readings, strict=True):
+        reply = by_id[record["id"]]
+        assert reading.answer == reply.best.text
+        assert record["context"][reading.start : reading.end] == reading.answer
+        assert reading.na_prob == pytest.approx(reply.na_prob, abs=1e-5)
+        assert [s.text for s in reading.n_best] == [s.text for s in reply.spans]
+        for span in reading.n_best:
+            assert record["context"][span.start : span.end] == span.text
+
+
+def test_one_question_many_and_none(reader: Any, folder: str) -> None:
+    context, question = RECORDS[0]["context"], RECORDS[0]["question"]
+    one = reader(question, context)
+    for again in reader((question, question), context):
+        assert (again.answer, again.start) == (one.answer, one.start)
+        assert again.na_prob == pytest.approx(one.na_prob, abs=1e-4)
+    assert reader([], context) == []
+    abstaining = llama_squad.Reader(folder, dtype="float32", na_prob_thresh=0.0)
+    none = abstaining(question, context)
+    assert (none.answer, none.start, none.end) == (None, None, None)
+    assert none.n_best and none.na_prob == pytest.approx(one.na_prob, abs=1e-5)
+    for asked, message in (
+        ((question, [context]), "one question takes one context"),
+        (([question], [context, context]), "1 questions, but 2 contexts"),
+        ((" ", context), "the question of question 1 is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reader(*asked)
+
+
+def test_a_long_text_is_read_in_windows(reader: Any) -> None:
+    filler = "The road is long and the day is grey. " * 400
+    text = f"{filler}{RECORDS[0]['context']} {filler}"
+    reading = reader(RECORDS[0]["question"], text)
+    assert text[reading.start : reading.end] == reading.answer
+
+
+def test_chat(reader: Any) -> None:
+    said = reader.chat([{"role": "user", "content": "Hello"}])
+    assert isinstance(said, str)
+    with pytest.raises(ValueError, match="must end with a user turn"):
+        reader.chat([{"role": "assistant", "content": "Hello"}])
+
+
+def run(capsys: pytest.CaptureFixture[str], *flags: str) -> list[dict[str, Any]]:
+    shell.main(list(flags))
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_shell(
+    folder: str, reader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    context, question = RECORDS[0]["context"], RECORDS[0]["question"]
+    flags = ("--model_name", folder, "--dtype", "float32", "--na_prob_thresh", "1", "--n_best", "3")
+    monkeypatch.setattr("sys.stdin", io.StringIO(context))
+    piped = run(capsys, *flags, question)
+    (tmp_path / "page.txt").write_text(context)
+    lines = run(capsys, *flags, "--context", str(tmp_path / "page.txt"), question)
+    assert piped == lines
+    assert lines[0]["answer"] == reader(question, context).answer
+    # a SQuAD file without answers, and a run that was stopped in the middle of a line
+    qas = [{"id": f"q{i}", "question": r["question"]} for i, r in enumerate(RECORDS[:2])]
+    paragraphs = [{"context": context, "qas": qas}]
+    squad = tmp_path / "squad.json"
+    squad.write_text(json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}))
+    output = tmp_path / "out" / "answers.jsonl"
+    asked = (*flags, "--input", str(squad), "--output", str(output))
+    run(capsys, *asked)
+    whole = output.read_text()
+    assert [json.loads(line)["id"] for line in whole.splitlines()] == ["q0", "q1"]
+    output.write_text(whole[: whole.index("\n") + 20])
+    run(capsys, *asked)
+    assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == ["q0", "q1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_name", "M"], "give questions, or a file of them"),
+        (["When?"], "give --adapter_name"),
+        (["--model_name", "M", "--n_best", "0", "When?"], "--n_best must be at least 1"),
+        (["--model_name", "results/x", "When?"], "no folder results/x"),
+        (["--model_name", "M/M", "--context", "nowhere.txt", "When?"], "cannot read nowhere.txt"),
+        (["--model_name", "M/M", "--input", "no.jsonl"], "cannot read no.jsonl"),
+    ],
+)
+def test_mistakes_are_one_line(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        shell.main(flags)
+    assert message in f"{ended.value}{capsys.readouterr().err}"
