@@ -13,6 +13,7 @@ from llama_squad.collator import ConversationEncoder
 from llama_squad.config import TestArguments
 from llama_squad.generation import Generator, Reply, Span, exact_head
 from llama_squad.predictors import LocalModel, Prediction, batch_paragraphs
+from llama_squad.results import config_path
 
 
 @pytest.mark.parametrize("size", [1, 4, 32])
@@ -124,7 +125,7 @@ def test_audit_compares_against_the_noise(monkeypatch):
 
 def test_a_file_of_several_batch_sizes_says_so_in_16_bits(tmp_path, capsys):
     output = tmp_path / "results.csv"
-    (tmp_path / "results.config.json").write_text('{"batch_size": 8}')
+    config_path(output).write_text('{"batch_size": 8}')
     for dtype, size, said in (
         ("float32", 32, False), ("bfloat16", 8, False), ("bfloat16", 32, True)
     ):  # fmt: skip
