@@ -10,4 +10,4 @@ cd "$(dirname "$0")/.."
 set_up_venv requirements.txt requirements-dev.txt
 # Two processes of one thread each: threads of several processes in contention are slower than one.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile "$@"
+python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"
