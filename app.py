@@ -22,7 +22,7 @@ from typing import Any
 from llama_squad.answers import NO_ANSWER, Answer, extract_answer
 from llama_squad.arguments import AppArguments, ModelArguments, check_at_least
 from llama_squad.config import parse_stage
-from llama_squad.folders import check_file, check_weights
+from llama_squad.folders import check_answering
 from llama_squad.metrics import is_exact_match, score_answer
 from llama_squad.prompts import Message
 from llama_squad.stage import if_interrupted, next_command, run_stage
@@ -72,11 +72,7 @@ def check_flags(argv: Sequence[str] | None, parsed: Sequence[Any]) -> None:
     check_at_least(0, args, "reasoning_tokens", "port")
     check_at_least(1, args, "max_new_tokens")
     train = next_command("train", argv, dataset_name=args.dataset_name)
-    check_weights("--adapter_name", args.adapter_name, f"train one with `{train}`, or name another")
-    check_file("--chat_template", model_args.chat_template)
-    if not args.adapter_name:
-        cure = "give another folder, or a name on the Hub"
-        check_weights("--model_name", model_args.model_name, cure)
+    check_answering(args.adapter_name, model_args.model_name, model_args.chat_template, train)
 
 
 def run(args: AppArguments, model_args: ModelArguments) -> None:

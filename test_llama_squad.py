@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from llama_squad.arguments import EvalArguments, ModelArguments, resolve_beams
 from llama_squad.config import parse_stage
-from llama_squad.folders import check_dataset, check_file, check_weights
+from llama_squad.folders import check_answering, check_dataset
 from llama_squad.stage import if_interrupted, next_command, run_stage
 
 if TYPE_CHECKING:
@@ -67,11 +67,7 @@ def check_all(argv: Sequence[str] | None, parsed: Sequence[Any]) -> None:
     if args.predictor == "server":
         return
     train = next_command("train", argv, dataset_name=args.dataset_name)
-    check_weights("--adapter_name", args.adapter_name, f"train one with `{train}`, or name another")
-    check_file("--chat_template", model_args.chat_template)
-    if not args.adapter_name:
-        cure = "give another folder, or a name on the Hub"
-        check_weights("--model_name", model_args.model_name, cure)
+    check_answering(args.adapter_name, model_args.model_name, model_args.chat_template, train)
 
 
 def adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:

@@ -108,10 +108,10 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
 
     from llama_squad import modeling
     from llama_squad.collator import SquadDataCollator
-    from llama_squad.data import load_squad
+    from llama_squad.data import load_squad, sample_paragraphs
     from llama_squad.training import checkpoints, preflight, publishing
     from llama_squad.training.merge_error import Sample
-    from llama_squad.training.packing import encode_dataset, sample_paragraphs
+    from llama_squad.training.packing import encode_dataset
     from llama_squad.training.setup import lay_out, make_validation, prepare_model
     from llama_squad.training.trainer import SquadTrainer
 

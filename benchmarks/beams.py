@@ -22,11 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama_squad import modeling
 from llama_squad.answers import extract_answer
 from llama_squad.arguments import ModelArguments
-from llama_squad.data import load_squad
+from llama_squad.data import load_squad, sample_paragraphs
 from llama_squad.metrics import evaluate_predictions
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
-from llama_squad.training.packing import sample_paragraphs
 
 
 def parse() -> argparse.Namespace:

@@ -14,9 +14,6 @@ AUDIT_BEAMS = 1000
 """So many partial replies of a length are rarely wanted: then the audit's answer is proven best."""
 
 
-# The audit -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Audit:
     """How the search's answers compare with the best of all spans.

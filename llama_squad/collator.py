@@ -1,9 +1,9 @@
-"""Chat messages → token ids and labels → batches in which only the answer is trained.
+"""Examples → batches in which only the answer is trained.
 
-``ChatEncoder`` finds the supervised tokens by the character offsets of the rendered
-conversation. ``SquadDataCollator`` pads batches, and builds rows in which the questions of a
-paragraph share its context: ``[prefix][branch 1]...[branch k]``, each branch seeing the prefix and
-itself. Loss and gradients are those of the separate examples; see docs/how-it-works.md.
+``SquadDataCollator`` pads batches, and builds rows in which the questions of a paragraph share its
+context: ``[prefix][branch 1]...[branch k]``, each branch seeing the prefix and itself. Loss and
+gradients are those of the separate examples; see docs/how-it-works.md. The encoder is in
+``llama_squad.encoding``, the layout of a row in ``llama_squad.tree``.
 """
 
 import itertools
@@ -52,9 +52,6 @@ def colour_labels(tokenizer: PreTrainedTokenizerBase, example: Encoded) -> str:
         text = str(tokenizer.decode([token for token, _ in run]))
         parts.append(f"\033[1;30;42m{text}\033[0m" if supervised else text)
     return "".join(parts)
-
-
-# Batches ------------------------------------------------------------------------------------
 
 
 @dataclass

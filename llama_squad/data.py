@@ -5,6 +5,7 @@ What files may hold, and what becomes of it, is ``llama_squad.formats``' and ``.
 
 import csv
 import glob
+import hashlib
 import random
 import shutil
 import tempfile
@@ -318,3 +319,28 @@ def load_squad(dataset_name: str) -> Any:
 
     check_dataset(dataset_name)
     return load_from_disk(dataset_name)
+
+
+def sample_paragraphs(split: Any, questions: int, seed: int) -> Any:
+    """Return whole paragraphs of a split, at random, with at least ``questions`` questions.
+
+    0 questions, or more than there are, mean all.
+    """
+    if not 0 < questions < len(split):
+        return split
+    members: dict[str, list[int]] = {}
+    for index, (title, context) in enumerate(zip(split["title"], split["context"], strict=True)):
+        members.setdefault(paragraph_key(title, context), []).append(index)
+    paragraphs = list(members.values())
+    random.Random(seed).shuffle(paragraphs)
+    chosen: list[int] = []
+    for paragraph in paragraphs:
+        if len(chosen) >= questions:
+            break
+        chosen += paragraph
+    return split.select(sorted(chosen))
+
+
+def paragraph_key(title: str, context: str) -> str:
+    """Return what stands for a paragraph: the questions of one title and context."""
+    return hashlib.blake2b(f"{title}\0{context}".encode(), digest_size=12).hexdigest()

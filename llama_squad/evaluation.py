@@ -1,4 +1,4 @@
-"""Evaluate a model on a split: resumable, in one process or several, with a tuned threshold.
+"""Evaluate a model on a split: resumable, in one process or several.
 
 Reads records and a model, writes a result file (``llama_squad.results``). Each process of several
 appends to a file of its own; the first one merges them, at the end and whenever a killed run is
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from llama_squad.arguments import EvalArguments, ModelArguments
 from llama_squad.config import provenance, write_json
+from llama_squad.data import sample_paragraphs
 from llama_squad.modeling import resolve_dtype
 from llama_squad.predictors.base import (
     Batch,
@@ -34,7 +35,6 @@ from llama_squad.predictors.base import (
     batch_paragraphs,
 )
 from llama_squad.results import ResultsFile, check_writable, config_path
-from llama_squad.training.packing import sample_paragraphs
 
 THRESHOLD_FILE = "na_prob_thresh.json"
 """The threshold tuned on the validation split, beside the adapter."""
@@ -95,7 +95,7 @@ def settings_of(
     With digests of the questions and of local weights: another training may write into the same
     folder, and its rows must not be taken for those of the last one.
     """
-    settings = _resolved(args, model_args) | {"na_prob_thresh": threshold}
+    settings = resolved_settings(args, model_args) | {"na_prob_thresh": threshold}
     text = json.dumps(list(records), sort_keys=True, ensure_ascii=False)
     return {
         **settings,
@@ -106,7 +106,7 @@ def settings_of(
     }
 
 
-def _resolved(args: EvalArguments, model_args: ModelArguments) -> dict[str, Any]:
+def resolved_settings(args: EvalArguments, model_args: ModelArguments) -> dict[str, Any]:
     """Return the flags, with the number format that the weights really have."""
     settings = {**asdict(args), **asdict(model_args)}
     if args.predictor == "server":
@@ -126,7 +126,7 @@ def check_outputs(args: EvalArguments) -> None:
     if args.predictions_dir:
         paths.append(Path(args.predictions_dir, "predictions.json"))
     if args.tune_threshold:
-        paths += [_validation_path(paths[0]), Path(args.adapter_name or "", THRESHOLD_FILE)]
+        paths += [validation_path(paths[0]), Path(args.adapter_name or "", THRESHOLD_FILE)]
     for path in paths:
         check_writable(path)
 
@@ -216,7 +216,7 @@ def begun_with(args: EvalArguments) -> int | None:
     """Return the batch size that a run which goes on was begun with; None where none does."""
     paths = [Path(args.output)]
     if args.tune_threshold:
-        paths.append(_validation_path(paths[0]))
+        paths.append(validation_path(paths[0]))
     sizes = [] if args.overwrite else [_saved_settings(path).get("batch_size") for path in paths]
     return next((size for size in sizes if isinstance(size, int)), None)
 
@@ -257,7 +257,7 @@ def _shard_path(output: Path, rank: int) -> Path:
     return output.with_name(f".{output.name}.shard{rank}")
 
 
-def _validation_path(output: Path) -> Path:
+def validation_path(output: Path) -> Path:
     """Return where the answers stand that a threshold is tuned on."""
     return output.with_name(f"{output.name}.val.csv")
 

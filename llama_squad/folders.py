@@ -91,6 +91,20 @@ def check_dataset(dataset_name: str, splits: Iterable[str] = (), command: str = 
             )
 
 
+def check_answering(
+    adapter_name: str | None, model_name: str, chat_template: str | None, train: str
+) -> None:
+    """Check what a model is loaded from to answer with; ``train`` is the command that trains one.
+
+    Raises:
+        ValueError: something is not there.
+    """
+    check_weights("--adapter_name", adapter_name, f"train one with `{train}`, or name another")
+    check_file("--chat_template", chat_template)
+    if not adapter_name:
+        check_weights("--model_name", model_name, "give another folder, or a name on the Hub")
+
+
 def check_output(model_name: str, output_dir: str) -> None:
     """Refuse to train on a model that the run's own result would take the place of.
 

@@ -1,4 +1,4 @@
-"""The summary of result files as text, and plots of what the no-answer probability is worth."""
+"""The summary of result files, and of base against tuned, as text."""
 
 import csv
 import io

@@ -13,18 +13,18 @@ from typing import Any, BinaryIO
 
 from llama_squad.answers import MALFORMED, NO_ANSWER, Answer
 from llama_squad.rows import (
-    _HEADER,
-    _NUMBERS,
-    _OLDER_COLUMNS,
-    _OLDER_HEADER,
-    _SPAN_COLUMNS,
-    _STATES,
     COLUMNS,
+    HEADER,
+    NUMBERS,
+    OLDER_COLUMNS,
+    OLDER_HEADER,
     SEED_COLUMNS,
+    SPAN_COLUMNS,
+    STATES,
     Row,
-    _parse,
-    _whole_records,
     make_row,
+    parse_record,
+    whole_records,
 )
 
 
@@ -48,12 +48,12 @@ def iter_results(path: str | Path) -> Iterator[Row]:
         ) from error
     # Of the ids a hash is kept: of a million rows, two would have the same once in 30 million.
     ids: set[int] = set()
-    with file, _named_errors(path):
+    with file, named_errors(path):
         lines = _lines(file)
         header = tuple(next(lines, ()))
         reader = _row_reader(header)
         for number, cells in enumerate(lines, 1):
-            row = _read_row(reader, number, header, cells)
+            row = read_row(reader, number, header, cells)
             if hash(row["id"]) in ids:
                 raise ValueError(f"row {number}: question {row['id']} is there twice")
             ids.add(hash(row["id"]))
@@ -68,7 +68,7 @@ def read_results(path: str | Path) -> list[Row]:
 
 
 @contextlib.contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def named_errors(path: Path) -> Iterator[None]:
     """Name the file that is damaged."""
     csv.field_size_limit(sys.maxsize)  # prompts may be longer than the default 128 KiB
     try:
@@ -84,17 +84,17 @@ def _lines(file: BinaryIO) -> Iterator[list[str]]:
 
     A file of another program need not end in a newline; one of ours that does not is torn.
     """
-    ours = file.readline() in (_HEADER, _OLDER_HEADER)
+    ours = file.readline() in (HEADER, OLDER_HEADER)
     file.seek(0)
     if ours:
-        return map(_parse, _whole_records(file))
+        return map(parse_record, whole_records(file))
     return csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
 
 
 _Reader = Callable[[int, dict[str, str]], Row]
 
 
-def _read_row(reader: _Reader, number: int, header: Sequence[str], cells: Sequence[str]) -> Row:
+def read_row(reader: _Reader, number: int, header: Sequence[str], cells: Sequence[str]) -> Row:
     try:
         if len(cells) != len(header):
             raise ValueError(f"{len(cells)} cells instead of {len(header)}")
@@ -107,8 +107,8 @@ def _row_reader(header: Sequence[str]) -> _Reader:
     """Return what reads the rows of this header. Raises ValueError where it is of no known file."""
     names = set(header)
     if len(names) == len(header):
-        if names in (set(COLUMNS), set(_OLDER_COLUMNS)):
-            return _read_own_row
+        if names in (set(COLUMNS), set(OLDER_COLUMNS)):
+            return read_own_row
         if names == set(SEED_COLUMNS):
             return _read_seed_row
     if not header:
@@ -117,7 +117,7 @@ def _row_reader(header: Sequence[str]) -> _Reader:
     if doubled:
         raise ValueError(f"it has the column {', '.join(map(repr, doubled))} twice")
     known = max(
-        (COLUMNS, _OLDER_COLUMNS, SEED_COLUMNS),
+        (COLUMNS, OLDER_COLUMNS, SEED_COLUMNS),
         key=lambda columns: len(names & set(columns)) / len(names | set(columns)),
     )
     missing = [name for name in known if name not in names]
@@ -127,12 +127,12 @@ def _row_reader(header: Sequence[str]) -> _Reader:
     raise ValueError("; ".join(problems))
 
 
-def _read_own_row(number: int, cells: dict[str, str]) -> Row:
-    row: Row = dict.fromkeys(_SPAN_COLUMNS) | cells
+def read_own_row(number: int, cells: dict[str, str]) -> Row:
+    row: Row = dict.fromkeys(SPAN_COLUMNS) | cells
     row["answers"] = _strings(json.loads(cells["answers"]), "answers")
-    if row["state"] not in _STATES:
-        raise ValueError(f"state is {row['state']!r}, not one of {', '.join(_STATES)}")
-    for name in _NUMBERS:
+    if row["state"] not in STATES:
+        raise ValueError(f"state is {row['state']!r}, not one of {', '.join(STATES)}")
+    for name in NUMBERS:
         row[name] = float(row[name]) if row[name] else None
     row["best_span"] = row["best_span"] or None
     row["n_best"] = json.loads(row["n_best"]) if row["n_best"] else None

@@ -1,13 +1,10 @@
-"""The result file: one CSV row per question, appended durably, resumed, merged and summarised.
+"""The result file: one CSV row per question, appended durably, resumed and merged.
 
 Beside ``results.csv`` stands ``results.csv.config.json``, the resolved configuration that made it,
 so that rows of two configurations never meet in one file. All cells are quoted, so that a reply may
 hold anything: quotes, newlines, NUL bytes, unicode line separators.
 
-In memory a row is a dict with the keys of ``COLUMNS``: "answers" is a list of strings, "n_best" a
-list of {text, probability, log_prob} or None, "na_prob", "score" and the log-probabilities are
-floats or None, "best_span" is a string or None, "Exact match" a bool, and all others are strings.
-Files are read and written a row at a time: what is kept of each is its id, or a few figures.
+Files are read and written a row at a time: what is kept of each is its id.
 """
 
 import contextlib
@@ -22,16 +19,16 @@ from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self
 
 from llama_squad.config import write_json
-from llama_squad.result_reader import _named_errors, _read_own_row, _read_row
+from llama_squad.result_reader import named_errors, read_own_row, read_row
 from llama_squad.rows import (
-    _HEADER,
-    _OLDER_HEADER,
-    _SPAN_COLUMNS,
     COLUMNS,
+    HEADER,
+    OLDER_HEADER,
+    SPAN_COLUMNS,
     Row,
-    _encode,
-    _parse,
-    _whole_records,
+    encode_rows,
+    parse_record,
+    whole_records,
 )
 
 
@@ -128,11 +125,11 @@ class ResultsFile:
             with one_line_errors(self.path):
                 if self._overwrite:
                     os.ftruncate(self._fd, 0)
-                if _HEADER.startswith(os.pread(self._fd, len(_HEADER) + 1, 0)):
+                if HEADER.startswith(os.pread(self._fd, len(HEADER) + 1, 0)):
                     # New, or killed before its first row.
                     os.ftruncate(self._fd, 0)
                     write_json(config_path(self.path), self._settings)
-                    _write(self._fd, [_HEADER])
+                    _write(self._fd, [HEADER])
                 else:
                     self._resume()
         except BaseException:
@@ -164,7 +161,7 @@ class ResultsFile:
         if doubled:
             raise ValueError(f"{self.path} already has a row for question {min(doubled)}")
         with one_line_errors(self.path):
-            _write(self._fd, [_encode(rows)])
+            _write(self._fd, [encode_rows(rows)])
         for row in rows:
             self._add(row["id"], row["state"] == "failed")
 
@@ -227,7 +224,7 @@ class ResultsFile:
         aside.unlink(missing_ok=True)  # of a run that was killed
         fd = _open_locked(aside)
         try:
-            _write(fd, itertools.chain([_HEADER], records))
+            _write(fd, itertools.chain([HEADER], records))
             aside.replace(self.path)
         except BaseException:
             aside.unlink(missing_ok=True)
@@ -237,20 +234,20 @@ class ResultsFile:
         self._fd = fd
 
     def _resume(self) -> None:
-        head = os.pread(self._fd, len(_HEADER), 0)
-        if head.startswith(_OLDER_HEADER):
+        head = os.pread(self._fd, len(HEADER), 0)
+        if head.startswith(OLDER_HEADER):
             raise ValueError(
                 f"{self.path} is of an earlier version, whose rows do not hold "
-                f"{', '.join(_SPAN_COLUMNS)}: it can be summarised, but not resumed. Choose "
+                f"{', '.join(SPAN_COLUMNS)}: it can be summarised, but not resumed. Choose "
                 "another --output file, or --overwrite it"
             )
-        if head != _HEADER:
+        if head != HEADER:
             raise ValueError(
                 f"{self.path} exists and is no result file of this program: choose another "
                 "--output file, or --overwrite it"
             )
         self._check_settings()
-        end = len(_HEADER)
+        end = len(HEADER)
         for place in _places(self.path):
             end = place.end
             self._add(place.id, place.failed)
@@ -321,10 +318,10 @@ class _Place(NamedTuple):
 
 def _places(path: Path) -> Iterator[_Place]:
     """Find the whole rows of a file of ours. Raises ValueError where one is damaged."""
-    with path.open("rb") as file, _named_errors(path):
+    with path.open("rb") as file, named_errors(path):
         start = len(file.readline())
-        for number, record in enumerate(_whole_records(file), 1):
-            row = _read_row(_read_own_row, number, COLUMNS, _parse(record))
+        for number, record in enumerate(whole_records(file), 1):
+            row = read_row(read_own_row, number, COLUMNS, parse_record(record))
             yield _Place(row["id"], row["state"] == "failed", path, start, start + len(record))
             start += len(record)
 

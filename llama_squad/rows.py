@@ -1,4 +1,9 @@
-"""One row per question: what a row of the result file holds, and other thresholds for it."""
+"""One row per question: what a row of the result file holds, and other thresholds for it.
+
+In memory a row is a dict with the keys of ``COLUMNS``: "answers" is a list of strings, "n_best" a
+list of {text, probability, log_prob} or None, "na_prob", "score" and the log-probabilities are
+floats or None, "best_span" is a string or None, "Exact match" a bool, and all others are strings.
+"""
 
 import csv
 import io
@@ -19,16 +24,16 @@ _FIRST_COLUMNS = (
     *("na_prob", "score"),
 )
 
-_SPAN_COLUMNS = ("best_span", "best_span_log_prob", "no_answer_log_prob", "n_best")
+SPAN_COLUMNS = ("best_span", "best_span_log_prob", "no_answer_log_prob", "n_best")
 
-COLUMNS = (*_FIRST_COLUMNS, *_SPAN_COLUMNS, *SEED_COLUMNS)
+COLUMNS = (*_FIRST_COLUMNS, *SPAN_COLUMNS, *SEED_COLUMNS)
 
-_OLDER_COLUMNS = (*_FIRST_COLUMNS, *SEED_COLUMNS)
+OLDER_COLUMNS = (*_FIRST_COLUMNS, *SEED_COLUMNS)
 """The columns of our files before rows kept their best span."""
 
-_STATES: tuple[State, ...] = get_args(State)
+STATES: tuple[State, ...] = get_args(State)
 
-_NUMBERS = ("na_prob", "score", "best_span_log_prob", "no_answer_log_prob")
+NUMBERS = ("na_prob", "score", "best_span_log_prob", "no_answer_log_prob")
 
 
 def make_row(
@@ -145,17 +150,17 @@ def _json(value: Any) -> str:
     return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _encode(rows: Iterable[Row]) -> bytes:
+def encode_rows(rows: Iterable[Row]) -> bytes:
     cells = (row | {name: _json(row[name]) for name in ("answers", "n_best")} for row in rows)
     return _csv([row[name] for name in COLUMNS] for row in cells)
 
 
-_HEADER = _csv([COLUMNS])
+HEADER = _csv([COLUMNS])
 
-_OLDER_HEADER = _csv([_OLDER_COLUMNS])
+OLDER_HEADER = _csv([OLDER_COLUMNS])
 
 
-def _whole_records(file: BinaryIO) -> Iterator[bytes]:
+def whole_records(file: BinaryIO) -> Iterator[bytes]:
     """Yield the complete records: those that end in a newline outside of quotes.
 
     A newline is outside of quotes where an even number of quotes stands before it (a quote inside
@@ -170,5 +175,5 @@ def _whole_records(file: BinaryIO) -> Iterator[bytes]:
             lines.clear()
 
 
-def _parse(record: bytes) -> list[str]:
+def parse_record(record: bytes) -> list[str]:
     return next(csv.reader([record.decode("utf-8")], strict=True))

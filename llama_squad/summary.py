@@ -19,7 +19,7 @@ from llama_squad.metrics import (
     wilson_interval,
 )
 from llama_squad.results import one_line_errors
-from llama_squad.rows import _STATES, Row, best_answer, row_answer
+from llama_squad.rows import STATES, Row, best_answer, row_answer
 
 
 def write_official(rows: Iterable[Row], directory: str | Path) -> None:
@@ -100,7 +100,7 @@ class Tally:
         intervals |= _official_intervals(self._given)
         return {
             "n": len(self._given),
-            "states": {state: self._states[state] for state in _STATES},
+            "states": {state: self._states[state] for state in STATES},
             **figures,
             **self._given.averages(),
             **(self._best.best() if self._tells else {}),

@@ -10,11 +10,11 @@ from llama_squad.config import write_json
 from llama_squad.evaluation import (
     THRESHOLD_FILE,
     Processes,
-    _resolved,
-    _validation_path,
     choose_records,
     evaluate,
+    resolved_settings,
     settings_of,
+    validation_path,
     weights_digest,
 )
 from llama_squad.metrics import Plateau, ScoreTable, choose_threshold, score_answer
@@ -31,12 +31,9 @@ _TUNED_FOR = ("decoding", "num_beams", "dtype", "quantize", "bnb_4bit_quant_type
               "system_prompt", "reasoning_tokens", "chat_template", "span_boundaries")  # fmt: skip
 
 
-# The threshold -------------------------------------------------------------------------------
-
-
 def _tuning_settings(args: EvalArguments, model_args: ModelArguments) -> dict[str, Any]:
     """Return what a threshold depends on: how the model computes, is asked and searched."""
-    settings = _resolved(args, model_args)
+    settings = resolved_settings(args, model_args)
     return {
         **{name: settings[name] for name in _TUNED_FOR},
         "merged": whole_model(args.adapter_name) is not None,
@@ -93,7 +90,7 @@ def tune_threshold(
     present = load_threshold(args, model_args)
     records = choose_records(split, args)
     assert args.batch_size is not None
-    output = _validation_path(Path(args.output))
+    output = validation_path(Path(args.output))
     settings = settings_of(args, model_args, 1.0, records) | {"split": "val", "n_best": 0}
     evaluate(model, records, output, settings, batch_size=args.batch_size, overwrite=args.overwrite)
     processes = Processes.join()

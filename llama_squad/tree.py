@@ -1,9 +1,9 @@
-"""Token sequences that share prefixes: their layout in a row, their masks, and the one check.
+"""Token sequences that share prefixes: their layout in a row, and the masks of both trees.
 
 Training runs a row of examples in one pass (``Tree``, ``batch_rows``), decoding lets branches grow
-on a key/value cache (``TokenTree``). Both build their masks here (``make_masks``), for sdpa and
-eager attention and for layers that see a window, and both ask the same check whether this model may
-share contexts at all (``why_not_shared``).
+on a key/value cache (``llama_squad.decoding.cache``). Both build their masks here (``make_masks``),
+for sdpa and eager attention and for layers that see a window. Whether a model may share contexts
+at all is asked in ``llama_squad.tree_check``.
 """
 
 import contextlib
@@ -116,12 +116,10 @@ def answer_logits(
     """Return the logits that predict the supervised tokens, in order, and these tokens."""
     targets = F.pad(inputs["labels"], (0, 1), value=IGNORE)[:, 1:]
     keep = targets != IGNORE
-    return _kept_logits(model, inputs, keep), targets[keep]
+    return kept_logits(model, inputs, keep), targets[keep]
 
 
-def _kept_logits(
-    model: Any, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor
-) -> torch.Tensor:
+def kept_logits(model: Any, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
     """Run a batch; return the logits at the tokens that ``keep`` marks, at least in float32."""
     features: dict[str, Any] = {key: value for key, value in inputs.items() if key != "labels"}
     mask, positions = features.get("attention_mask"), features.get("position_ids")

@@ -13,14 +13,12 @@ from torch import nn
 from llama_squad.encoding import IGNORE, Encoded
 from llama_squad.tree import (
     Tree,
-    _kept_logits,
     _other_attention,
     exact_head,
     is_out_of_memory,
+    kept_logits,
     layer_kinds,
 )
-
-# The check -----------------------------------------------------------------------------------
 
 _CARRY = ("linear", "conv", "mamba", "recurrent", "hybrid", "rwkv", "lstm", "ssm", "retention")
 """Parts of the names of layers that carry a state or neighbours along the row."""
@@ -115,14 +113,16 @@ class RowProbe:
         batch = {key: value.clone() for key, value in self._batch.items()}
         first, last = self._leaves[0], self._leaves[-1]
         if change == "sister":
-            batch["input_ids"][0, first.start : first.stop] = _others(
+            batch["input_ids"][0, first.start : first.stop] = other_tokens(
                 batch["input_ids"][0, first.start : first.stop]
             )
         elif change == "stem":
-            batch["input_ids"][0, : first.start] = _others(batch["input_ids"][0, : first.start])
+            batch["input_ids"][0, : first.start] = other_tokens(
+                batch["input_ids"][0, : first.start]
+            )
         elif change == "positions" and "position_ids" in batch:
             moved = batch["position_ids"][0, last.start : last.stop]
-            moved += _move(int(moved[0]))
+            moved += move_back(int(moved[0]))
         with torch.no_grad(), exact_head(self._model):
             return self._watch(batch)
 
@@ -150,16 +150,16 @@ class RowProbe:
     def _watch(self, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         keep = torch.zeros(batch["input_ids"].shape, dtype=torch.bool, device=self._model.device)
         keep[0, [c for columns in self._columns for c in columns]] = True
-        logits = _kept_logits(self._model, batch, keep).flatten(0, -2)
+        logits = kept_logits(self._model, batch, keep).flatten(0, -2)
         return list(logits.split([len(columns) for columns in self._columns]))
 
 
-def _others(ids: torch.Tensor) -> torch.Tensor:
+def other_tokens(ids: torch.Tensor) -> torch.Tensor:
     """Return other tokens in the place of each."""
     return torch.where(ids > 0, ids - 1, 1)
 
 
-def _move(position: int) -> int:
+def move_back(position: int) -> int:
     """Return how far to move a branch: back, since some models know no later positions."""
     return -min(position, 16) or 16
 
@@ -240,7 +240,7 @@ def _run_last_alone(model: Any, probe: Probe) -> torch.Tensor:
     keep = torch.zeros(ids.shape, dtype=torch.bool, device=model.device)
     keep[0, list(probe.watched[-1])] = True
     with exact_head(model):
-        return _kept_logits(model, {"input_ids": ids}, keep).flatten(0, -2)
+        return kept_logits(model, {"input_ids": ids}, keep).flatten(0, -2)
 
 
 @contextlib.contextmanager

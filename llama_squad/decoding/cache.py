@@ -16,9 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from llama_squad.encoding import IGNORE
 from llama_squad.tree import Tree, batch_rows, exact_head, make_masks
-from llama_squad.tree_check import RowProbe, _move, _others, why_not_shared
-
-# A tree that grows on a cache ----------------------------------------------------------------
+from llama_squad.tree_check import RowProbe, move_back, other_tokens, why_not_shared
 
 
 @dataclass
@@ -180,7 +178,7 @@ class _CacheProbe:
         self._model = model
         cut = len(prompt) // 2
         self._stem, own = list(prompt[:cut]), list(prompt[cut:])
-        self._branches = [_others(torch.tensor(own)).tolist(), own]
+        self._branches = [other_tokens(torch.tensor(own)).tolist(), own]
         self.examples = [
             {"input_ids": self._stem + branch, "labels": [IGNORE] * (cut + 1) + branch[1:]}
             for branch in self._branches
@@ -191,9 +189,9 @@ class _CacheProbe:
         """Run it; see ``Probe``."""
         stem, (sister, own) = self._stem, self._branches
         if change == "stem":
-            stem = _others(torch.tensor(stem)).tolist()
+            stem = other_tokens(torch.tensor(stem)).tolist()
         elif change == "sister":
-            sister = _others(torch.tensor(sister)).tolist()
+            sister = other_tokens(torch.tensor(sister)).tolist()
         tree = TokenTree(self._model)
         if change == "positions":
             tree = _MovedTree(self._model)
@@ -217,7 +215,7 @@ class _MovedTree(TokenTree):
     ) -> torch.Tensor:
         if positions is not None:
             positions = positions.copy()
-            positions[:, -self.moved :] += _move(int(positions[0, -self.moved]))
+            positions[:, -self.moved :] += move_back(int(positions[0, -self.moved]))
         return super()._forward(ids, positions, visible, logits_to_keep)
 
 

@@ -1,12 +1,12 @@
 """From a split of the dataset to rows that share contexts, and to what an optimizer step holds."""
 
-import hashlib
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llama_squad.data import paragraph_key
 from llama_squad.encoding import ChatEncoder, Encoded
 from llama_squad.tree import shareable_prefix
 
@@ -28,7 +28,7 @@ def encode_split(
             if max_length is None or len(example["input_ids"]) <= max_length:
                 out["input_ids"].append(example["input_ids"])
                 out["labels"].append(example["labels"])
-                out["paragraph"].append(_paragraph_key(title, context))
+                out["paragraph"].append(paragraph_key(title, context))
                 out["length"].append(len(example["input_ids"]))
         return out
 
@@ -66,30 +66,6 @@ def encode_dataset(dataset: Any, encoder: ChatEncoder, max_length: int | None) -
     if "train" not in encoded:
         raise ValueError("the dataset has no train split: build it with --train_files")
     return encoded
-
-
-def sample_paragraphs(split: Any, questions: int, seed: int) -> Any:
-    """Return whole paragraphs of a split, at random, with at least ``questions`` questions.
-
-    0 questions, or more than there are, mean all.
-    """
-    if not 0 < questions < len(split):
-        return split
-    members: dict[str, list[int]] = {}
-    for index, (title, context) in enumerate(zip(split["title"], split["context"], strict=True)):
-        members.setdefault(_paragraph_key(title, context), []).append(index)
-    paragraphs = list(members.values())
-    random.Random(seed).shuffle(paragraphs)
-    chosen: list[int] = []
-    for paragraph in paragraphs:
-        if len(chosen) >= questions:
-            break
-        chosen += paragraph
-    return split.select(sorted(chosen))
-
-
-def _paragraph_key(title: str, context: str) -> str:
-    return hashlib.blake2b(f"{title}\0{context}".encode(), digest_size=12).hexdigest()
 
 
 _ENCODING_VERSION = 1
