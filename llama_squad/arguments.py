@@ -4,7 +4,6 @@ Each field is a flag and a key of the configuration file; ``llama_squad.config``
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from llama_squad.prompts import PROMPTS, SYSTEM_PROMPT
@@ -267,8 +266,10 @@ class EvalArguments:
     overwrite: bool = _option(False, "Start the result file anew.")
 
 
-def resolve_beams(args: EvalArguments) -> EvalArguments:
-    """Return the arguments with the number of beams that they mean."""
+def resolve_decoding(args: EvalArguments) -> EvalArguments:
+    """Return the arguments with the decoding and the number of beams that they mean."""
+    if args.predictor == "server":
+        args = dataclasses.replace(args, decoding="free")  # it knows nothing of spans
     if args.num_beams is not None:
         return args
     spans = args.predictor == "local" and args.decoding == "span"
@@ -289,78 +290,3 @@ class AppArguments:
     host: str = _option("127.0.0.1", "Address to listen on.")
     port: int = _option(7860, "Port to listen on.")
     share: bool = _option(False, "Open a public Gradio link.")
-
-
-# Checks --------------------------------------------------------------------------------------
-# Beside the flags, and without torch: what is wrong with a command line is said at once.
-
-_OF_ADAPTERS = {
-    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora"),
-    *("quantize", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "merged_dtype"),
-}
-
-
-def check_at_least(least: float, args: Any, *names: str) -> None:
-    """Refuse a number that is too small; one that is None was not given.
-
-    Raises:
-        ValueError: the flag, the least it takes, and what was given.
-    """
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not value >= least:  # also refuses nan
-            raise ValueError(f"--{name} must be at least {least}, not {value}")
-
-
-def check_above_zero(args: Any, *names: str) -> None:
-    """Refuse zero and less. Raises ValueError."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name} must be above 0, not {value}")
-
-
-def check_training_numbers(args: TrainArguments, trainer: TrainerArguments) -> None:
-    """Refuse numbers that no training can be run with. Raises ValueError."""
-    check_at_least(0, args, "reasoning_tokens", "eval_samples", "show_mask")
-    check_at_least(1, args, "lora_r", "row_tokens")
-    check_above_zero(args, "lora_alpha")
-    if not 0 <= args.lora_dropout < 1:
-        raise ValueError(f"--lora_dropout must be at least 0 and below 1, not {args.lora_dropout}")
-    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
-    check_at_least(1, trainer, *sizes, "gradient_accumulation_steps", "max_length")
-    check_at_least(0, trainer, "learning_rate")
-    check_above_zero(trainer, "eval_steps", "logging_steps", "save_steps")
-    if trainer.max_steps < 1 and trainer.max_steps != -1:
-        raise ValueError(
-            f"--max_steps must be at least 1, or -1 to go by epochs, not {trainer.max_steps}"
-        )
-    if trainer.max_steps == -1:
-        check_above_zero(trainer, "num_train_epochs")
-
-
-def check_adapter_flags(args: TrainArguments, given: Sequence[str]) -> None:
-    """Refuse flags that mean nothing beside ``--full_parameters``, or without a merge.
-
-    Args:
-        args: as parsed.
-        given: the words of the command line. A recipe's file may set what a flag takes no part in:
-            flags beat the file.
-
-    Raises:
-        ValueError: the flags clash.
-    """
-    names = [w.split("=")[0][2:].replace("-", "_") for w in given if w.startswith("--")]
-    if "merged_dtype" in names and not args.merge_and_push:
-        raise ValueError("--merged_dtype needs --merge_and_push: nothing is merged without it")
-    if args.full_parameters:
-        clashing = [
-            f"--{name}"
-            for name in names
-            if name in _OF_ADAPTERS and getattr(args, name, None) is not False
-        ]
-        if clashing:
-            raise ValueError(
-                "--full_parameters trains every weight, without LoRA or 4 bits, so "
-                f"{', '.join(clashing)} would do nothing: leave out one or the other"
-            )

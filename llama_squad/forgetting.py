@@ -159,7 +159,7 @@ def find_sides(model: str, base: str | None) -> Sides:
     Raises:
         ValueError: ``model`` is no adapter and no model, or does not name its base.
     """
-    from llama_squad.modeling import find_file, tuned_from
+    from llama_squad.weights import find_file, tuned_from
 
     adapter = find_file(model, "adapter_config.json")
     if not adapter and not find_file(model, "config.json"):

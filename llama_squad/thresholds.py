@@ -9,7 +9,6 @@ from llama_squad.arguments import EvalArguments, ModelArguments
 from llama_squad.config import write_json
 from llama_squad.evaluation import (
     THRESHOLD_FILE,
-    Processes,
     choose_records,
     evaluate,
     resolved_settings,
@@ -18,11 +17,12 @@ from llama_squad.evaluation import (
     weights_digest,
 )
 from llama_squad.metrics import Plateau, ScoreTable, choose_threshold, score_answer
-from llama_squad.modeling import whole_model
 from llama_squad.predictors.base import Predictor
+from llama_squad.processes import share, this_process
 from llama_squad.result_reader import iter_results
 from llama_squad.results import differences, one_line_errors
 from llama_squad.rows import row_answer
+from llama_squad.weights import whole_model
 
 DEFAULT_THRESHOLD = 0.5
 
@@ -63,7 +63,7 @@ def load_threshold(args: EvalArguments, model_args: ModelArguments) -> float:
     wanted = _tuning_settings(args, model_args)
     if tuned_for == wanted:
         return threshold
-    if Processes.join().rank == 0 and not args.tune_threshold:
+    if this_process().is_main_process and not args.tune_threshold:
         what = "does not say what it was tuned for"
         if isinstance(tuned_for, dict):
             what = f"was tuned for other settings ({'; '.join(differences(tuned_for, wanted))})"
@@ -93,9 +93,8 @@ def tune_threshold(
     output = validation_path(Path(args.output))
     settings = settings_of(args, model_args, 1.0, records) | {"split": "val", "n_best": 0}
     evaluate(model, records, output, settings, batch_size=args.batch_size, overwrite=args.overwrite)
-    processes = Processes.join()
     threshold = present
-    if processes.rank == 0:
+    if this_process().is_main_process:
         table = ScoreTable()
         for row in iter_results(output):
             text, golds = row_answer(row).official, row["answers"]
@@ -116,7 +115,7 @@ def tune_threshold(
             }
             write_json(path, content)
         print(_describe(chosen, args.tune_for, len(table), present, path))
-    return processes.share(threshold)
+    return share(threshold)
 
 
 def _describe(chosen: Plateau, score: str, questions: int, present: float, path: Path) -> str:
