@@ -13,18 +13,19 @@ as it is known, so that a killed run goes on where it stopped. Several processes
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llama_squad.arguments import EvalArguments, ModelArguments, resolve_decoding
 from llama_squad.checks import check_eval_flags, check_evaluation
 from llama_squad.config import parse_stage
+from llama_squad.predictors.loading import adapter_settings, load_predictor
 from llama_squad.stage import if_interrupted, next_command, run_stage
 
 if TYPE_CHECKING:
-    from llama_squad.predictors.base import Predictor
+    pass
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,18 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"Wrote {args.output}. Next: {next_command('summarize', argv, args.output)}")
 
 
-def adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
-    """Return what trained weights bring: base model, prompt and reasoning tokens."""
-    if parsed[0].predictor != "local":
-        return {}
-    from llama_squad.weights import saved_settings
-
-    return saved_settings(parsed[0].adapter_name, parsed[1].model_name)
-
-
 def run(args: EvalArguments, model_args: ModelArguments) -> None:
     """Answer, score and print."""
-    from llama_squad.audit import AUDIT_BEAMS, audit
     from llama_squad.data import load_squad
     from llama_squad.evaluation import (
         begun_with,
@@ -68,7 +59,7 @@ def run(args: EvalArguments, model_args: ModelArguments) -> None:
         evaluate,
         settings_of,
     )
-    from llama_squad.processes import share, this_process
+    from llama_squad.processes import share
     from llama_squad.thresholds import load_threshold, tune_threshold
 
     check_outputs(args)
@@ -93,45 +84,6 @@ def run(args: EvalArguments, model_args: ModelArguments) -> None:
         overwrite=args.overwrite,
         finish=partial(report, args),
     )
-    if args.audit and this_process().is_main_process:
-        exhaustive = model(na_prob_thresh=1.0, num_beams=AUDIT_BEAMS)
-        print(audit(model(na_prob_thresh=1.0), exhaustive, records, args))
-
-
-def load_predictor(args: EvalArguments, model_args: ModelArguments) -> "Callable[..., Predictor]":
-    """Load who answers; return what makes it for some options of ``Generator``.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
-    from llama_squad import modeling
-    from llama_squad.predictors.extractive import ExtractiveModel
-    from llama_squad.predictors.local import LocalModel
-
-    chat: dict[str, Any] = {
-        "prompt": args.prompt,
-        "system_prompt": args.system_prompt,
-        "max_new_tokens": args.max_new_tokens,
-    }
-    if args.predictor == "server":
-        from llama_squad.predictors.server import ServerModel
-
-        server = ServerModel(
-            model_args.model_name, args.base_url, temperature=args.temperature,
-            timeout=args.timeout, concurrency=args.concurrency,
-            max_tokens_name=args.max_tokens_name, structured_output=args.structured_output, **chat,
-        )  # fmt: skip
-        return lambda **_: server
-    modeling.say_device()
-    if args.predictor == "encoder":
-        reader, tokenizer = modeling.load_reader(model_args)
-        return lambda na_prob_thresh, **_: ExtractiveModel(reader, tokenizer, na_prob_thresh)
-    encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)
-    weights = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
-    return partial(
-        LocalModel, weights, encoder, decoding=args.decoding, num_beams=args.num_beams,
-        length_penalty=args.length_penalty, span_boundaries=args.span_boundaries, **chat,
-    )  # fmt: skip
 
 
 def report(args: EvalArguments) -> None:

@@ -247,9 +247,6 @@ class EvalArguments:
     n_best: int = _option(
         0, "Find this many best spans of each question: JSON, in a column of the result file."
     )
-    audit: int = _option(
-        0, "Score every span for this many questions, and say how often the search found the best."
-    )
     num_samples: int | None = _option(None, "Answer only this many questions.")
     shuffle: bool = _option(False, "Take the questions in random order (see --seed).")
     sample: Literal["questions", "paragraphs"] = _option(

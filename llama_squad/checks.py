@@ -139,7 +139,7 @@ def check_eval_flags(args: EvalArguments, model_args: ModelArguments) -> None:
     _check_threshold_flags(args)
     sizes = ("num_beams", "batch_size", "max_new_tokens", "num_samples", "concurrency")
     check_at_least(1, args, *sizes)
-    for name in ("n_best", "audit", "reasoning_tokens"):
+    for name in ("n_best", "reasoning_tokens"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must not be negative: 0 does without")
     if args.sample == "paragraphs" and (args.shuffle or args.num_samples is None):
@@ -159,7 +159,6 @@ def _check_local_flags(args: EvalArguments, model_args: ModelArguments) -> None:
         "--reasoning_tokens": args.reasoning_tokens,
         "--tune_threshold": args.tune_threshold,
         "--n_best": args.n_best,
-        "--audit": args.audit,
         "--chat_template": model_args.chat_template,
         "--attn_implementation": model_args.attn_implementation,
         "--na_prob_thresh": args.predictor == "server" and args.na_prob_thresh is not None,
@@ -181,7 +180,6 @@ def _check_span_flags(args: EvalArguments) -> None:
         "--tune_threshold": args.tune_threshold,
         "--na_prob_thresh": args.na_prob_thresh is not None,
         "--n_best": args.n_best,
-        "--audit": args.audit,
         "--span_boundaries": args.span_boundaries != "word",
     }
     for flag, given in needs_spans.items():

@@ -36,7 +36,7 @@ _GROUPS = {
     ),
     "answers": (
         *("decoding", "num_beams", "batch_size", "max_new_tokens", "na_prob_thresh"),
-        *("tune_threshold", "n_best", "audit"),
+        *("tune_threshold", "n_best"),
     ),
     "output": (
         *("output_dir", "output", "predictions_dir", "overwrite", "format", "intervals", "plot"),

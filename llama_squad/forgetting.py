@@ -181,7 +181,7 @@ def find_sides(model: str, base: str | None) -> Sides:
 
 def base_key(args: argparse.Namespace, sides: Sides) -> dict[str, Any]:
     """Return all that what the base says depends on, beside what it is asked."""
-    from llama_squad.evaluation import weights_digest
+    from llama_squad.weights import weights_digest
 
     return {
         **{name: getattr(args, name) for name in ("quantize", "device", "dtype")},

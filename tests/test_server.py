@@ -472,7 +472,7 @@ def test_the_server_alone_is_asked(
     def refuse(*_: object) -> None:
         raise AssertionError("the Hub was asked")
 
-    monkeypatch.setattr("llama_squad.weights.saved_settings", refuse)
+    monkeypatch.setattr("llama_squad.predictors.loading.saved_settings", refuse)
     assert len(stage(server, dataset, tmp_path / "results.csv")) == len(RECORDS)
 
 
