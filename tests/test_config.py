@@ -152,6 +152,7 @@ def test_missing_file(capsys):
 def test_nearest():
     assert nearest("lerning_rate", ["learning_rate", "seed"]) == " (did you mean learning_rate?)"
     assert nearest("zzz", ["learning_rate"]) == ""
+    assert "benchmarks/audit.py" in nearest("--audit", ["--seed"])
 
 
 def test_run_config_round_trip(tmp_path):

@@ -106,7 +106,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_squad.predictors.server.LONGEST_BACKOFF_S", 0.02)
+    monkeypatch.setattr("llama_squad.predictors.client.LONGEST_BACKOFF_S", 0.02)
 
 
 def on(needle: str, *responses: Response | None) -> Callable[[dict, str], Response | None]:
