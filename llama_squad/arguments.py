@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any, Literal
 
 from llama_squad.prompts import PROMPTS, SYSTEM_PROMPT
+from llama_squad.report import Format
 
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 
@@ -287,3 +288,33 @@ class AppArguments:
     host: str = _option("127.0.0.1", "Address to listen on.")
     port: int = _option(7860, "Port to listen on.")
     share: bool = _option(False, "Open a public Gradio link.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SummarizeArguments:
+    """What ``summarize_results.py`` takes."""
+
+    results: list[str] = _option(
+        ["results/results.csv"],
+        "Result files, one row each; NAME=FILE names the row. They may also stand first on the "
+        "command line, without the flag.",
+    )
+    format: Format = _option("table", "Form of the summary.")
+    intervals: bool = _option(
+        False,
+        "Show 95 %% confidence intervals below the figures, too (csv and json always hold them).",
+    )
+    data: str | None = _option(
+        None, "Dataset in the official SQuAD JSON form, to score --predictions on."
+    )
+    predictions: str | None = _option(None, "Prediction file in the official form: {id: answer}.")
+    na_prob: str | None = _option(
+        None, "No-answer probabilities in the official form: {id: probability}."
+    )
+    na_prob_thresh: float | None = _option(
+        None,
+        "Abstain where the no-answer probability is above this (default: as the result file says; "
+        "with --predictions 1.0, never).",
+    )
+    output: str | None = _option(None, "Also save the summary in this file.")
+    plot: str | None = _option(None, "Draw the no-answer probabilities into this folder.")

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from llama_squad.arguments import (
     EvalArguments,
     ModelArguments,
+    SummarizeArguments,
     TrainArguments,
     TrainerArguments,
     resolve_decoding,
@@ -235,3 +236,15 @@ def _check_url(args: EvalArguments) -> None:
         good = False
     if not good or " " in url.netloc or url.path.rstrip("/").endswith("/completions"):
         raise ValueError(f"--base_url is such as http://localhost:8000/v1, not {args.base_url!r}")
+
+
+def check_summary(args: SummarizeArguments) -> None:
+    """Refuse what no na_prob can be compared with. Raises ValueError.
+
+    Other systems' files may hold any figure in the place of a probability, such as log-odds.
+    """
+    threshold = args.na_prob_thresh
+    if threshold is None or (args.predictions and not math.isnan(threshold)):
+        return
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"--na_prob_thresh is a probability, not {threshold}")

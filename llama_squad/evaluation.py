@@ -22,6 +22,7 @@ from tqdm import tqdm
 from llama_squad.arguments import EvalArguments, ModelArguments
 from llama_squad.config import provenance, write_json
 from llama_squad.data import sample_paragraphs
+from llama_squad.durable import check_writable
 from llama_squad.modeling import resolve_dtype
 from llama_squad.predictors.base import (
     Batch,
@@ -32,7 +33,7 @@ from llama_squad.predictors.base import (
     batch_paragraphs,
 )
 from llama_squad.processes import share, this_process
-from llama_squad.results import ResultsFile, check_writable, config_path
+from llama_squad.results import ResultsFile, config_path
 from llama_squad.weights import weights_digest
 
 THRESHOLD_FILE = "na_prob_thresh.json"

@@ -276,7 +276,7 @@ FAULTS = [
     ),
     Fault(
         "metrics: the lowest of tied thresholds",
-        "llama_squad/metrics.py",
+        "llama_squad/thresholds.py",
         "return Plateau((low + high) / 2, best, low, high)",
         "return Plateau(low, best, low, high)",
         METRICS,
