@@ -90,7 +90,7 @@ def audit(
         elif not true.proven_best:
             unproven += 1
         else:
-            best += ours.text == theirs.text or theirs.log_prob - ours.log_prob <= noise
+            best += ours.text == theirs.text or theirs.score - ours.score <= noise
     return Audit(len(records), best, unproven, noise)
 
 

@@ -99,7 +99,7 @@ class TrainArguments:
     use_rslora: bool = _option(False, "Scale by alpha / sqrt(r) (rank-stabilised LoRA).")
     use_dora: bool = _option(False, "Weight-decomposed LoRA: slower, sometimes better.")
     reasoning_tokens: int = _option(
-        0, "Learnable pause tokens between prompt and answer: room to think (0: none)."
+        0, "Learnable tokens between prompt and answer: room to think (0: none)."
     )
     share_context: bool = _option(
         True, "Train the questions of a paragraph in one row that holds its context once."
@@ -212,7 +212,7 @@ class EvalArguments:
     split: Literal["train", "val", "test"] = _option("test", "Split to answer.")
     prompt: str = _option("single_turn", _PROMPT_HELP, choices=list(PROMPTS))
     system_prompt: str = _option(SYSTEM_PROMPT, _SYSTEM_HELP)
-    reasoning_tokens: int = _option(0, "Pause tokens before the answer (the adapter knows).")
+    reasoning_tokens: int = _option(0, "Learnable tokens before the answer (the adapter knows).")
     quantize: bool = _option(False, "Load the model in 4 bits.")
     decoding: Literal["span", "free"] = _option(
         "span", "span: only substrings of the context, or no answer. free: whatever is likeliest."
@@ -282,7 +282,7 @@ class AppArguments:
     dataset_name: str = _option("data/squad_v2", "Dataset that the random questions come from.")
     prompt: str = _option("single_turn", _PROMPT_HELP, choices=list(PROMPTS))
     system_prompt: str = _option(SYSTEM_PROMPT, _SYSTEM_HELP)
-    reasoning_tokens: int = _option(0, "Pause tokens before the answer (the adapter knows).")
+    reasoning_tokens: int = _option(0, "Learnable tokens before the answer (the adapter knows).")
     quantize: bool = _option(False, "Load the model in 4 bits.")
     max_new_tokens: int = _option(512, "Length limit of a reply, in tokens.")
     host: str = _option("127.0.0.1", "Address to listen on.")

@@ -76,19 +76,19 @@ def _cannot_load(what: str, source: str, error: Exception) -> str:
 def load_encoder(
     args: ModelArguments, reasoning_tokens: int = 0, adapter_name: str | None = None
 ) -> ChatEncoder:
-    """Load the tokenizer and return its encoder, with a token for the pauses where there are any.
+    """Load the tokenizer and return its encoder, with a reasoning token where there are any.
 
     Raises:
         ValueError: the tokenizer cannot be had, or is of no use here.
     """
     loaded = _loaded(args, adapter_name)
     tokenizer = load_tokenizer(args, adapter_name)
-    pause = reasoning_token_id(tokenizer, vocab_size(loaded)) if reasoning_tokens else None
-    return ChatEncoder(tokenizer, reasoning_tokens, pause)
+    token = reasoning_token_id(tokenizer, vocab_size(loaded)) if reasoning_tokens else None
+    return ChatEncoder(tokenizer, reasoning_tokens, token)
 
 
 def reasoning_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
-    """Find a token to pause on: one whose embedding exists, and that no text is encoded to.
+    """Find a token for reasoning: one whose embedding exists, and that no text is encoded to.
 
     In order: a reserved special token (Llama 3), the unknown token of a vocabulary with byte
     fallback (Llama 2), a new token on a spare row of the embedding (Qwen). None of them makes the
@@ -108,7 +108,7 @@ def reasoning_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> i
         return tokenizer.added_tokens_encoder["<|pause|>"]
     raise ValueError(
         "this vocabulary has no reserved token and its embedding no spare row, so there is "
-        "nothing to pause on: leave --reasoning_tokens out"
+        "none for reasoning: leave --reasoning_tokens out"
     )
 
 

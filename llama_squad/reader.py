@@ -175,7 +175,7 @@ def _reading(prediction: Prediction) -> Reading:
     if prediction.failure:
         return Reading(None, None, None, None, None, failure=prediction.failure)
     spans = tuple(
-        SpanAnswer(s.text, s.start, s.start + len(s.text), s.log_prob)
+        SpanAnswer(s.text, s.start, s.start + len(s.text), s.score)
         for s in reply.spans
         if s.start is not None
     )

@@ -370,7 +370,11 @@ def start_as_reader(model: LlamaForCausalLM, words: list[int], sorts: list[str])
 
 
 def _start_topics(
-    write: Any, match: Any, read: torch.Tensor, topics: list[torch.Tensor], strength: float
+    write: LlamaAttention,
+    match: LlamaAttention,
+    read: torch.Tensor,
+    topics: list[torch.Tensor],
+    strength: float,
 ) -> None:
     """Write the heads that tell what a sentence is about; see ``start_as_reader``."""
     for number, topic in enumerate(topics):

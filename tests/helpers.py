@@ -332,8 +332,8 @@ def encode_paragraphs(
 ) -> list[list[dict[str, list[int]]]]:
     """Encode records, grouped by their context."""
     tokenizer = tiny_tokenizer()
-    pause = tokenizer.added_tokens_encoder["<|reserved_special_token_0|>"]
-    encoder = ChatEncoder(tokenizer, reasoning_tokens, pause)
+    token = tokenizer.added_tokens_encoder["<|reserved_special_token_0|>"]
+    encoder = ChatEncoder(tokenizer, reasoning_tokens, token)
     grouped: dict[str, list[dict[str, list[int]]]] = {}
     encoded = encoder.encode([build_messages(record, prompt) for record in records])
     for record, example in zip(records, encoded, strict=True):

@@ -186,8 +186,8 @@ FAULTS = [
     Fault(
         "search: na_prob is the chance of an answer",
         "llama_squad/decoding/constraints.py",
-        "_sigmoid(alternative - best.log_prob)",
-        "_sigmoid(best.log_prob - alternative)",
+        "_sigmoid(alternative - best.score)",
+        "_sigmoid(best.score - alternative)",
         f"{DECODING} -k threshold",
     ),
     Fault(

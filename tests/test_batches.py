@@ -63,7 +63,7 @@ def test_prompts_are_run_in_the_same_shapes_alone_and_beside_others(monkeypatch)
     assert len(one_by_one) == 3
     assert shapes == one_by_one
     for a, b in zip(alone, together, strict=True):
-        assert a.reply.no_answer_log_prob == b.reply.no_answer_log_prob
+        assert a.reply.no_answer_score == b.reply.no_answer_score
 
 
 def test_logits_of_16_bit_weights_are_float32():

@@ -367,7 +367,7 @@ def test_audit_from_the_command_line(folder, capsys, monkeypatch, gap, counted):
         generator.options.num_beams = beams[-1]
         if generator.options.num_beams == 2:
             return predictions
-        spans = [Span("other", prediction.reply.best.log_prob + gap) for prediction in predictions]
+        spans = [Span("other", prediction.reply.best.score + gap) for prediction in predictions]
         return [
             replace(prediction, reply=replace(prediction.reply, best=span, proven_best=True))
             for prediction, span in zip(predictions, spans, strict=True)
@@ -393,7 +393,7 @@ def test_audit_of_a_search_that_is_wide_and_of_one_that_misses():
         def answer(self, batch):
             found = super().answer(batch)
             return [
-                replace(item, reply=replace(item.reply, best=Span("?!", item.reply.best.log_prob - 1)))
+                replace(item, reply=replace(item.reply, best=Span("?!", item.reply.best.score - 1)))
                 for item in found
             ]  # fmt: skip
 

@@ -479,7 +479,7 @@ def test_the_server_alone_is_asked(
 def test_no_variable_leads_to_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    assert str(ServerModel("m")._client.base_url) == "https://api.openai.com/v1/"
+    assert str(ServerModel("m")._client._openai.base_url) == "https://api.openai.com/v1/"
 
 
 def test_a_key_with_a_line_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,8 +125,8 @@ def test_checkpointing_of_all_parameters() -> None:
 @pytest.mark.parametrize("reasoning_tokens", [0, 4])
 def test_prompts_and_reasoning_tokens(prompt: str, reasoning_tokens: int) -> None:
     paragraphs = encode_paragraphs(make_records(2, [2]), prompt, reasoning_tokens)
-    pause = tiny_tokenizer().added_tokens_encoder["<|reserved_special_token_0|>"]
-    assert all(e["input_ids"].count(pause) == reasoning_tokens for e in flatten(paragraphs))
+    token = tiny_tokenizer().added_tokens_encoder["<|reserved_special_token_0|>"]
+    assert all(e["input_ids"].count(token) == reasoning_tokens for e in flatten(paragraphs))
     shared = collator()([{"paragraphs": paragraphs}])
     plain = sum(len(e["input_ids"]) for e in flatten(paragraphs))
     assert shared["input_ids"].shape[1] < 0.75 * plain, "nothing is shared"

@@ -123,7 +123,7 @@ class Client:
                 "--predictor server needs its client: pip install -r requirements-predictors.txt"
             ) from error
         url = base_url or OPENAI_URL  # given, so that no variable redirects it unseen
-        self._client = OpenAI(api_key=_key(base_url), base_url=url, timeout=timeout, max_retries=0)
+        self._openai = OpenAI(api_key=_key(base_url), base_url=url, timeout=timeout, max_retries=0)
         self._options = {"model": model_name, "temperature": temperature}
         self._limit, self._find_limit_name = max_new_tokens, max_tokens_name is None
         newer = max_tokens_name is None and base_url is None  # OpenAI's own
@@ -184,7 +184,7 @@ class Client:
         if structured:
             schema = {"name": "answer", "strict": True, "schema": ANSWER_SCHEMA}
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return self._client.chat.completions.create(messages=messages, **options)
+        return self._openai.chat.completions.create(messages=messages, **options)
 
     def _delay(self, error: Any, attempt: int, replies_before: int) -> float:
         """Return the seconds after which to repeat a request that failed.

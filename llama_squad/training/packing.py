@@ -33,7 +33,8 @@ def encode_split(
         return out
 
     backend = encoder.tokenizer.backend_tokenizer.to_str()
-    key = (split._fingerprint, backend, encoder.tokenizer.chat_template, encoder.pause, max_length)
+    template, reasoning = encoder.tokenizer.chat_template, encoder.reasoning_ids
+    key = (split._fingerprint, backend, template, reasoning, max_length)
     dataset = split.map(
         encode,
         batched=True,

@@ -74,7 +74,7 @@ def prepare_model(args: TrainArguments, model_args: ModelArguments, encoder: Cha
             model_args = dataclasses.replace(model_args, dtype="float32")
         return modeling.load_model(model_args)
     model = modeling.load_model(model_args, quantize=args.quantize)
-    model = add_lora(model, args, encoder.pause[0] if encoder.pause else None)
+    model = add_lora(model, args, encoder.reasoning_ids[0] if encoder.reasoning_ids else None)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = "4 bits" if args.quantize else str(model.dtype)
     if this_process().is_main_process:
