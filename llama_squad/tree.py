@@ -122,7 +122,7 @@ def answer_logits(
 
 def kept_logits(model: Any, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
     """Run a batch; return the logits at the tokens that ``keep`` marks, at least in float32."""
-    features: dict[str, Any] = {key: value for key, value in inputs.items() if key != "labels"}
+    features: dict[str, Any] = {k: v for k, v in inputs.items() if k not in ("labels", "counts")}
     mask, positions = features.get("attention_mask"), features.get("position_ids")
     if mask is not None and mask.dim() == 4 and positions is not None:
         # of DDP, FSDP and DeepSpeed, whose wrappers have no configuration
