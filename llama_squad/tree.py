@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from llama_squad.attention import mark_blocks
 from llama_squad.encoding import IGNORE, Encoded
 
 # Rows ----------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def make_masks(
 def _in_form(model: Any, visible: torch.Tensor) -> torch.Tensor:
     kind = model.config.get_text_config()._attn_implementation
     if kind == "sdpa":
-        return visible
+        return mark_blocks(visible)
     if kind == "eager":  # which adds the mask to its scores
         mask = torch.zeros(visible.shape, dtype=model.dtype, device=visible.device)
         return mask.masked_fill_(~visible, torch.finfo(model.dtype).min)
