@@ -28,7 +28,7 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     if "val" in dataset:
         dataset["val"] = sample_paragraphs(dataset["val"], args.eval_samples, sft_args.seed)
     encoder = modeling.load_encoder(model_args, args.reasoning_tokens)
-    record = checkpoints.make_record(settings, dataset["train"], encoder, sft_args.world_size)
+    record = checkpoints.run_record(settings, dataset["train"], encoder, sft_args.world_size)
     differ = checkpoints.check_resume(checkpoint, record, args.resume_anyway)
     with sft_args.main_process_first(desc="encoding"):
         encoded = encode_dataset(dataset, encoder, sft_args.max_length)
@@ -43,7 +43,7 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     record["rows"] = layout.rows
     if not differ:  # else they are laid out otherwise, of course
         checkpoints.check_resume(checkpoint, {"rows": layout.rows}, args.resume_anyway)
-    settings[checkpoints.RECORD] = record
+    settings[checkpoints.RUN_RECORD] = record
     trainer = SquadTrainer(
         model=model,
         args=sft_args.replace(**layout.settings),
