@@ -127,7 +127,11 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     record = checkpoints.make_record(settings, dataset["train"], encoder, sft_args.world_size)
     differ = checkpoints.check_resume(checkpoint, record, args.resume_anyway)
     with sft_args.main_process_first(desc="encoding"):
-        encoded = encode_dataset(dataset, encoder, sft_args.max_length)
+        encoded = encode_dataset(
+            dataset, encoder, sft_args.max_length,
+            prompt=settings.get("prompt", "single_turn"),
+            adapter_from="start" if args.full_parameters else args.alora_from,
+        )  # fmt: skip
     model = prepare_model(args, model_args, encoder)
     collator = SquadDataCollator(
         pad_token_id=encoder.tokenizer.pad_token_id, pad_to_multiple_of=sft_args.pad_to_multiple_of

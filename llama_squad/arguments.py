@@ -98,6 +98,12 @@ class TrainArguments:
     )
     use_rslora: bool = _option(False, "Scale by alpha / sqrt(r) (rank-stabilised LoRA).")
     use_dora: bool = _option(False, "Weight-decomposed LoRA: slower, sometimes better.")
+    alora_from: Literal["start", "question", "reply"] = _option(
+        "start",
+        "Where the adapter begins to act. start: everywhere, plain LoRA. question: on the question "
+        "and the reply, or reply: from the opening of the reply on: an activated LoRA, to which "
+        "context and plain chat are the base model's own. It cannot be merged.",
+    )
     reasoning_tokens: int = _option(
         0, "Learnable pause tokens between prompt and answer: room to think (0: none)."
     )
@@ -296,6 +302,7 @@ class AppArguments:
 
 _OF_ADAPTERS = {
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora"),
+    "alora_from",
     *("quantize", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "merged_dtype"),
 }
 
@@ -353,6 +360,18 @@ def check_adapter_flags(args: TrainArguments, given: Sequence[str]) -> None:
     names = [w.split("=")[0][2:].replace("-", "_") for w in given if w.startswith("--")]
     if "merged_dtype" in names and not args.merge_and_push:
         raise ValueError("--merged_dtype needs --merge_and_push: nothing is merged without it")
+    if args.alora_from != "start" and not args.full_parameters:
+        if args.merge_and_push:
+            raise ValueError(
+                f"an adapter that acts from the {args.alora_from} on cannot be merged, because "
+                "merged weights act on every token: leave out --alora_from or --merge_and_push "
+                "(--merge_and_push false, where the configuration has it)"
+            )
+        if args.use_dora:
+            raise ValueError(
+                f"--use_dora scales what every token gives, so it cannot act from the "
+                f"{args.alora_from} on alone: leave it or --alora_from out"
+            )
     if args.full_parameters:
         clashing = [
             f"--{name}"

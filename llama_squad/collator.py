@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from llama_squad.activation import ADAPTER_MASK
 from llama_squad.encoding import IGNORE, ChatEncoder, Encoded
 from llama_squad.prompts import Message
 from llama_squad.tree import Tree, batch_rows
@@ -67,6 +69,9 @@ class SquadDataCollator(DataCollatorForLanguageModeling):
       (rows, 1, length, length), of which ``tree.make_masks`` makes what a model takes. Rows of one
       example each are collated as that example.
 
+    Examples of an activated adapter, which hold ``adapter_from``, also give ``adapter_mask``: where
+    it acts, bool, of shape (rows, length).
+
     Padding is told apart by the attention mask, never by comparing with ``pad_token_id``, so the
     pad token may be the one that ends the turn.
     """
@@ -79,6 +84,11 @@ class SquadDataCollator(DataCollatorForLanguageModeling):
                 trees = [Tree.build(row) for row in rows]
                 return dict(batch_rows(trees, self.pad_token_id, self.pad_to_multiple_of))
             examples = [row[0][0] for row in rows]  # nothing to share
-        return super().torch_call(
+        batch = super().torch_call(
             [{k: example[k] for k in ("input_ids", "labels")} for example in examples]
         )
+        if "adapter_from" in examples[0]:
+            start = torch.tensor([example["adapter_from"] for example in examples])
+            place = torch.arange(batch["input_ids"].shape[1])
+            batch[ADAPTER_MASK] = place >= start[:, None]
+        return batch

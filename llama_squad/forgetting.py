@@ -239,6 +239,8 @@ def compare_benchmarks(
         *(["--include_path", args.include_path] if args.include_path else []),
         *options,
     ]  # fmt: skip
+    from llama_squad.modeling import acts_from
+
     whole_key = {
         **key,
         "command": command,
@@ -251,7 +253,15 @@ def compare_benchmarks(
     else:
         _evaluate(args, sides.base, sides.tokenizer, command, folders[0])
         write_json(folders[0] / RUN_FILE, whole_key)
-    _evaluate(args, sides.tuned, sides.tokenizer, command, folders[1])
+    acts = acts_from(sides.tuned.adapter) if sides.tuned.adapter else "start"
+    if acts == "start":
+        _evaluate(args, sides.tuned, sides.tokenizer, command, folders[1])
+    else:
+        print(
+            f"The adapter acts from the {acts} of its task on, and takes no part in other texts: "
+            "the base's run stands for both.", file=sys.stderr,
+        )  # fmt: skip
+        folders = folders[0], folders[0]
     before, after = map(load_run, folders)
     return render_comparison(before.results, after.results, paired_errors(before, after))
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from llama_squad import merging
+from llama_squad.activation import Where, activate, activation_of
 from llama_squad.arguments import ModelArguments
 from llama_squad.config import RUN_CONFIG, load_run_config
 from llama_squad.encoding import ChatEncoder
@@ -143,6 +144,19 @@ def _training_settings(source: str) -> dict[str, Any]:
     if "train" in saved:
         settings["reasoning_tokens"] = saved["train"]["reasoning_tokens"]
     return settings
+
+
+def acts_from(adapter_name: str) -> Where:
+    """Return from where on an adapter acts: "start" is everywhere, as plain LoRA does.
+
+    It is asked of the run configuration beside the adapter.
+
+    Raises:
+        ValueError: a damaged configuration.
+    """
+    path = find_file(adapter_name, RUN_CONFIG)
+    saved = load_run_config(path.parent) if path else {}
+    return saved.get("train", {}).get("alora_from", "start")
 
 
 def _loaded(args: ModelArguments, adapter_name: str | None) -> ModelArguments:
@@ -291,7 +305,8 @@ def load_model(
 
     The weights go to this process's GPU; a single process with several GPUs spreads them. An
     adapter is merged where that changes no more than the order of a sum: into float32 weights. In
-    16 bits the rounding would change answers, and in 4 bits all the more: there it stays apart.
+    16 bits the rounding would change answers, and in 4 bits all the more: there it stays apart. So
+    does one that acts from the question or the reply on.
 
     Args:
         args: which model, and how.
@@ -336,7 +351,8 @@ def load_model(
         _keep_4bit_differentiable(model)
     if adapter_name and not whole_model(adapter_name):
         model = attach_adapter(model, adapter_name, args.model_name)
-        if dtype == torch.float32 and not quantize and _is_lora(model):
+        mergeable = _is_lora(model) and not activation_of(model)
+        if dtype == torch.float32 and not quantize and mergeable:
             model = merging.merge(model, dtype)
     return model
 
@@ -389,6 +405,9 @@ def attach_adapter(model: Any, adapter_name: str, base_name: str) -> Any:
             f"The adapter {adapter_name} was trained on {trained_on}, and is used on {base_name}.",
             file=sys.stderr,
         )
+    where = acts_from(adapter_name)
+    if where != "start":
+        activate(model, where)
     return model
 
 

@@ -134,7 +134,7 @@ def _without_effect(record: Mapping[str, Any]) -> list[str]:
     names = ["num_train_epochs"] if record["max_steps"] > 0 else []
     if record["full_parameters"]:
         names += [name for name in record if name.startswith("lora_")]
-        names += ["use_rslora", "use_dora", "quantize"]
+        names += ["use_rslora", "use_dora", "quantize", "alora_from"]
     if record["full_parameters"] or not record["quantize"]:
         names += _OF_4BIT
     return [*names, *([] if record["share_context"] else ["row_tokens"])]
