@@ -110,6 +110,7 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     from llama_squad.collator import SquadDataCollator
     from llama_squad.data import load_squad, sample_paragraphs
     from llama_squad.training import checkpoints, preflight, publishing
+    from llama_squad.training.chat_share import add_chat, chat_examples
     from llama_squad.training.merge_error import Sample
     from llama_squad.training.packing import encode_dataset
     from llama_squad.training.setup import lay_out, make_validation, prepare_model
@@ -133,6 +134,14 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
             adapter_from="start" if args.full_parameters else args.alora_from,
         )  # fmt: skip
     model = prepare_model(args, model_args, encoder)
+    if args.chat_share:
+        prompt = settings.get("system_prompt", "")
+        with sft_args.main_process_first(desc="making chat replies"):
+            chat = chat_examples(model, encoder, args, model_args, prompt)
+        encoded["train"] = add_chat(
+            encoded["train"], chat, args.chat_share, sft_args.max_length, sft_args.seed
+        )
+        record["chat"] = checkpoints.digest(chat)
     collator = SquadDataCollator(
         pad_token_id=encoder.tokenizer.pad_token_id, pad_to_multiple_of=sft_args.pad_to_multiple_of
     )
@@ -140,7 +149,8 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     layout = lay_out(args, sft_args, encoded, model, collator)
     record["rows"] = layout.rows
     if not differ:  # else they are laid out otherwise, of course
-        checkpoints.check_resume(checkpoint, {"rows": layout.rows}, args.resume_anyway)
+        laid_out: dict[str, Any] = {key: record[key] for key in ("rows", "chat") if key in record}
+        checkpoints.check_resume(checkpoint, laid_out, args.resume_anyway)
     settings[checkpoints.RECORD] = record
     trainer = SquadTrainer(
         model=model,

@@ -104,6 +104,12 @@ class TrainArguments:
         "and the reply, or reply: from the opening of the reply on: an activated LoRA, to which "
         "context and plain chat are the base model's own. It cannot be merged.",
     )
+    chat_share: float = _option(
+        0.0,
+        "Share of the training conversations that is plain chat: the base's own replies to bundled "
+        "prompts, made at the first run and kept beside the dataset. They are longer than answers, "
+        "so their share of the loss is larger.",
+    )
     reasoning_tokens: int = _option(
         0, "Learnable pause tokens between prompt and answer: room to think (0: none)."
     )
@@ -332,6 +338,8 @@ def check_training_numbers(args: TrainArguments, trainer: TrainerArguments) -> N
     check_at_least(0, args, "reasoning_tokens", "eval_samples", "show_mask")
     check_at_least(1, args, "lora_r", "row_tokens")
     check_above_zero(args, "lora_alpha")
+    if not 0 <= args.chat_share < 1:
+        raise ValueError(f"--chat_share must be at least 0 and below 1, not {args.chat_share}")
     if not 0 <= args.lora_dropout < 1:
         raise ValueError(f"--lora_dropout must be at least 0 and below 1, not {args.lora_dropout}")
     sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
@@ -366,6 +374,11 @@ def check_adapter_flags(args: TrainArguments, given: Sequence[str]) -> None:
                 f"an adapter that acts from the {args.alora_from} on cannot be merged, because "
                 "merged weights act on every token: leave out --alora_from or --merge_and_push "
                 "(--merge_and_push false, where the configuration has it)"
+            )
+        if args.chat_share:
+            raise ValueError(
+                f"an adapter that acts from the {args.alora_from} on takes no part in plain chat, "
+                "so --chat_share would train nothing: leave it or --alora_from out"
             )
         if args.use_dora:
             raise ValueError(

@@ -249,7 +249,8 @@ def plan_rows(
     if plain:
         rows += plain
         rng.shuffle(rows)
-    shared = shareable_prefix([encoded[p.examples[0]] for p in paragraphs[:50]])
+    sample = paragraphs[:: max(1, len(paragraphs) // 50)]  # chat is at the end
+    shared = shareable_prefix([encoded[p.examples[0]] for p in sample])
     held = len(paragraphs) / len(rows)
     # an epoch ends a step, however few rows it has
     in_step = min(rows_per_step, len(rows) // processes)
