@@ -8,13 +8,12 @@ each with a beginning of its own. So the forward pass is told token by token, an
 PEFT's plain LoRA: since B(A(m x)) = m B(A(x)) for m in {0, 1}, it is their input that is masked.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-Where = Literal["start", "question", "reply"]
-"""From where on an adapter acts; see ``llama_squad.prompts.adapter_start``."""
+from llama_squad.prompts import ActsFrom
 
 ADAPTER_MASK = "adapter_mask"
 """The keyword of a forward pass that tells where the adapter acts: bool, of shape (rows, tokens).
@@ -28,7 +27,7 @@ class Activation:
         where: from where on the adapter was trained to act.
     """
 
-    def __init__(self, where: Where) -> None:
+    def __init__(self, where: ActsFrom) -> None:
         self.where = where
         # Kept after the pass: checkpointed layers are run again when gradients are taken.
         self._mask: torch.Tensor | None = None
@@ -53,7 +52,7 @@ class Activation:
         return (x * self._mask.to(x.device),)
 
 
-def activate(model: Any, where: Where) -> None:
+def activate(model: Any, where: ActsFrom) -> None:
     """Let a ``PeftModel``'s LoRA adapter act on the tokens alone that a forward pass names.
 
     Raises:

@@ -72,23 +72,30 @@ class SquadDataCollator(DataCollatorForLanguageModeling):
     Examples of an activated adapter, which hold ``adapter_from``, also give ``adapter_mask``: where
     it acts, bool, of shape (rows, length).
 
+    With ``counts`` either kind also gives ``counts``, int64 of shape (rows, 3): a row's questions,
+    its tokens, and its tokens if nothing was shared. No model takes it: ``SquadTrainer`` does.
+
     Padding is told apart by the attention mask, never by comparing with ``pad_token_id``, so the
     pad token may be the one that ends the turn.
     """
 
+    counts: bool = False
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate; see the class."""
-        if "paragraphs" in examples[0]:
-            rows = [example["paragraphs"] for example in examples]
-            if any(sum(map(len, row)) > 1 for row in rows):
-                trees = [Tree.build(row) for row in rows]
-                return dict(batch_rows(trees, self.pad_token_id, self.pad_to_multiple_of))
-            examples = [row[0][0] for row in rows]  # nothing to share
-        batch = super().torch_call(
-            [{k: example[k] for k in ("input_ids", "labels")} for example in examples]
-        )
-        if "adapter_from" in examples[0]:
-            start = torch.tensor([example["adapter_from"] for example in examples])
-            place = torch.arange(batch["input_ids"].shape[1])
-            batch[ADAPTER_MASK] = place >= start[:, None]
+        rows = [example.get("paragraphs", [[example]]) for example in examples]
+        lengths = [[len(e["input_ids"]) for group in row for e in group] for row in rows]
+        if max(map(len, lengths)) > 1:
+            trees = [Tree.build(row) for row in rows]
+            batch = dict(batch_rows(trees, self.pad_token_id, self.pad_to_multiple_of))
+            tokens = [len(tree.input_ids) for tree in trees]
+        else:  # nothing to share
+            alone = [{k: row[0][0][k] for k in ("input_ids", "labels")} for row in rows]
+            batch, tokens = super().torch_call(alone), [length for (length,) in lengths]
+            if "adapter_from" in rows[0][0][0]:
+                start = torch.tensor([row[0][0]["adapter_from"] for row in rows])
+                batch[ADAPTER_MASK] = torch.arange(batch["input_ids"].shape[1]) >= start[:, None]
+        if self.counts:
+            held = zip(lengths, tokens, strict=True)
+            batch["counts"] = torch.tensor([[len(each), n, sum(each)] for each, n in held])
         return batch

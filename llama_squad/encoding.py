@@ -72,8 +72,8 @@ class ChatEncoder:
 
     Args:
         tokenizer: a fast tokenizer with a chat template.
-        reasoning_token: id of the pause token, and
-        reasoning_tokens: how many of it stand before the last reply (unsupervised).
+        reasoning_token: id of the token that stands before the last reply, and
+        reasoning_tokens: how many of it do (unsupervised).
 
     Raises:
         ValueError: the tokenizer has no chat template, or is not a fast one.
@@ -98,7 +98,8 @@ class ChatEncoder:
         if reasoning_tokens and reasoning_token is None:
             raise ValueError("reasoning tokens need a token of the vocabulary to stand for them")
         self.tokenizer = tokenizer
-        self.pause = [reasoning_token] * reasoning_tokens if reasoning_token is not None else []
+        tokens = [] if reasoning_token is None else [reasoning_token]
+        self.reasoning_ids = tokens * reasoning_tokens
         self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
         self._control = frozenset(
             token_id
@@ -123,8 +124,8 @@ class ChatEncoder:
             start, end = self._supervised(ids, offsets, item)
             if end < 0:  # a template without an end of turn: the reply must end all the same
                 ids, end = [*ids, self._eos()], len(ids) + 1
-            labels = [IGNORE] * (start + len(self.pause)) + ids[start:end]
-            ids = ids[:start] + self.pause + ids[start:]
+            labels = [IGNORE] * (start + len(self.reasoning_ids)) + ids[start:end]
+            ids = ids[:start] + self.reasoning_ids + ids[start:]
             labels += [IGNORE] * (len(ids) - len(labels))
             encoded.append({"input_ids": ids, "labels": labels})
             if item.place is not None:
@@ -138,7 +139,7 @@ class ChatEncoder:
 
         The ids are those that precede the supervised tokens of the same conversation in ``encode``,
         by construction: a reply is encoded too, and cut off.
-        ``final`` is False where a further turn of a multi-turn prompt follows (no pause tokens).
+        ``final`` is False where a further turn of the prompt follows (no reasoning).
         """
         return [ids for ids, _ in self._encode_prompts(conversations, None, final)]
 
@@ -164,11 +165,11 @@ class ChatEncoder:
     ) -> Iterator[tuple[list[int], int | None]]:
         reply = {"role": "assistant", "content": format_answer(NO_ANSWER)}
         rendered = self._render_all([[*messages, reply] for messages in conversations], places)
-        pause = self.pause if final else []
+        reasoning = self.reasoning_ids if final else []
         for item, (ids, offsets) in zip(rendered, self._tokenize(rendered), strict=True):
             end = self._supervised(ids, offsets, item)[0]
             acts = None if item.place is None else _first_from(item.place, offsets[:end])
-            yield ids[:end] + pause, acts
+            yield ids[:end] + reasoning, acts
 
     def _eos(self) -> int:
         if self.tokenizer.eos_token_id is None:

@@ -6,11 +6,14 @@ they are joined in, never formatted in, so braces in them mean nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from llama_squad.answers import ANSWER_FOOTER, ANSWER_HEADER, NO_ANSWER, format_answer
 
 Message = dict[str, str]
+
+ActsFrom = Literal["start", "question", "reply"]
+"""From where on an adapter acts: on all tokens, or from the task's question or reply on."""
 
 SYSTEM_PROMPT = (
     "You are a helpful and honest assistant. You answer from the text you are given, you do not "
@@ -53,7 +56,7 @@ PROMPTS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
 
 
 def adapter_start(
-    messages: Sequence[Message], record: Mapping[str, Any], prompt: str, where: str
+    messages: Sequence[Message], record: Mapping[str, Any], prompt: str, where: ActsFrom
 ) -> tuple[int, int]:
     """Return from where on an activated adapter acts in a conversation: message and character.
 

@@ -22,7 +22,7 @@ from helpers import (
 from peft import LoraConfig, get_peft_model
 
 import train_llama_squad
-from llama_squad import forgetting, modeling
+from llama_squad import forgetting, modeling, weights
 from llama_squad.activation import ADAPTER_MASK, activate, activation_of
 from llama_squad.arguments import AppArguments, ModelArguments
 from llama_squad.config import RUN_CONFIG
@@ -318,7 +318,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str],
 
 def test_trained_saved_and_loaded(trained: tuple[list[str], str], tmp_path: Path) -> None:
     flags, folder = trained
-    assert modeling.acts_from(folder) == "question"
+    assert weights.acts_from(folder) == "question"
     model_args = ModelArguments(model_name=str(tmp_path / "model"))
     model: Any = modeling.load_model(model_args, adapter_name=folder)
     activation = activation_of(model)
@@ -391,4 +391,4 @@ def test_given_texts_are_the_bases(
 def test_an_adapter_that_says_nothing_acts_everywhere(trained: tuple[list[str], str]) -> None:
     _, folder = trained
     Path(folder, RUN_CONFIG).unlink()
-    assert modeling.acts_from(folder) == "start"
+    assert weights.acts_from(folder) == "start"

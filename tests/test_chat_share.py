@@ -88,11 +88,14 @@ def test_examples_are_the_bases_greedy_replies(tmp_path: Path) -> None:
 def test_an_end_of_turn_is_trained_where_the_base_ends_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replies = iter([[[7, 8], []], [[1, 2, 3, 4, 5, 6], [9]], [[10]]])
+    words = [tiny_tokenizer().encode(word, add_special_tokens=False)[0] for word in "abcdefgh"]
+    looping = tiny_tokenizer().encode("no " * 20, add_special_tokens=False)
+    # of two words, of none; of as many as there may be, of one; a loop
+    replies = iter([[words[:2], []], [words[2:8], words[:1]], [looping]])
     monkeypatch.setattr(chat_share, "answer_greedily", lambda *_: next(replies))
     examples = make(tiny_model(), tmp_path)
     labels = [[i for i in e["labels"] if i != IGNORE] for e in examples]
-    assert labels == [[7, 8, END], [1, 2, 3, 4, 5, 6], [9, END], [10, END]]
+    assert labels == [[*words[:2], END], words[2:8], [words[0], END]]
 
 
 def test_replies_are_made_once_and_gone_on_with(

@@ -17,7 +17,7 @@ from llama_squad.decoding.replies import Paragraph, Reply
 from llama_squad.decoding.windows import cut_windows, merge_windows
 from llama_squad.encoding import ChatEncoder
 from llama_squad.predictors.base import Batch, Prediction, Record
-from llama_squad.prompts import SYSTEM_PROMPT, Message, adapter_start, build_messages
+from llama_squad.prompts import SYSTEM_PROMPT, ActsFrom, Message, adapter_start, build_messages
 
 TURN_TOKENS = 256
 """Length limit of a reply before the last one of a multi-turn prompt."""
@@ -70,7 +70,7 @@ class LocalModel:
         self._encoder = encoder
         self._prompt, self._system_prompt = prompt, system_prompt
         activation = activation_of(model)
-        self._acts_from = activation.where if activation else "start"
+        self._acts_from: ActsFrom = activation.where if activation else "start"
         self._generator = Generator(model, encoder, **options)
         self._max_new_tokens: int = self._generator.options.max_new_tokens
         self._n_best: int = self._generator.options.n_best

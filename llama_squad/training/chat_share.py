@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from llama_squad.answers import NO_ANSWER
 from llama_squad.arguments import ModelArguments, TrainArguments
-from llama_squad.chat_check import adapter_off, answer_greedily, read_prompts
+from llama_squad.chat_check import adapter_off, answer_greedily, classify_reply, read_prompts
 from llama_squad.config import write_json
 from llama_squad.decoding.spans import reply_ids
 from llama_squad.encoding import IGNORE, ChatEncoder, Encoded
-from llama_squad.evaluation import weights_digest
 from llama_squad.prompts import Message
 from llama_squad.training.checkpoints import digest, tokenizer_digests
+from llama_squad.weights import weights_digest
 
 TRAINING_PROMPTS = Path(__file__).parents[1] / "chat_training_prompts.txt"
 """Others than those of ``chat_check.CHAT_PROMPTS``, which must not have been trained."""
@@ -50,6 +50,8 @@ def chat_examples(
     system_prompt: str,
 ) -> list[Encoded]:
     """Return the base's replies to plain prompts as examples; they are made where they are missing.
+
+    Replies without a word, and those that loop, are left out.
 
     Args:
         model: the base, or a PEFT model whose adapter is switched off for this.
@@ -85,7 +87,7 @@ def chat_examples(
     return [
         _example(prompt, reply + (end if len(reply) < REPLY_TOKENS else []))
         for prompt, reply in zip(prompts, replies, strict=True)
-        if reply
+        if classify_reply(str(encoder.tokenizer.decode(reply)))[0] not in ("empty", "repetitive")
     ]
 
 
