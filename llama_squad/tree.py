@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from llama_squad.activation import ADAPTER_MASK
 from llama_squad.attention import mark_blocks
 from llama_squad.encoding import IGNORE, Encoded
 
@@ -46,6 +47,8 @@ class Tree:
     ends: list[int]
     leaves: list[range] = field(default_factory=list)
     """The columns of each example's own branch."""
+    adapted: list[bool] = field(default_factory=list)
+    """Where an activated adapter acts; empty where there is none."""
 
     @classmethod
     def build(cls, paragraphs: Sequence[Sequence[Encoded]]) -> "Tree":
@@ -75,12 +78,23 @@ class Tree:
         self.labels += example["labels"][start:stop]
         self.position_ids += range(start, stop)
         self.ends += [len(self.input_ids)] * (stop - start)
+        if "adapter_from" in example:
+            self.adapted += [index >= example["adapter_from"] for index in range(start, stop)]
 
 
 def shareable_prefix(examples: Sequence[Encoded]) -> int:
     """Return how many leading tokens the examples may hold once."""
     prompt = min(_prompt_length(example) for example in examples)
-    return min(prompt - 1, common_prefix([example["input_ids"] for example in examples]))
+    shared = min(prompt - 1, common_prefix([example["input_ids"] for example in examples]))
+    return adapted_alike(shared, [e["adapter_from"] for e in examples if "adapter_from" in e])
+
+
+def adapted_alike(shared: int, adapter_from: Sequence[int]) -> int:
+    """Return how many of the tokens that sequences share the adapter treats alike in all of them.
+
+    ``adapter_from`` are the first tokens that it acts on, or empty.
+    """
+    return min(shared, *adapter_from) if len(set(adapter_from)) > 1 else shared
 
 
 def _prompt_length(example: Encoded) -> int:
@@ -96,20 +110,23 @@ def batch_rows(
     if multiple:
         length = -(-length // multiple) * multiple
 
-    def pad(values: list[int], fill: int) -> list[int]:
-        return values + [fill] * (length - len(values))
+    def pad(values: Sequence[int], fill: int) -> list[int]:
+        return [*values, *[fill] * (length - len(values))]
 
     # a pad attends to itself alone, and no token to it: a row without any key would be NaN
     ends = torch.tensor([t.ends + list(range(len(t.ends) + 1, length + 1)) for t in trees])
     position = torch.arange(length)
     causal = position[None, :] <= position[:, None]
     visible = position[None, :, None] < ends[:, None, :]
-    return {
+    batch = {
         "input_ids": torch.tensor([pad(t.input_ids, pad_token_id) for t in trees]),
         "labels": torch.tensor([pad(t.labels, IGNORE) for t in trees]),
         "position_ids": torch.tensor([pad(t.position_ids, 0) for t in trees]),
         "attention_mask": (causal & visible)[:, None],
     }
+    if trees[0].adapted:
+        batch[ADAPTER_MASK] = torch.tensor([pad(t.adapted, False) for t in trees])
+    return batch
 
 
 def answer_logits(

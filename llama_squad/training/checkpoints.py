@@ -114,19 +114,24 @@ def run_record(
     record["lora_target_modules"] = sorted(record["lora_target_modules"])
     for name in _without_effect(record):
         del record[name]
-    backend = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
-    backend["truncation"] = backend["padding"] = None  # of its last use
     record |= {
+        **tokenizer_digests(encoder),
         "processes": processes,
         "prompt": settings.get("prompt"),
         "system_prompt": settings.get("system_prompt"),
         "questions": _digest_rows(train.select_columns(_QUESTIONS)),
         "messages": _digest_rows(train.select_columns(["messages"])),
-        "tokenizer": digest(backend),
-        "chat_template": digest(encoder.tokenizer.chat_template),
         "weights": weights_digest(record["model_name"]),
     }
     return json.loads(json.dumps(record, default=str))
+
+
+def tokenizer_digests(encoder: ChatEncoder) -> dict[str, str]:
+    """Return digests of what makes ids of a conversation."""
+    backend = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
+    backend["truncation"] = backend["padding"] = None  # of its last use
+    template = encoder.tokenizer.chat_template
+    return {"tokenizer": digest(backend), "chat_template": digest(template)}
 
 
 def _without_effect(record: Mapping[str, Any]) -> list[str]:
@@ -134,7 +139,7 @@ def _without_effect(record: Mapping[str, Any]) -> list[str]:
     names = ["num_train_epochs"] if record["max_steps"] > 0 else []
     if record["full_parameters"]:
         names += [name for name in record if name.startswith("lora_")]
-        names += ["use_rslora", "use_dora", "quantize"]
+        names += ["use_rslora", "use_dora", "quantize", "alora_from"]
     if record["full_parameters"] or not record["quantize"]:
         names += _OF_4BIT
     return [*names, *([] if record["share_context"] else ["row_tokens"])]

@@ -8,33 +8,50 @@ from typing import Any
 
 from llama_squad.data import paragraph_key
 from llama_squad.encoding import ChatEncoder, Encoded
+from llama_squad.prompts import ActsFrom, adapter_start
 from llama_squad.tree import shareable_prefix
 
 
 def encode_split(
-    split: Any, encoder: ChatEncoder, max_length: int | None, name: str
+    split: Any,
+    encoder: ChatEncoder,
+    max_length: int | None,
+    name: str,
+    *,
+    prompt: str = "single_turn",
+    adapter_from: ActsFrom = "start",
 ) -> tuple[Any, int]:
     """Encode a split's messages: a dataset with input_ids, labels and group; and how many dropped.
 
-    An example longer than ``max_length`` tokens is left out. ``group`` numbers the paragraphs.
+    An example longer than ``max_length`` tokens is left out. ``group`` numbers the paragraphs. With
+    an activated adapter, one that acts from the question or the reply of the ``prompt`` on, there
+    is "adapter_from", too: the first token that it acts on.
+
     Results are cached on disk, keyed by the data, the tokenizer and the template.
     """
     from datasets.fingerprint import Hasher
 
     def encode(batch: Mapping[str, list]) -> dict[str, list]:
         out: dict[str, list] = {"input_ids": [], "labels": [], "paragraph": [], "length": []}
-        encoded = encoder.encode(batch["messages"])
+        places = None
+        if adapter_from != "start":
+            out["adapter_from"] = []
+            rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+            places = [adapter_start(r["messages"], r, prompt, adapter_from) for r in rows]
+        encoded = encoder.encode(batch["messages"], places)
         for example, title, context in zip(encoded, batch["title"], batch["context"], strict=True):
             if max_length is None or len(example["input_ids"]) <= max_length:
                 out["input_ids"].append(example["input_ids"])
                 out["labels"].append(example["labels"])
                 out["paragraph"].append(paragraph_key(title, context))
                 out["length"].append(len(example["input_ids"]))
+                if places:
+                    out["adapter_from"].append(example["adapter_from"])
         return out
 
     backend = encoder.tokenizer.backend_tokenizer.to_str()
     template, reasoning = encoder.tokenizer.chat_template, encoder.reasoning_ids
-    key = (split._fingerprint, backend, template, reasoning, max_length)
+    key = (split._fingerprint, backend, template, reasoning, max_length, adapter_from, prompt)
     dataset = split.map(
         encode,
         batched=True,
@@ -46,8 +63,12 @@ def encode_split(
     return dataset, len(split) - len(dataset)
 
 
-def encode_dataset(dataset: Any, encoder: ChatEncoder, max_length: int | None) -> dict[str, Any]:
+def encode_dataset(
+    dataset: Any, encoder: ChatEncoder, max_length: int | None, **options: Any
+) -> dict[str, Any]:
     """Encode the train and val splits, and say how many examples had to be left out.
+
+    ``options`` are those of ``encode_split``.
 
     Raises:
         ValueError: nothing is left of a split.
@@ -56,7 +77,7 @@ def encode_dataset(dataset: Any, encoder: ChatEncoder, max_length: int | None) -
     for name in ("train", "val"):
         if name not in dataset:
             continue
-        encoded[name], dropped = encode_split(dataset[name], encoder, max_length, name)
+        encoded[name], dropped = encode_split(dataset[name], encoder, max_length, name, **options)
         if dropped:
             print(
                 f"{name}: {dropped:,} of {len(dataset[name]):,} examples are longer than "
@@ -77,7 +98,8 @@ def row_dataset(examples: Any, rows: Sequence[Sequence[Sequence[int]]]) -> Any:
     """Return a dataset of ``{"paragraphs": [[example, ...], ...]}``, read when it is asked for."""
     from datasets import Dataset
 
-    examples = examples.select_columns(["input_ids", "labels"])
+    columns = [c for c in ("input_ids", "labels", "adapter_from") if c in examples.column_names]
+    examples = examples.select_columns(columns)
 
     def read(batch: dict[str, list[list[list[int]]]]) -> dict[str, list[list[list[Encoded]]]]:
         wanted = [index for row in batch["paragraphs"] for group in row for index in group]
@@ -259,7 +281,8 @@ def _tokens(
     plain: Sequence[Sequence[Sequence[int]]],
 ) -> int:
     """Count the tokens of so many ``rows`` of paragraphs, a prefix once, and of the ``plain``."""
-    firsts = [encoded[p.examples[0]] for p in sharing[:50]]
+    every = max(1, len(sharing) // 50)  # chat is at the end
+    firsts = [encoded[p.examples[0]] for p in sharing[::every]]
     shared = shareable_prefix(firsts) if firsts else 0
     trees = sum(p.tokens for p in sharing) - shared * (len(sharing) - rows)
     return trees + sum(_length(row, encoded["length"]) for row in plain)
