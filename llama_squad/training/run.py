@@ -42,11 +42,7 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
             encoded["train"], chat, args.chat_share, sft_args.max_length, sft_args.seed
         )
         made["chat"] = checkpoints.digest(chat)
-    collator = SquadDataCollator(
-        pad_token_id=encoder.tokenizer.pad_token_id,
-        pad_to_multiple_of=sft_args.pad_to_multiple_of,
-        counts=True,
-    )
+    collator = _collator(encoder, sft_args)
     validate = make_validation(sft_args, dataset, args.dataset_name, encoder)
     layout = lay_out(args, sft_args, encoded, model, collator)
     made["rows"] = layout.rows
@@ -91,3 +87,11 @@ def _encode(
         return encode_dataset(
             dataset, encoder, sft_args.max_length, prompt=prompt, adapter_from=where
         )
+
+
+def _collator(encoder: ChatEncoder, sft_args: Any) -> SquadDataCollator:
+    return SquadDataCollator(
+        pad_token_id=encoder.tokenizer.pad_token_id,
+        pad_to_multiple_of=sft_args.pad_to_multiple_of,
+        counts=True,
+    )
