@@ -154,6 +154,14 @@ class TokenTree:
             layer.keys = layer.keys.take_along_dim(where, dim=2)
             layer.values = layer.values.take_along_dim(where, dim=2)
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these."""
+        self._depths = self._depths[list(rows)]
+        for layer in cast(list[Any], self._cache.layers):
+            index = torch.tensor(rows, device=layer.keys.device)
+            layer.keys = layer.keys.index_select(0, index)
+            layer.values = layer.values.index_select(0, index)
+
     @property
     def grown(self) -> int:
         """Columns of the cache that came since it was last compact."""
