@@ -31,11 +31,14 @@ def encode_split(
     """
     from datasets.fingerprint import Hasher
 
+    filler = encoder.filler_ids
+
     def encode(batch: Mapping[str, list]) -> dict[str, list]:
         out: dict[str, list] = {"input_ids": [], "labels": [], "paragraph": [], "length": []}
         places = None
+        optional = ["adapter_from"] * (adapter_from != "start") + ["hidden"] * bool(filler)
+        out |= {column: [] for column in optional}
         if adapter_from != "start":
-            out["adapter_from"] = []
             rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
             places = [adapter_start(r["messages"], r, prompt, adapter_from) for r in rows]
         encoded = encoder.encode(batch["messages"], places)
@@ -45,13 +48,22 @@ def encode_split(
                 out["labels"].append(example["labels"])
                 out["paragraph"].append(paragraph_key(title, context))
                 out["length"].append(len(example["input_ids"]))
-                if places:
-                    out["adapter_from"].append(example["adapter_from"])
+                for column in optional:
+                    out[column].append(example[column])
         return out
 
     backend = encoder.tokenizer.backend_tokenizer.to_str()
     template, reasoning = encoder.tokenizer.chat_template, encoder.reasoning_ids
-    key = (split._fingerprint, backend, template, reasoning, max_length, adapter_from, prompt)
+    key = (
+        split._fingerprint,
+        backend,
+        template,
+        reasoning,
+        max_length,
+        filler,
+        adapter_from,
+        prompt,
+    )
     dataset = split.map(
         encode,
         batched=True,
@@ -98,7 +110,9 @@ def row_dataset(examples: Any, rows: Sequence[Sequence[Sequence[int]]]) -> Any:
     """Return a dataset of ``{"paragraphs": [[example, ...], ...]}``, read when it is asked for."""
     from datasets import Dataset
 
-    columns = [c for c in ("input_ids", "labels", "adapter_from") if c in examples.column_names]
+    columns = [
+        c for c in ("input_ids", "labels", "adapter_from", "hidden") if c in examples.column_names
+    ]
     examples = examples.select_columns(columns)
 
     def read(batch: dict[str, list[list[list[int]]]]) -> dict[str, list[list[list[Encoded]]]]:

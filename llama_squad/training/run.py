@@ -28,7 +28,7 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     dataset = load_squad(args.dataset_name)
     if "val" in dataset:
         dataset["val"] = sample_paragraphs(dataset["val"], args.eval_samples, sft_args.seed)
-    encoder = modeling.load_encoder(model_args, args.reasoning_tokens)
+    encoder = modeling.load_encoder(model_args, args.reasoning_tokens, filler=args.filler)
     record = checkpoints.make_record(settings, dataset["train"], encoder, sft_args.world_size)
     differ = checkpoints.check_resume(checkpoint, record, args.resume_anyway)
     with sft_args.main_process_first(desc="encoding"):
