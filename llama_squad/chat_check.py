@@ -238,13 +238,13 @@ def render_chat(base: Sequence[ChatReply], tuned: Sequence[ChatReply]) -> str:
 
     Both answered the same prompts, so the standard error of the share of prose is the paired one.
     """
-    figures = {"base": summarize_chat(base), "tuned": summarize_chat(tuned)}
+    metrics = {"base": summarize_chat(base), "tuned": summarize_chat(tuned)}
     lines = [
         "| plain prompts | % prose | % short | % repetitive | % JSON | % empty "
         "| words | repetition | perplexity |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, found in figures.items():
+    for name, found in metrics.items():
         shares = [
             f"{found[kind]:.1f}" for kind in ("prose", "short", "repetitive", "json", "empty")
         ]

@@ -7,6 +7,7 @@ at all is asked in ``llama_squad.tree_check``.
 """
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -277,7 +278,12 @@ def _takes_masks_apart(model: Any) -> bool:
 
 
 HEAD_ROWS = 8192
-"""So many rows of a 16-bit head are turned to float32 at once."""
+"""So many rows of a 16-bit head are turned to float32 at once on a GPU."""
+
+_WIDE: "weakref.WeakKeyDictionary[nn.Module, tuple[int, torch.Tensor]]" = (
+    weakref.WeakKeyDictionary()
+)
+"""Heads on a CPU, in float32: to convert one takes longer than its product with a few tokens."""
 
 
 @contextlib.contextmanager
@@ -295,8 +301,11 @@ def exact_head(model: PreTrainedModel) -> Iterator[None]:
 
     def product(hidden: torch.Tensor) -> torch.Tensor:
         wide = hidden.float()
-        parts = [F.linear(wide, rows.float()) for rows in head.weight.split(HEAD_ROWS)]
-        logits = torch.cat(parts, dim=-1)
+        if hidden.device.type == "cpu":
+            logits = F.linear(wide, _wide_weight(head))
+        else:
+            parts = [F.linear(wide, rows.float()) for rows in head.weight.split(HEAD_ROWS)]
+            logits = torch.cat(parts, dim=-1)
         return logits if head.bias is None else logits + head.bias.float()
 
     own = head.__dict__.get("forward")
@@ -308,6 +317,15 @@ def exact_head(model: PreTrainedModel) -> Iterator[None]:
             del head.forward
         else:
             head.forward = own  # type: ignore[method-assign]
+
+
+def _wide_weight(head: nn.Linear) -> torch.Tensor:
+    """Return a head's weight in float32, kept until it changes or the model is dropped."""
+    version = head.weight._version
+    kept = _WIDE.get(head)
+    if kept is None or kept[0] != version:
+        kept = _WIDE[head] = (version, head.weight.detach().float())
+    return kept[1]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

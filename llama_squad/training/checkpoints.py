@@ -17,7 +17,7 @@ from llama_squad.encoding import ChatEncoder
 from llama_squad.processes import this_process
 from llama_squad.weights import weights_digest
 
-RECORD = "resume"
+RUN_RECORD = "resume"
 """Where in a checkpoint's saved configuration its run's record stands."""
 
 _START_ANEW = "leave --resume_from_checkpoint out to start anew"
@@ -94,7 +94,7 @@ def _is_complete(checkpoint: Path) -> bool:
 # Comparing it with this run --------------------------------------------------------------------
 
 
-def make_record(
+def run_record(
     settings: Mapping[str, Any], train: Any, encoder: ChatEncoder, processes: int
 ) -> dict[str, Any]:
     """Return what decides a run's rows and steps, as JSON has it.
@@ -187,7 +187,7 @@ def check_resume(checkpoint: str | None, record: Mapping[str, Any], anyway: bool
     """
     if checkpoint is None:
         return []
-    saved = load_run_config(checkpoint).get(RECORD)
+    saved = load_run_config(checkpoint).get(RUN_RECORD)
     if saved is None:
         differences, fixed = ["it does not say what it was made with"], []
     else:

@@ -137,8 +137,8 @@ def count_questions(dataset: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Paragraph:
-    """Questions that fit into one row together."""
+class Group:
+    """Questions of a paragraph that fit into one row together."""
 
     examples: tuple[int, ...]  # indices into the encoded dataset
     tokens: int  # of the tree: its prefix once, and its branches
@@ -197,7 +197,7 @@ class Plan:
         return text
 
 
-def group_paragraphs(encoded: Any, max_length: int | None) -> list[Paragraph]:
+def group_paragraphs(encoded: Any, max_length: int | None) -> list[Group]:
     """Group the examples by paragraph; one that outgrows ``max_length`` is split, never cut."""
     members: dict[str, list[int]] = {}
     for index, key in enumerate(encoded["paragraph"]):
@@ -213,11 +213,11 @@ def group_paragraphs(encoded: Any, max_length: int | None) -> list[Paragraph]:
         for index, example in zip(indices, group, strict=True):
             branch = len(example["input_ids"]) - prefix
             if part and max_length is not None and tokens + branch > max_length:
-                paragraphs.append(Paragraph(tuple(part), tokens))
+                paragraphs.append(Group(tuple(part), tokens))
                 part, tokens = [], prefix
             part.append(index)
             tokens += branch
-        paragraphs.append(Paragraph(tuple(part), tokens))
+        paragraphs.append(Group(tuple(part), tokens))
     return paragraphs
 
 
@@ -274,15 +274,15 @@ def plan_rows(
 
 
 def _set_long_apart(
-    encoded: Any, paragraphs: Sequence[Paragraph], longest: int | None
-) -> tuple[list[Paragraph], list[Paragraph]]:
+    encoded: Any, paragraphs: Sequence[Group], longest: int | None
+) -> tuple[list[Group], list[Group]]:
     """Return those without and those with an example of more than ``longest`` tokens."""
     if longest is None:
         return list(paragraphs), []
     names = encoded["paragraph"]
     pairs = zip(names, encoded["length"], strict=True)
     beyond = {name for name, length in pairs if length > longest}
-    parts: tuple[list[Paragraph], list[Paragraph]] = [], []
+    parts: tuple[list[Group], list[Group]] = [], []
     for paragraph in paragraphs:  # all parts of one that was split go the same way
         parts[names[paragraph.examples[0]] in beyond].append(paragraph)
     return parts
@@ -290,7 +290,7 @@ def _set_long_apart(
 
 def _tokens(
     encoded: Any,
-    sharing: Sequence[Paragraph],
+    sharing: Sequence[Group],
     rows: int,
     plain: Sequence[Sequence[Sequence[int]]],
 ) -> int:
@@ -303,7 +303,7 @@ def _tokens(
 
 
 def _balanced_rows(
-    paragraphs: Sequence[Paragraph], per_row: float, max_length: int, rng: random.Random
+    paragraphs: Sequence[Group], per_row: float, max_length: int, rng: random.Random
 ) -> list[list[tuple[int, ...]]]:
     shuffled = list(paragraphs)
     rng.shuffle(shuffled)
@@ -312,7 +312,7 @@ def _balanced_rows(
     window = most * 64  # sorting all of them would put the same paragraphs together each time
     for start in range(0, len(shuffled), window):
         batch = sorted(shuffled[start : start + window], key=lambda p: -p.tokens)
-        bins: list[tuple[list[Paragraph], int]] = [
+        bins: list[tuple[list[Group], int]] = [
             ([], 0) for _ in range(math.ceil(len(batch) / per_row))
         ]
         for paragraph in batch:  # longest first, each into the emptiest row that has room for it
