@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def check_flags(argv: Sequence[str] | None, parsed: Sequence[Any]) -> None:
     """Check what can be checked before anything is loaded. Raises ValueError."""
     args, model_args = parsed
-    check_at_least(0, args, "reasoning_tokens", "port")
+    check_at_least(0, args, "reasoning_tokens", "filler", "port")
     check_at_least(1, args, "max_new_tokens")
     train = next_command("train", argv, dataset_name=args.dataset_name)
     check_answering(args.adapter_name, model_args.model_name, model_args.chat_template, train)
@@ -84,7 +84,9 @@ def run(args: AppArguments, model_args: ModelArguments) -> None:
     from llama_squad.decoding.chat import ChatSession
 
     modeling.say_device()
-    encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)
+    encoder = modeling.load_encoder(
+        model_args, args.reasoning_tokens, args.adapter_name, args.filler
+    )
     model = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
     page = build(args, ChatSession(model, encoder, args, gradio.Info), model_args.model_name)
     serve(

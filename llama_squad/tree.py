@@ -78,6 +78,10 @@ class Tree:
         self.labels += example["labels"][start:stop]
         self.position_ids += range(start, stop)
         self.ends += [len(self.input_ids)] * (stop - start)
+        for index in range(*example.get("hidden", (0, 0))):
+            if start <= index < stop:
+                column = len(self.ends) - stop + index
+                self.ends[column] = column + 1  # it sees, and is seen by itself alone
         if "adapter_from" in example:
             self.adapted += [index >= example["adapter_from"] for index in range(start, stop)]
 
@@ -86,6 +90,7 @@ def shareable_prefix(examples: Sequence[Encoded]) -> int:
     """Return how many leading tokens the examples may hold once."""
     prompt = min(_prompt_length(example) for example in examples)
     shared = min(prompt - 1, common_prefix([example["input_ids"] for example in examples]))
+    shared = min([shared, *(e["hidden"][0] for e in examples if "hidden" in e)])
     return adapted_alike(shared, [e["adapter_from"] for e in examples if "adapter_from" in e])
 
 

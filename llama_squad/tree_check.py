@@ -15,6 +15,7 @@ from llama_squad.encoding import IGNORE, Encoded
 from llama_squad.tree import (
     Tree,
     _other_attention,
+    batch_rows,
     exact_head,
     is_out_of_memory,
     kept_logits,
@@ -243,6 +244,9 @@ def _run_last_alone(model: Any, probe: Probe) -> torch.Tensor:
     if "adapter_from" in example:
         place = torch.arange(ids.shape[1], device=model.device)[None]
         batch[ADAPTER_MASK] = place >= example["adapter_from"]
+    if "hidden" in example:
+        batch = batch_rows([Tree.build([[example]])], 0)
+        batch = {key: value.to(model.device) for key, value in batch.items()}
     keep = torch.zeros(ids.shape, dtype=torch.bool, device=model.device)
     keep[0, list(probe.watched[-1])] = True
     with exact_head(model):

@@ -179,7 +179,7 @@ def make_row(rng: random.Random, taken: set[str], binding: float) -> Row:
     if kind < 0.25:
         pairs.append(("What is the text about?", subject(paragraph)))
     if kind < 0.5:
-        style = rng.choice(list(PROMPTS.values()))
+        style = rng.choice([PROMPTS["single_turn"], PROMPTS["multi_turn"]])
         exact = style({"context": paragraph.context, "question": ""})[0]
         return _row(prefix + exact, pairs)
     lead = rng.choice(("", *INSTRUCTIONS))

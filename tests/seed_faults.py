@@ -102,8 +102,8 @@ FAULTS = [
     Fault(
         "training's tree: a branch lacks what predicts its first label",
         "llama_squad/tree.py",
-        "return min(prompt - 1, common_prefix",
-        "return min(prompt, common_prefix",
+        "shared = min(prompt - 1, common_prefix",
+        "shared = min(prompt, common_prefix",
         f"{COLLATOR} -k identical_prompts",
     ),
     Fault(
@@ -116,7 +116,7 @@ FAULTS = [
     Fault(
         "decoding's tree: positions run on from branch to branch",
         "llama_squad/decoding/cache.py",
-        "positions[r, new] = len(stem) + np.arange(len(new))",
+        "positions[r, new] = np.arange(depth, branch.depth)",
         "positions[r, new] = past + new",
         f"{DECODING} -k no_answer_probability",
     ),

@@ -40,13 +40,25 @@ def test_to_generate_from(prompt):
 
 def test_context_stands_before_the_question():
     """Questions of a paragraph share everything up to the question."""
-    for prompt in PROMPTS:
+    for prompt in ("single_turn", "multi_turn"):
         a, b = (
             build_messages(RECORD | {"question": question}, prompt)[1]["content"]
             for question in ("First?", "Second?")
         )
         shared = a[: a.index("First?")]
         assert b.startswith(shared) and RECORD["context"] in shared
+
+
+def test_the_question_before_the_context():
+    first, twice = (
+        build_messages(RECORD, prompt)[1]["content"]
+        for prompt in ("question_first", "question_twice")
+    )
+    context = 'Context: Braces {context} {0} and a "quote".'
+    assert first.endswith(f"\nQuestion: What {{question}}?\n{context}")
+    assert twice == first + "\nQuestion: What {question}?"
+    plain = build_messages(RECORD)[1]["content"]
+    assert first.split("\nQuestion")[0] == plain.split("\nContext")[0]
 
 
 def test_unknown_style():

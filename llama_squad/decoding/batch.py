@@ -111,6 +111,7 @@ class DecodingBatch:
         """
         cut = min(common_prefix(paragraph.prompts), *(len(ids) - 1 for ids in paragraph.prompts))
         cut = adapted_alike(cut, paragraph.adapter_from)
+        cut = min([cut, *(hidden.start for hidden in paragraph.hidden)])
         acts = min(paragraph.adapter_from, default=None)
         branches: list[Branch] = []
         if cut > STEM_ALONE:
@@ -148,8 +149,10 @@ class DecodingBatch:
         questions = []
         nowhere: Sequence[int | None] = [None] * len(paragraph.prompts)
         starts = paragraph.adapter_from or nowhere
-        for prompt, acts in zip(paragraph.prompts, starts, strict=True):
-            branch = Branch(stem, [*prompt[cut:], *constraint.header], adapter_from=acts)
+        filler = paragraph.hidden or [range(0)] * len(paragraph.prompts)
+        for prompt, acts, hidden in zip(paragraph.prompts, starts, filler, strict=True):
+            tokens = [*prompt[cut:], *constraint.header]
+            branch = Branch(stem, tokens, adapter_from=acts, hidden=hidden)
             root = Hypothesis(0.0, (), 0, stem, state=grammar.start, branch=branch)
             longest = min(options.max_new_tokens, options.room(len(prompt)))
             questions.append(_Question(root, options.search(root), grammar, longest))

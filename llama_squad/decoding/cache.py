@@ -29,8 +29,12 @@ class Branch:
     wanted: int = 1
     adapter_from: int | None = None
     """The position from which on an activated adapter acts; None: its parent's, or nowhere."""
+    hidden: range = range(0)
+    """The positions of filler among its tokens: no other token sees that."""
     columns: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """Where in the cache its tokens and all their ancestors' are."""
+    """Where in the cache its tokens and all their ancestors' are, but for the filler."""
+    depth: int = 0
+    """The position after its last token, once it has been run."""
 
     def __post_init__(self) -> None:
         """Let the adapter act where it does in the parent."""
@@ -63,7 +67,9 @@ class TokenTree:
             adapted = None if adapter_from is None else self._depths >= adapter_from
             self._forward(ids, logits_to_keep=1, adapted=adapted)
         return [
-            Branch(None, stem, adapter_from=adapter_from, columns=np.arange(len(stem)))
+            Branch(
+                None, stem, adapter_from=adapter_from, columns=np.arange(len(stem)), depth=len(stem)
+            )
             for stem in stems
         ]
 
@@ -95,11 +101,15 @@ class TokenTree:
                                 for i in range(len(branch.tokens))])  # fmt: skip
                 stem = branch.parent.columns if branch.parent else np.empty(0, dtype=np.int64)
                 ids[r, new] = branch.tokens
-                positions[r, new] = len(stem) + np.arange(len(new))
+                depth = branch.parent.depth if branch.parent else 0
+                branch.depth = depth + len(new)
+                positions[r, new] = np.arange(depth, branch.depth)
                 visible[r, 0, new[:, None], stem] = True
-                own = np.tril(np.ones((len(new), len(new)), dtype=bool))
+                seen = ~np.isin(positions[r, new], branch.hidden)
+                own = np.tril(np.ones((len(new), len(new)), dtype=bool)) & seen
+                np.fill_diagonal(own, True)
                 visible[r, 0, new[:, None], past + new] = own
-                branch.columns = np.concatenate([stem, past + new])
+                branch.columns = np.concatenate([stem, past + new[seen]])
                 if adapted is not None and branch.adapter_from is not None:
                     adapted[r, new] = positions[r, new] >= branch.adapter_from
                 chosen += [r * wanted + column - silent for column in new[first_loud:]]

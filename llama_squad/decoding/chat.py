@@ -96,8 +96,17 @@ class ChatSession:
             )
         reply: list[int] = []
         cache, text, shown = None, "", 0.0
+        hidden = self.encoder.filler_of(ids) if final else range(0)
+        place = None
+        if hidden:  # which no token attends to: so the last one matters alone, and that only here
+            _, cache = self._next_token(ids[: hidden.start], None, acts)
+            place = hidden.stop if ids[hidden.stop :] else hidden.stop - 1
+            ids, acts = ids[place:], None if acts is None else 0
         for _ in range(min(room, self.args.max_new_tokens)):
-            token, cache = self._next_token(ids, cache, acts)
+            token, cache = self._next_token(ids, cache, acts, place)
+            if hidden and place == hidden.stop - 1:
+                cache.crop(-1)
+            place = None if place is None else place + len(ids)
             if token in self._stop_ids:
                 break
             reply.append(token)
@@ -121,9 +130,17 @@ class ChatSession:
         place = adapter_start(messages, record, self.args.prompt, activation.where)
         return self.encoder.encode_activated_prompts([messages], [place], final)[0]
 
-    def _next_token(self, ids: list[int], cache: Any, acts: int | None) -> tuple[int, Any]:
-        """Run tokens, from index ``acts`` on with an activated adapter; None: without."""
+    def _next_token(
+        self, ids: list[int], cache: Any, acts: int | None, place: int | None = None
+    ) -> tuple[int, Any]:
+        """Run tokens, from index ``acts`` on with an activated adapter; None: without.
+
+        They stand at position ``place`` and after it; None: behind those of the cache.
+        """
         more = {}
+        if place is not None:
+            positions = torch.arange(place, place + len(ids), device=self.model.device)
+            more["position_ids"] = positions[None]
         if acts is not None:
             adapted = torch.arange(len(ids), device=self.model.device) >= acts
             more[ADAPTER_MASK] = adapted[None]

@@ -188,7 +188,14 @@ def _halve(paragraphs: Sequence[Paragraph]) -> list[list[Paragraph]]:
     (paragraph,) = paragraphs
     middle = len(paragraph.prompts) // 2
     return [
-        [Paragraph(paragraph.context, paragraph.prompts[part], paragraph.adapter_from[part])]
+        [
+            Paragraph(
+                paragraph.context,
+                paragraph.prompts[part],
+                paragraph.adapter_from[part],
+                paragraph.hidden[part],
+            )
+        ]
         for part in (slice(middle), slice(middle, None))
         if middle
     ]

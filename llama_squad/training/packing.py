@@ -31,27 +31,23 @@ def encode_split(
     """
     from datasets.fingerprint import Hasher
 
+    filler = encoder.filler_ids
+    columns = ["input_ids", "labels", "paragraph", "length"]
+    columns += ["adapter_from"] * (adapter_from != "start") + ["hidden"] * bool(filler)
+
     def encode(batch: Mapping[str, list]) -> dict[str, list]:
-        out: dict[str, list] = {"input_ids": [], "labels": [], "paragraph": [], "length": []}
-        places = None
-        if adapter_from != "start":
-            out["adapter_from"] = []
-            rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-            places = [adapter_start(r["messages"], r, prompt, adapter_from) for r in rows]
-        encoded = encoder.encode(batch["messages"], places)
-        for example, title, context in zip(encoded, batch["title"], batch["context"], strict=True):
-            if max_length is None or len(example["input_ids"]) <= max_length:
-                out["input_ids"].append(example["input_ids"])
-                out["labels"].append(example["labels"])
-                out["paragraph"].append(paragraph_key(title, context))
-                out["length"].append(len(example["input_ids"]))
-                if places:
-                    out["adapter_from"].append(example["adapter_from"])
-        return out
+        encoded = encoder.encode(batch["messages"], _places(batch, prompt, adapter_from))
+        of = zip(batch["title"], batch["context"], strict=True)
+        for example, (title, context) in zip(encoded, of, strict=True):
+            example["paragraph"] = paragraph_key(title, context)
+            example["length"] = len(example["input_ids"])
+        fit = [e for e in encoded if max_length is None or e["length"] <= max_length]
+        return {column: [example[column] for example in fit] for column in columns}
 
     backend = encoder.tokenizer.backend_tokenizer.to_str()
     template, reasoning = encoder.tokenizer.chat_template, encoder.reasoning_ids
-    key = (split._fingerprint, backend, template, reasoning, max_length, adapter_from, prompt)
+    more = (filler, adapter_from, prompt)
+    key = (split._fingerprint, backend, template, reasoning, max_length, *more)
     dataset = split.map(
         encode,
         batched=True,
@@ -61,6 +57,16 @@ def encode_split(
         desc=f"Encoding {name}",
     )
     return dataset, len(split) - len(dataset)
+
+
+def _places(
+    batch: Mapping[str, list], prompt: str, adapter_from: ActsFrom
+) -> list[tuple[int, int]] | None:
+    """Return where an activated adapter begins to act in each conversation; None: there is none."""
+    if adapter_from == "start":
+        return None
+    rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+    return [adapter_start(row["messages"], row, prompt, adapter_from) for row in rows]
 
 
 def encode_dataset(
@@ -98,7 +104,9 @@ def row_dataset(examples: Any, rows: Sequence[Sequence[Sequence[int]]]) -> Any:
     """Return a dataset of ``{"paragraphs": [[example, ...], ...]}``, read when it is asked for."""
     from datasets import Dataset
 
-    columns = [c for c in ("input_ids", "labels", "adapter_from") if c in examples.column_names]
+    columns = [
+        c for c in ("input_ids", "labels", "adapter_from", "hidden") if c in examples.column_names
+    ]
     examples = examples.select_columns(columns)
 
     def read(batch: dict[str, list[list[list[int]]]]) -> dict[str, list[list[list[Encoded]]]]:
