@@ -43,7 +43,7 @@ FOUND = [
 ]
 
 
-def test_finds_commands():
+def test_finds_commands() -> None:
     assert len([c for name, c in FOUND if name == "README.md"]) >= 10
     assert {"quickstart.sh", "llama2_7b.yaml", "multi_turn.yaml"} <= {name for name, _ in FOUND}
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def test_finds_commands():
 
 
 @pytest.mark.parametrize(("source", "command"), FOUND, ids=lambda value: value[:60])
-def test_parses(source, command, monkeypatch):
+def test_parses(source: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from llama_squad.training.arguments import SquadSFTConfig
     from summarize_results import SummarizeArguments
 
@@ -89,7 +89,7 @@ def test_parses(source, command, monkeypatch):
     assert {name.removeprefix("no_") for name in given} <= known
 
 
-def test_recipes_do_not_clash(monkeypatch):
+def test_recipes_do_not_clash(monkeypatch: pytest.MonkeyPatch) -> None:
     """No two write to one place with other settings, and every adapter comes from one of them."""
     from llama_squad.training.arguments import SquadSFTConfig
 
@@ -117,7 +117,7 @@ def test_recipes_do_not_clash(monkeypatch):
     assert len(tested) >= 7
 
 
-def test_files_that_the_readme_names_exist():
+def test_files_that_the_readme_names_exist() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     tree = text[text.index("## What is where") : text.index("## Style")]
     names = re.findall(r"^(?:  )?([\w./]+\.(?:py|sh|yaml))", tree, re.M)
