@@ -9,6 +9,7 @@ import json
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,70 @@ def word_tokenizer(template: str = LLAMA3, **special: str) -> PreTrainedTokenize
     )  # fmt: skip
     tokenizer.chat_template = template
     return tokenizer
+
+
+class Page(HTMLParser):
+    """What a reader of ``answer_page.render``'s document sees.
+
+    Attributes:
+        texts: each text, without the numbers that stand behind its answers.
+        marks: by "text-question", what is coloured between the anchor of a question and its number.
+        items: the questions, with what is said of each.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.title = ""
+        self.texts: list[str] = []
+        self.items: list[str] = []
+        self.marks: dict[str, str] = {}
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+        self._open: list[str] = []
+        self._marking: list[str] = []
+
+    @classmethod
+    def of(cls, text: str) -> "Page":
+        """Read a document."""
+        page = cls()
+        page.feed(text)
+        page.close()
+        assert not page._open, page._open
+        assert not page._marking, page._marking
+        return page
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note a tag, the beginning of a text, a question or a mark."""
+        given = {name: value or "" for name, value in attrs}
+        self.tags.add(tag)
+        if tag != "meta":
+            self._open.append(tag)
+        if "href" in given:
+            self.addresses.append(given["href"])
+        if given.get("class") == "text":
+            self.texts.append("")
+        if tag == "li":
+            self.items.append("")
+        if tag == "span" and given.get("id", "").startswith("a"):
+            self._marking.append(given["id"][1:])
+            self.marks[given["id"][1:]] = ""
+        if tag == "a" and "sup" in self._open:
+            self._marking.remove(given["href"].removeprefix("#q"))
+
+    def handle_endtag(self, tag: str) -> None:
+        """Close a tag, which must be the last one that was opened."""
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        """Add text to what is open."""
+        if "title" in self._open:
+            self.title += data
+        elif "li" in self._open:
+            self.items[-1] += data
+        elif "div" in self._open and "sup" not in self._open:
+            self.texts[-1] += data
+            for name in self._marking if "mark" in self._open else ():
+                self.marks[name] += data
 
 
 # Models ------------------------------------------------------------------------------------------

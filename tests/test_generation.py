@@ -63,7 +63,7 @@ def make_paragraph(encoder: ChatEncoder, context: str, questions: Any) -> Any:
 
 
 @torch.inference_mode()
-def teacher_force(model: Any, prompt: str, reply: Any) -> Any:
+def teacher_force(model: Any, prompt: list[int], reply: list[int]) -> float:
     """Log P(reply | prompt), by one plain pass."""
     ids = torch.tensor([[*prompt, *reply]])
     scores = model(ids).logits[0].float().log_softmax(-1)[len(prompt) - 1 : -1]
@@ -73,7 +73,7 @@ def teacher_force(model: Any, prompt: str, reply: Any) -> Any:
 # Free decoding -------------------------------------------------------------------------------
 
 
-def generate(model: Any, prompt: str, num_beams: int, length: Any) -> Any:
+def generate(model: Any, prompt: list[int], num_beams: int, length: int) -> Any:
     more = {"length_penalty": 0.0} if num_beams > 1 else {}
     output = model.generate(
         torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
