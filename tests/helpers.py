@@ -7,12 +7,12 @@ kinds, with the same templates, and the real ones beside them only where that fo
 import functools
 import json
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import check_masks
 import pytest
 import torch
 from tokenizers import (
@@ -41,8 +41,6 @@ from llama_squad.tree import answer_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import check_masks  # noqa: E402
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
