@@ -20,7 +20,8 @@ from functools import partial
 from typing import Any
 
 from llama_squad.answers import NO_ANSWER, Answer, extract_answer
-from llama_squad.arguments import AppArguments, ModelArguments, check_at_least
+from llama_squad.arguments import AppArguments, ModelArguments
+from llama_squad.checks import check_at_least
 from llama_squad.config import parse_stage
 from llama_squad.folders import check_answering
 from llama_squad.metrics import is_exact_match, score_answer
@@ -95,7 +96,7 @@ def run(args: AppArguments, model_args: ModelArguments) -> None:
 
 
 def _adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
-    from llama_squad.modeling import saved_settings
+    from llama_squad.weights import saved_settings
 
     return saved_settings(parsed[0].adapter_name, parsed[1].model_name)
 

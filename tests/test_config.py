@@ -157,6 +157,7 @@ def test_missing_file(capsys: pytest.CaptureFixture[str]) -> None:
 def test_nearest() -> None:
     assert nearest("lerning_rate", ["learning_rate", "seed"]) == " (did you mean learning_rate?)"
     assert nearest("zzz", ["learning_rate"]) == ""
+    assert "benchmarks/audit.py" in nearest("--audit", ["--seed"])
 
 
 def test_run_config_round_trip(tmp_path: Path) -> None:
@@ -180,8 +181,8 @@ def test_provenance_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_yaml_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the real command line of every stage."""
+    from llama_squad.arguments import SummarizeArguments
     from llama_squad.training.arguments import SquadSFTConfig
-    from summarize_results import SummarizeArguments
 
     monkeypatch.chdir(ROOT)
     stages = {

@@ -62,8 +62,8 @@ def test_finds_commands() -> None:
 
 @pytest.mark.parametrize(("source", "command"), FOUND, ids=lambda value: value[:60])
 def test_parses(source: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llama_squad.arguments import SummarizeArguments
     from llama_squad.training.arguments import SquadSFTConfig
-    from summarize_results import SummarizeArguments
 
     monkeypatch.chdir(ROOT)
     types = {

@@ -48,23 +48,23 @@ class ChatSession:
         record = {"context": context, "question": question}
         messages = build_messages(record, self.args.prompt, self.args.system_prompt, answer=False)
         turns = [message["content"] for message in messages if message["role"] == "user"]
-        return self.converse([], turns, pause=True)
+        return self.converse([], turns, reasoning=True)
 
     def converse(
-        self, messages: list[Message], turns: Sequence[str], pause: bool = False
+        self, messages: list[Message], turns: Sequence[str], reasoning: bool = False
     ) -> Iterator[list[Message]]:
         """Add user turns and their replies to a conversation; yield it whenever it has grown.
 
         Args:
             messages: turns of user and assistant so far, without the system prompt.
             turns: what the user says next, one after the other.
-            pause: the last reply comes after the reasoning tokens, if the model has any.
+            reasoning: the last reply comes after the reasoning tokens, if the model has any.
         """
         for left, turn in zip(reversed(range(len(turns))), turns, strict=True):
             messages = [*messages, {"role": "user", "content": turn}]
             yield messages
             answered = messages
-            for text in self._reply(messages, final=pause and not left):
+            for text in self._reply(messages, final=reasoning and not left):
                 answered = [*messages, {"role": "assistant", "content": text}]
                 yield answered
             messages = answered
