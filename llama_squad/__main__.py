@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_squad import answer_page
+from llama_squad.durable import check_writable
 from llama_squad.folders import check_weights
-from llama_squad.results import check_writable
 from llama_squad.stage import if_interrupted, run_stage
 
 
