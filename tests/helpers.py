@@ -260,7 +260,7 @@ def _sentencepiece(kind: str) -> Tokenizer:
 
 
 def word_tokenizer(template: str = LLAMA3, **special: str) -> PreTrainedTokenizerFast:
-    """Make a tokenizer for literal ids: one a word or mark, in the order of the list below."""
+    """Make a tokenizer for literal ids: one per word or mark, in the order of the list below."""
     words = ["<unk>", "<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     words += ["\n\n", "\n", " ", "user", "assistant", "system", "Who", "?", "Ada", "be", "brief"]
     vocabulary = {word: index for index, word in enumerate(words)}

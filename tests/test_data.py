@@ -30,7 +30,7 @@ CONTEXT = "Velmor lies on the Ash. It was founded in 1655."
 
 
 def squad(*titles: str, ids: str = "q") -> dict:
-    """Make a file of one paragraph a title, with an answerable and an unanswerable question."""
+    """Make a file of one paragraph per title, with an answerable and an unanswerable question."""
     return {
         "version": "v2.0",
         "data": [
