@@ -634,6 +634,7 @@ def epoch(encoded: Any, folder: Path) -> Recorder:
     return seen
 
 
+@pytest.mark.slow
 def test_an_epoch_of_real_questions(tmp_path: Path) -> None:
     encoded = encoded_dataset(real_records(), max_length=None)
     assert len(encoded) == 2000
