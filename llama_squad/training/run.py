@@ -1,5 +1,6 @@
 """A training run, from the dataset to the saved adapter, and to the merged model where asked."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from llama_squad import modeling
 from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.collator import SquadDataCollator
 from llama_squad.data import load_squad, sample_paragraphs
+from llama_squad.encoding import ChatEncoder
 from llama_squad.stage import if_interrupted
 from llama_squad.training import checkpoints, preflight, publishing
+from llama_squad.training.chat_share import add_chat, chat_examples
 from llama_squad.training.merge_error import Sample
 from llama_squad.training.packing import encode_dataset
 from llama_squad.training.setup import lay_out, make_validation, prepare_model
@@ -28,11 +31,22 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     if "val" in dataset:
         dataset["val"] = sample_paragraphs(dataset["val"], args.eval_samples, sft_args.seed)
     encoder = modeling.load_encoder(model_args, args.reasoning_tokens)
-    record = checkpoints.make_record(settings, dataset["train"], encoder, sft_args.world_size)
+    record = checkpoints.run_record(settings, dataset["train"], encoder, sft_args.world_size)
     differ = checkpoints.check_resume(checkpoint, record, args.resume_anyway)
     with sft_args.main_process_first(desc="encoding"):
-        encoded = encode_dataset(dataset, encoder, sft_args.max_length)
+        encoded = encode_dataset(
+            dataset, encoder, sft_args.max_length,
+            prompt=settings.get("prompt", "single_turn"),
+            adapter_from="start" if args.full_parameters else args.alora_from,
+        )  # fmt: skip
     model = prepare_model(args, model_args, encoder)
+    made: dict[str, Any] = {}  # what the record cannot hold before the model is there
+    if args.chat_share:
+        with sft_args.main_process_first(desc="making chat replies"):
+            made |= _mix_chat(
+                encoded, model, encoder, args=args, model_args=model_args, sft_args=sft_args,
+                settings=settings,
+            )  # fmt: skip
     collator = SquadDataCollator(
         pad_token_id=encoder.tokenizer.pad_token_id,
         pad_to_multiple_of=sft_args.pad_to_multiple_of,
@@ -40,10 +54,10 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     )
     validate = make_validation(sft_args, dataset, args.dataset_name, encoder)
     layout = lay_out(args, sft_args, encoded, model, collator)
-    record["rows"] = layout.rows
+    made["rows"] = layout.rows
     if not differ:  # else they are laid out otherwise, of course
-        checkpoints.check_resume(checkpoint, {"rows": layout.rows}, args.resume_anyway)
-    settings[checkpoints.RECORD] = record
+        checkpoints.check_resume(checkpoint, made, args.resume_anyway)
+    settings[checkpoints.RUN_RECORD] = record | made
     trainer = SquadTrainer(
         model=model,
         args=sft_args.replace(**layout.settings),
@@ -63,3 +77,21 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
         with if_interrupted(f"{final} is complete, but neither merged nor pushed"):
             publishing.merge_and_push(final, args, model_args, sft_args, sample)
     return final
+
+
+def _mix_chat(
+    encoded: dict[str, Any],
+    model: Any,
+    encoder: ChatEncoder,
+    *,
+    args: TrainArguments,
+    model_args: ModelArguments,
+    sft_args: Any,
+    settings: Mapping[str, Any],
+) -> dict[str, str]:
+    """Put the base's own chat among the examples to train on; return what tells it from other."""
+    chat = chat_examples(model, encoder, args, model_args, settings.get("system_prompt", ""))
+    encoded["train"] = add_chat(
+        encoded["train"], chat, args.chat_share, sft_args.max_length, sft_args.seed
+    )
+    return {"chat": checkpoints.digest(chat)}
