@@ -1,6 +1,5 @@
 """A training run, from the dataset to the saved adapter, and to the merged model where asked."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +26,23 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     settings = publishing.run_settings(args, model_args, sft_args.to_dict())
     set_seed(sft_args.seed)
     checkpoint = checkpoints.find_checkpoint(sft_args.resume_from_checkpoint, sft_args.output_dir)
-    dataset = load_squad(args.dataset_name)
-    if "val" in dataset:
-        dataset["val"] = sample_paragraphs(dataset["val"], args.eval_samples, sft_args.seed)
+    dataset = _load_dataset(args, sft_args)
     encoder = modeling.load_encoder(model_args, args.reasoning_tokens)
     record = checkpoints.run_record(settings, dataset["train"], encoder, sft_args.world_size)
     differ = checkpoints.check_resume(checkpoint, record, args.resume_anyway)
-    with sft_args.main_process_first(desc="encoding"):
-        encoded = encode_dataset(
-            dataset, encoder, sft_args.max_length,
-            prompt=settings.get("prompt", "single_turn"),
-            adapter_from="start" if args.full_parameters else args.alora_from,
-        )  # fmt: skip
+    encoded = _encode(dataset, encoder, args, sft_args, settings.get("prompt", "single_turn"))
     model = prepare_model(args, model_args, encoder)
     made: dict[str, Any] = {}  # what the record cannot hold before the model is there
     if args.chat_share:
         with sft_args.main_process_first(desc="making chat replies"):
-            made |= _mix_chat(
-                encoded, model, encoder, args=args, model_args=model_args, sft_args=sft_args,
-                settings=settings,
-            )  # fmt: skip
-    collator = SquadDataCollator(
-        pad_token_id=encoder.tokenizer.pad_token_id,
-        pad_to_multiple_of=sft_args.pad_to_multiple_of,
-        counts=True,
-    )
+            chat = chat_examples(
+                model, encoder, args, model_args, settings.get("system_prompt", "")
+            )
+        encoded["train"] = add_chat(
+            encoded["train"], chat, args.chat_share, sft_args.max_length, sft_args.seed
+        )
+        made["chat"] = checkpoints.digest(chat)
+    collator = _collator(encoder, sft_args)
     validate = make_validation(sft_args, dataset, args.dataset_name, encoder)
     layout = lay_out(args, sft_args, encoded, model, collator)
     made["rows"] = layout.rows
@@ -79,19 +70,28 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     return final
 
 
-def _mix_chat(
-    encoded: dict[str, Any],
-    model: Any,
-    encoder: ChatEncoder,
-    *,
-    args: TrainArguments,
-    model_args: ModelArguments,
-    sft_args: Any,
-    settings: Mapping[str, Any],
-) -> dict[str, str]:
-    """Put the base's own chat among the examples to train on; return what tells it from other."""
-    chat = chat_examples(model, encoder, args, model_args, settings.get("system_prompt", ""))
-    encoded["train"] = add_chat(
-        encoded["train"], chat, args.chat_share, sft_args.max_length, sft_args.seed
+def _load_dataset(args: TrainArguments, sft_args: Any) -> Any:
+    """Load the dataset, of the validation split as much as is answered at each evaluation."""
+    dataset = load_squad(args.dataset_name)
+    if "val" in dataset:
+        dataset["val"] = sample_paragraphs(dataset["val"], args.eval_samples, sft_args.seed)
+    return dataset
+
+
+def _encode(
+    dataset: Any, encoder: ChatEncoder, args: TrainArguments, sft_args: Any, prompt: str
+) -> Any:
+    """Encode all splits, the main process first: the others find it in the cache."""
+    with sft_args.main_process_first(desc="encoding"):
+        where = "start" if args.full_parameters else args.alora_from
+        return encode_dataset(
+            dataset, encoder, sft_args.max_length, prompt=prompt, adapter_from=where
+        )
+
+
+def _collator(encoder: ChatEncoder, sft_args: Any) -> SquadDataCollator:
+    return SquadDataCollator(
+        pad_token_id=encoder.tokenizer.pad_token_id,
+        pad_to_multiple_of=sft_args.pad_to_multiple_of,
+        counts=True,
     )
-    return {"chat": checkpoints.digest(chat)}
