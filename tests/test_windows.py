@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 from helpers import make_records, tiny_model, tiny_tokenizer
 
+from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Reply, Span
 from llama_squad.decoding.windows import cut_windows, merge_windows
 from llama_squad.encoding import ChatEncoder
 from llama_squad.predictors.local import LocalModel
+from llama_squad.prompts import build_messages
 
 LONG = " ".join(f"Word{i} stands at place {i}." for i in range(60))
 
@@ -68,13 +70,16 @@ def test_a_long_context_is_read_in_windows(monkeypatch: pytest.MonkeyPatch) -> N
     short = make_records(1, [2])
     model = local(n_best=3, max_new_tokens=8, na_prob_thresh=1.0)
     asked = []
-    real = model._generator.reply
 
-    def watched(paragraphs: Any) -> Any:
+    reply = Generator.reply
+    generators = []
+
+    def watched(self: Generator, paragraphs: Any) -> Any:
+        generators.append(self)
         asked.extend(paragraphs)
-        return real(paragraphs)
+        return reply(self, paragraphs)
 
-    monkeypatch.setattr(model._generator, "reply", watched)
+    monkeypatch.setattr(Generator, "reply", watched)
     found = model.answer([short, [record]])
     assert [p.record["id"] for p in found] == [*(r["id"] for r in short), "1"]
     windows = [paragraph for paragraph in asked if paragraph.context in LONG]
@@ -83,7 +88,8 @@ def test_a_long_context_is_read_in_windows(monkeypatch: pytest.MonkeyPatch) -> N
     best = found[2].reply.best
     assert not found[2].failure
     assert LONG[best.start : best.start + len(best.text)] == best.text
-    separate = [real([window])[0][0] for window in windows]
+    monkeypatch.undo()
+    separate = [generators[0].reply([window])[0][0] for window in windows]
     odds = [r.no_answer_score - r.best.score for r in separate]
     assert best.text == separate[odds.index(min(odds))].best.text
     alone = local(n_best=3, max_new_tokens=8, na_prob_thresh=1.0).answer([short])
@@ -114,6 +120,6 @@ def test_one_long_question_leaves_the_others_of_its_paragraph_alone() -> None:
 def test_replies_end_where_the_positions_do() -> None:
     record = make_records(1, [1])[0]
     model = local(decoding="free", max_new_tokens=300)
-    (ids,) = encoder().encode_prompts([model._messages(record)])
+    (ids,) = encoder().encode_prompts([build_messages(record, system_prompt="", answer=False)])
     (prediction,) = model.answer([[record]])
     assert len(prediction.reply.token_ids) <= 512 - len(ids)
