@@ -102,8 +102,8 @@ FAULTS = [
     Fault(
         "training's tree: a branch lacks what predicts its first label",
         "llama_squad/tree.py",
-        "return min(prompt - 1, common_prefix",
-        "return min(prompt, common_prefix",
+        "shared = min(prompt - 1, common_prefix",
+        "shared = min(prompt, common_prefix",
         f"{COLLATOR} -k identical_prompts",
     ),
     Fault(
