@@ -158,7 +158,7 @@ def _answer(
         num_beams=args.num_beams, n_best=args.n_best, na_prob_thresh=args.na_prob_thresh,
         quantize=args.quantize, dtype=args.dtype,
     )  # fmt: skip
-    done = {}
+    done: dict[str, dict[str, Any]] = {}
     for batch in batch_paragraphs(questions, 32):
         records = [record for group in batch for record in group]
         answers = [

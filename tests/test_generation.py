@@ -8,8 +8,8 @@ from typing import Any, Never
 
 import pytest
 import torch
-from helpers import TOKENIZERS, load_encoder, read_quickstart
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from helpers import TOKENIZERS, load_encoder, read_quickstart, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llama_squad.answers import NO_ANSWER, extract_answer, format_answer
 from llama_squad.decoding.batch import DecodingBatch
@@ -38,13 +38,9 @@ def encoder(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="module")
 def model(encoder: ChatEncoder) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(encoder.tokenizer), hidden_size=32, intermediate_size=64,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        initializer_range=0.4, attn_implementation="sdpa",
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return tiny_model(
+        vocab_size=len(encoder.tokenizer), intermediate_size=64, initializer_range=0.4
+    )
 
 
 @pytest.fixture(scope="module")
