@@ -137,14 +137,26 @@ def batch_rows(
 def answer_logits(
     model: Any, inputs: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits that predict the supervised tokens, in order, and these tokens."""
+    """Return the logits that predict the supervised tokens, row by row, and these tokens.
+
+    Args:
+        model: causal language model.
+        inputs: a batch of ``SquadDataCollator``: "input_ids" and "labels" of shape (rows, length),
+            and what the model takes beside them.
+
+    Returns:
+        Logits of shape (supervised tokens, vocabulary), and ids of shape (supervised tokens,).
+    """
     targets = F.pad(inputs["labels"], (0, 1), value=IGNORE)[:, 1:]
     keep = targets != IGNORE
     return kept_logits(model, inputs, keep), targets[keep]
 
 
 def kept_logits(model: Any, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
-    """Run a batch; return the logits at the tokens that ``keep`` marks, at least in float32."""
+    """Run a batch; return the logits at the tokens that ``keep`` marks, at least in float32.
+
+    ``keep`` is bool, of shape (rows, length); the logits are of shape (kept tokens, vocabulary).
+    """
     features: dict[str, Any] = {k: v for k, v in inputs.items() if k not in ("labels", "counts")}
     mask, positions = features.get("attention_mask"), features.get("position_ids")
     if mask is not None and mask.dim() == 4 and positions is not None:
@@ -202,6 +214,10 @@ def make_masks(
         positions: of the queries in their own sequences, of shape (rows, queries).
         depths: the same of the keys, of shape (rows, keys).
         apart: give each kind of layer its mask also where no window is felt.
+
+    Returns:
+        A mask of the shape of ``visible``: bool for sdpa, numbers to add for eager attention; or
+        one by the name of each kind of layer.
 
     Raises:
         ValueError: an attention that takes no such mask.

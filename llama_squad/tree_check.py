@@ -179,7 +179,7 @@ def why_not_shared(model: Any, probe: Probe, row: "RowProbe | None" = None) -> s
     Args:
         model: in any state; it is put back into it.
         probe: what is run.
-        row: the same as a row, to take gradients of; only asked where ``probe`` is none.
+        row: the same as a row, to take gradients of; only used where ``probe`` is None.
     """
     carried = recurrent_layers(model.config)
     if carried:

@@ -248,9 +248,12 @@ class DecodingBatch:
         logits: torch.Tensor,
         norms: torch.Tensor,
     ) -> None:
-        """Find the likeliest tokens that may follow each hypothesis, given its logits, a row each.
+        """Find the likeliest tokens that may follow each hypothesis, given its logits.
 
-        ``norms`` are the rows' log-sums of exponentials, of shape (hypotheses, 1).
+        Args:
+            nodes: the hypotheses, each with its question.
+            logits: one row per hypothesis, of shape (hypotheses, vocabulary).
+            norms: the rows' log-sums of exponentials, of shape (hypotheses, 1).
         """
         following = [question.grammar.successors(node.state) for question, node in nodes]
         rows = _likeliest(following, logits, norms, self._most)

@@ -174,7 +174,7 @@ class Plan:
         if self.steps == 1:
             rest = ": all that there are"
         text = (
-            f"Shared contexts: {self.tokens:,} tokens an epoch instead of {self.plain_tokens:,} "
+            f"Shared contexts: {self.tokens:,} tokens per epoch instead of {self.plain_tokens:,} "
             f"({saved:.0%} saved). A step holds {self.paragraphs_per_step} paragraphs, "
             f"{self.questions_per_step:.1f} questions on average{rest}."
         )
@@ -227,7 +227,7 @@ def plan_rows(
 ) -> Plan:
     """Lay the examples out in rows so that a step holds about ``questions_per_step`` questions.
 
-    A step takes the nearest whole number of paragraphs, at least one a process. Paragraphs are
+    A step takes the nearest whole number of paragraphs, at least one per process. Paragraphs are
     shuffled (so that a row's come from different articles), then put together long with short, so
     that all rows are about as long; a row is one micro-batch. The number of rows is a multiple of
     ``processes``, so that no question is seen twice in an epoch on any number of them.
@@ -351,7 +351,7 @@ def _divisible(
             rows.append(extra)
         index += 1
     surplus = (len(rows) + others) % processes
-    if surplus:  # a question a row: none can be split
+    if surplus:  # one question per row: none can be split
         rows.sort(key=lambda row: _length(row, lengths))
         for _ in range(surplus):
             short, longer = (rows.pop(0) if rows else [] for _ in range(2))
