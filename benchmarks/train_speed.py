@@ -97,7 +97,7 @@ def encode_sample(args: argparse.Namespace) -> tuple[Any, Any, float]:
     from llama_squad.data import read_files
     from llama_squad.encoding import ChatEncoder
     from llama_squad.prompts import build_messages
-    from llama_squad.training.packing import encode_split
+    from llama_squad.training.examples import encode_split
 
     records = read_files([args.train_files])
     members: dict[tuple[str, str], list[dict]] = {}

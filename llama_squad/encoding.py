@@ -3,6 +3,8 @@
 Knows tokenizers and templates, and nothing of batches, models or SQuAD.
 """
 
+# Long: it is one class, and what it renders, tokenizes and labels hangs by the same offsets.
+
 import functools
 import json
 import re

@@ -12,11 +12,11 @@ from torch import nn
 
 from llama_squad.activation import ADAPTER_MASK
 from llama_squad.encoding import IGNORE, Encoded
+from llama_squad.head import exact_head
 from llama_squad.tree import (
     Tree,
     _other_attention,
     batch_rows,
-    exact_head,
     is_out_of_memory,
     kept_logits,
     layer_kinds,

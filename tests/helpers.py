@@ -35,7 +35,7 @@ from llama_squad.data import write_dataset
 from llama_squad.encoding import ChatEncoder
 from llama_squad.prompts import build_messages
 from llama_squad.training.arguments import SquadSFTConfig
-from llama_squad.training.packing import encode_split
+from llama_squad.training.examples import encode_split
 from llama_squad.training.trainer import SquadTrainer, answer_loss
 from llama_squad.tree import answer_logits
 

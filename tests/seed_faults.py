@@ -163,8 +163,22 @@ FAULTS = [
         f"{DECODING} -k best_of_all",
     ),
     Fault(
+        "search: what was run ahead goes to another token",
+        "llama_squad/decoding/lookahead.py",
+        "and child.ids[-1] == token",
+        "and child.ids[-1] != token",
+        "tests/test_lookahead.py",
+    ),
+    Fault(
+        "attention: a block misses its first key",
+        "llama_squad/attention.py",
+        "first, stop = int(index[0])",
+        "first, stop = int(index[1])",
+        "tests/test_attention.py",
+    ),
+    Fault(
         "search: probabilities are not normalised",
-        "llama_squad/decoding/batch.py",
+        "llama_squad/decoding/scores.py",
         "return logits.logsumexp(-1, keepdim=True)",
         "return logits.amax(-1, keepdim=True)",
         f"{DECODING} -k best_of_all",

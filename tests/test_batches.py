@@ -17,10 +17,10 @@ from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph, Reply, Span
 from llama_squad.encoding import ChatEncoder
 from llama_squad.evaluation import _note_if_mixed, begun_with
+from llama_squad.head import exact_head
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
 from llama_squad.results import config_path
-from llama_squad.tree import exact_head
 
 
 @pytest.mark.parametrize("size", [1, 4, 32])

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from llama_squad.decoding.cache import Branch, TokenTree
 from llama_squad.decoding.constraints import Constraint, Grammar
 from llama_squad.decoding.lookahead import attach, guess, guesses
 from llama_squad.decoding.replies import Paragraph, Reply
+from llama_squad.decoding.scores import complete, likeliest, log_norms, token_scores
 from llama_squad.decoding.search import (
     Ahead,
     BeamSearch,
@@ -133,9 +134,9 @@ class DecodingBatch:
                 branches.append(openings[-1])
         logits = tree.extend([branches]).unflatten(0, (len(questions), -1))
         roots = [(question, question.root) for question in questions]
-        self._expand(roots, logits[:, 0], _norms(logits[:, 0]))
+        self._expand(roots, logits[:, 0], log_norms(logits[:, 0]))
         if alternative:
-            totals = _score(logits[:, : len(alternative)], alternative).sum(1).tolist()
+            totals = token_scores(logits[:, : len(alternative)], alternative).sum(1).tolist()
             for question, total in zip(questions, totals, strict=True):
                 question.alternative = total
         if openings:
@@ -171,7 +172,7 @@ class DecodingBatch:
                     chosen.append(index)
         if opened:
             last = logits[chosen]
-            self._expand(opened, last, _norms(last))
+            self._expand(opened, last, log_norms(last))
 
     def _advance(self, question: _Question) -> list[Hypothesis]:
         """Advance a question's search, by what was run ahead too; return what it wants run."""
@@ -211,7 +212,7 @@ class DecodingBatch:
                     closing.append((node, offset))
                     offset += node.branch.wanted
         logits = self._tree.extend(branches)
-        norms = _norms(logits)
+        norms = log_norms(logits)
         if opened:
             rows = [row for _, _, row in opened]
             every = len(rows) == offset
@@ -219,7 +220,7 @@ class DecodingBatch:
                          logits if every else logits[rows],
                          norms if every else norms[rows])  # fmt: skip
         self._keep_ahead(chains, logits, norms)
-        _close(closing, logits, norms)
+        complete(closing, logits, norms)
 
     def _keep_ahead(
         self,
@@ -232,9 +233,9 @@ class DecodingBatch:
         if not rows:
             return
         following = [found for _, chain, _ in chains for _, found in chain]
-        likeliest = iter(_likeliest(following, logits[rows], norms[rows], self._most))
+        found_rows = iter(likeliest(following, logits[rows], norms[rows], self._most))
         for node, chain, _ in chains:
-            attach(node, [Ahead(branch, found, next(likeliest)) for branch, found in chain])
+            attach(node, [Ahead(branch, found, next(found_rows)) for branch, found in chain])
 
     @property
     def _most(self) -> int | None:
@@ -256,7 +257,7 @@ class DecodingBatch:
             norms: the rows' log-sums of exponentials, of shape (hypotheses, 1).
         """
         following = [question.grammar.successors(node.state) for question, node in nodes]
-        rows = _likeliest(following, logits, norms, self._most)
+        rows = likeliest(following, logits, norms, self._most)
         for (question, node), found, row in zip(nodes, following, rows, strict=True):
             self._set_children(question, node, found, row)
 
@@ -321,75 +322,3 @@ def _finish(question: _Question) -> Reply:
     return question.grammar.read(
         list(search.found.values()), question.alternative, search.pruned_log_prob
     )
-
-
-def _close(
-    nodes: Sequence[tuple[Hypothesis, int]], logits: torch.Tensor, norms: torch.Tensor
-) -> None:
-    """Complete closing hypotheses, given each one's first row of the logits.
-
-    The log-probabilities of their tails are added.
-    """
-    if not nodes:
-        return
-    # one transfer for all of them
-    rows = [first + i for node, first in nodes for i in range(len(node.forced_suffix))]
-    ids = torch.tensor([[i] for node, _ in nodes for i in node.forced_suffix])
-    scores = (logits[rows].gather(1, ids.to(logits.device)) - norms[rows]).flatten().tolist()
-    offset = 0
-    for node, _ in nodes:
-        tail = node.forced_suffix
-        total = math.fsum(scores[offset : offset + len(tail)])
-        node.children = [
-            replace(node, log_prob=node.log_prob + total, ids=(*node.ids, *tail),
-                    kind="complete", forced_suffix=())
-        ]  # fmt: skip
-        offset += len(tail)
-
-
-def _likeliest(
-    following: Sequence[Successors],
-    logits: torch.Tensor,
-    norms: torch.Tensor,
-    most: int | None,
-) -> list[list[tuple[float, int, Any]]]:
-    """Return the likeliest of the tokens that may follow: log P, token and target, best first.
-
-    Args:
-        following: of each hypothesis; either all of them admit any token, or none does.
-        logits: of shape (hypotheses, vocabulary), and
-        norms: their log-sums of exponentials, of shape (hypotheses, 1).
-        most: how many of each; None: all.
-    """
-    if following[0].ids is None:
-        top = logits.topk(min(most or logits.shape[-1], logits.shape[-1]))
-        rows = zip((top.values - norms).tolist(), top.indices.tolist(), strict=True)
-        return [[(value, i, None) for value, i in zip(*row, strict=True)] for row in rows]
-    listed = [found.ids or [] for found in following]
-    width = max(map(len, listed))
-    padded = torch.tensor([ids + [-1] * (width - len(ids)) for ids in listed])
-    padded = padded.to(logits.device)
-    allowed = logits.gather(1, padded.clamp(min=0)) - norms
-    allowed.masked_fill_(padded < 0, -math.inf)
-    top = allowed.topk(min(most or width, width))
-    return [
-        [
-            (value, ids[i], found.targets[i])
-            for value, i in zip(values, indices, strict=True)
-            if value > -math.inf
-        ]
-        for found, ids, values, indices in zip(
-            following, listed, top.values.tolist(), top.indices.tolist(), strict=True
-        )
-    ]
-
-
-def _norms(logits: torch.Tensor) -> torch.Tensor:
-    """Return the log-sum of exponentials of each row of logits, of shape (rows, 1)."""
-    return logits.logsumexp(-1, keepdim=True)
-
-
-def _score(logits: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
-    """Return the log-probability of each token, given logits of shape (..., tokens, vocabulary)."""
-    index = torch.tensor(ids, device=logits.device).expand(logits.shape[:-1])
-    return logits.gather(-1, index[..., None]).squeeze(-1) - logits.logsumexp(-1)

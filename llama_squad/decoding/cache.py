@@ -16,7 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from llama_squad.activation import ADAPTER_MASK
 from llama_squad.encoding import IGNORE
-from llama_squad.tree import Tree, batch_rows, exact_head, make_masks
+from llama_squad.head import exact_head
+from llama_squad.tree import Tree, batch_rows, make_masks
 from llama_squad.tree_check import RowProbe, move_back, other_tokens, why_not_shared
 
 

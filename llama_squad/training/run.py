@@ -13,8 +13,8 @@ from llama_squad.encoding import ChatEncoder
 from llama_squad.stage import if_interrupted
 from llama_squad.training import checkpoints, preflight, publishing
 from llama_squad.training.chat_share import add_chat, chat_examples
+from llama_squad.training.examples import encode_dataset
 from llama_squad.training.merge_error import Sample
-from llama_squad.training.packing import encode_dataset
 from llama_squad.training.setup import lay_out, make_validation, prepare_model
 from llama_squad.training.trainer import SquadTrainer
 
