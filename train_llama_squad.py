@@ -7,12 +7,13 @@ Reads the dataset folder and the base model; writes checkpoints and logs to ``--
 
     python train_llama_squad.py --model_name meta-llama/Llama-2-7b-chat-hf --merge_and_push
     python train_llama_squad.py --show_mask 3
+    python train_llama_squad.py --config configs/feedback.yaml
     torchrun --nproc_per_node 8 train_llama_squad.py
 """
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:  # before TRL is loaded, which takes ten seconds
         check = partial(check_flags, argv)
         later = sft_config_fields()
-        parse_stage("train", own, argv, description=__doc__, check=check, later=later)
+        parse_stage(
+            "train", own, argv, adapter_settings, description=__doc__, check=check, later=later
+        )
         from llama_squad.training.arguments import REPLACED, SquadSFTConfig
 
         args, model_args, sft_args = parse_stage(
-            "train", (*own[:2], SquadSFTConfig), argv, description=__doc__, hidden=REPLACED
-        )
+            "train", (*own[:2], SquadSFTConfig), argv, adapter_settings, description=__doc__,
+            hidden=REPLACED,
+        )  # fmt: skip
         if args.show_mask:
             show_mask(args, model_args)
             return
@@ -62,15 +66,37 @@ def check_flags(argv: Sequence[str], parsed: Sequence[Any]) -> None:
     args, model_args, trainer = parsed
     check_training_numbers(args, trainer)
     check_adapter_flags(args, argv)
-    check_output(model_args.model_name, trainer.output_dir)
+    check_output("--model_name", model_args.model_name, trainer.output_dir)
+    if args.from_adapter:
+        check_output("--from_adapter", args.from_adapter, trainer.output_dir)
     if args.resume_anyway and not trainer.resume_from_checkpoint:
         raise ValueError("--resume_anyway needs --resume_from_checkpoint: nothing is gone on from")
     create = next_command("create", argv, dataset_name=args.dataset_name)
     check_dataset(args.dataset_name, ["train"], create)
-    check_weights(
-        "--model_name", model_args.model_name, "give another folder, or a name on the Hub"
-    )
+    another = "give another folder, or a name on the Hub"
+    check_weights("--from_adapter", args.from_adapter, another)
+    if not args.from_adapter:  # which brings its base
+        check_weights("--model_name", model_args.model_name, another)
     check_file("--chat_template", model_args.chat_template)
+
+
+def adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
+    """Return what the adapter that training goes on from brings. Raises ValueError: see there."""
+    args = parsed[0]
+    if not args.from_adapter:
+        return {}
+    from llama_squad.config import load_run_config
+    from llama_squad.modeling import lora_settings
+
+    brought = lora_settings(args.from_adapter)
+    prompts = (load_run_config(args.dataset_name).get("create", {}).get("prompt"),
+               brought.pop("prompt", None))  # fmt: skip
+    if None not in prompts and prompts[0] != prompts[1]:
+        raise ValueError(
+            f"{args.dataset_name} has {prompts[0]} prompts, and {args.from_adapter} was trained on "
+            f"{prompts[1]}: create the dataset anew with --prompt {prompts[1]}"
+        )
+    return brought
 
 
 def what_is_kept(sft_args: Any, started: float) -> str:

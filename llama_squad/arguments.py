@@ -53,6 +53,16 @@ class CreateArguments:
         False, "Leave out questions that cannot be used, and list them beside the dataset."
     )
     sample: bool = _option(False, "Use the small world bundled in quickstart/data.")
+    feedback: str | None = _option(
+        None,
+        "Verdicts that were given on the page, data/feedback.jsonl: their questions go to train, "
+        "with the reviewers' answers (docs/feedback.md).",
+    )
+    replay: float | None = _option(
+        None,
+        "With --feedback: go on from an adapter on its questions and so many old ones for each of "
+        "them, 100 at least, whole paragraphs at random (default: all old ones).",
+    )
     prompt: str = _option("single_turn", _PROMPT_HELP, choices=list(PROMPTS))
     system_prompt: str = _option(SYSTEM_PROMPT, _SYSTEM_HELP)
     validation_ratio: float = _option(
@@ -86,6 +96,11 @@ class TrainArguments:
     """What ``train_llama_squad.py`` takes beside ``ModelArguments`` and TRL's ``SFTConfig``."""
 
     dataset_name: str = _option("data/squad_v2", _DATASET_HELP)
+    from_adapter: str | None = _option(
+        None,
+        "Go on from this adapter, a folder or a name on the Hub, instead of a new one: it brings "
+        "its base model and the LoRA settings. It stays as it is; see --output_dir.",
+    )
     quantize: bool = _option(True, "QLoRA: hold the frozen base in 4 bits (--no_quantize: not).")
     full_parameters: bool = _option(
         False, "Train every weight, without LoRA (implies --no_quantize)."
@@ -294,8 +309,13 @@ class AppArguments:
 # Checks --------------------------------------------------------------------------------------
 # Beside the flags, and without torch: what is wrong with a command line is said at once.
 
-_OF_ADAPTERS = {
+LORA_FIELDS = (
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora"),
+)
+"""What an adapter's own configuration says of it."""
+
+_OF_ADAPTERS = {
+    *LORA_FIELDS,
     *("quantize", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "merged_dtype"),
 }
 
@@ -353,6 +373,13 @@ def check_adapter_flags(args: TrainArguments, given: Sequence[str]) -> None:
     names = [w.split("=")[0][2:].replace("-", "_") for w in given if w.startswith("--")]
     if "merged_dtype" in names and not args.merge_and_push:
         raise ValueError("--merged_dtype needs --merge_and_push: nothing is merged without it")
+    if args.from_adapter:
+        brought = [f"--{name}" for name in names if name in LORA_FIELDS]
+        if args.full_parameters or brought:
+            raise ValueError(
+                f"--from_adapter goes on with the LoRA of {args.from_adapter} as it is: leave out "
+                + (", ".join(brought) if brought else "--full_parameters")
+            )
     if args.full_parameters:
         clashing = [
             f"--{name}"

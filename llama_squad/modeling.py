@@ -76,6 +76,30 @@ def saved_settings(adapter_name: str | None, model_name: str | None = None) -> d
     return {"model_name": base} | _training_settings(adapter_name)
 
 
+def lora_settings(adapter_name: str) -> dict[str, Any]:
+    """Return the LoRA settings that a new training goes on with, by the names of its flags.
+
+    Raises:
+        ValueError: it is no adapter, or not one of LoRA.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    base = _base_of(adapter_name)
+    config = PeftConfig.from_pretrained(adapter_name)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{adapter_name} is no LoRA adapter, but one of {config.peft_type}")
+    modules = config.target_modules
+    return _training_settings(adapter_name) | {
+        "model_name": base,
+        "lora_r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "lora_target_modules": [modules] if isinstance(modules, str) else sorted(modules or ()),
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+    }
+
+
 def whole_model(adapter_name: str | None) -> str | None:
     """Return the folder that ``--adapter_name`` gives if it is a whole model; None if an adapter.
 
@@ -358,7 +382,7 @@ def _is_lora(model: Any) -> bool:
     return all(config.peft_type == "LORA" for config in model.peft_config.values())
 
 
-def attach_adapter(model: Any, adapter_name: str, base_name: str) -> Any:
+def attach_adapter(model: Any, adapter_name: str, base_name: str, trainable: bool = False) -> Any:
     """Put an adapter on its base model, and say where it was trained on another.
 
     Raises:
@@ -374,7 +398,7 @@ def attach_adapter(model: Any, adapter_name: str, base_name: str) -> Any:
     try:
         with warnings.catch_warnings():  # of missing weights, which end below
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(model, adapter_name)
+            model = PeftModel.from_pretrained(model, adapter_name, is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

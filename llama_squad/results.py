@@ -129,7 +129,7 @@ class ResultsFile:
                     # New, or killed before its first row.
                     os.ftruncate(self._fd, 0)
                     write_json(config_path(self.path), self._settings)
-                    _write(self._fd, [HEADER])
+                    write_durably(self._fd, [HEADER])
                 else:
                     self._resume()
         except BaseException:
@@ -161,7 +161,7 @@ class ResultsFile:
         if doubled:
             raise ValueError(f"{self.path} already has a row for question {min(doubled)}")
         with one_line_errors(self.path):
-            _write(self._fd, [encode_rows(rows)])
+            write_durably(self._fd, [encode_rows(rows)])
         for row in rows:
             self._add(row["id"], row["state"] == "failed")
 
@@ -224,7 +224,7 @@ class ResultsFile:
         aside.unlink(missing_ok=True)  # of a run that was killed
         fd = _open_locked(aside)
         try:
-            _write(fd, itertools.chain([HEADER], records))
+            write_durably(fd, itertools.chain([HEADER], records))
             aside.replace(self.path)
         except BaseException:
             aside.unlink(missing_ok=True)
@@ -297,7 +297,7 @@ def _open_locked(path: Path) -> int:
         os.close(fd)  # between opening and locking, another file has come in its place
 
 
-def _write(fd: int, parts: Iterable[bytes]) -> None:
+def write_durably(fd: int, parts: Iterable[bytes]) -> None:
     """Write all parts, and return when they are on disk."""
     for part in parts:
         content = memoryview(part)
