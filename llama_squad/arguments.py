@@ -301,9 +301,20 @@ class AppArguments:
     reasoning_tokens: int = _option(0, "Pause tokens before the answer (the adapter knows).")
     quantize: bool = _option(False, "Load the model in 4 bits.")
     max_new_tokens: int = _option(512, "Length limit of a reply, in tokens.")
-    host: str = _option("127.0.0.1", "Address to listen on.")
+    feedback: str = _option("data/feedback.jsonl", "File that verdicts are appended to.")
+    review: str | None = _option(
+        None,
+        "What to review: a result file, or questions of your own, with answers or without. The "
+        "splits of --dataset_name, and files to upload, are there too.",
+    )
+    host: str = _option("127.0.0.1", "Address to listen on; any but this machine's needs --auth.")
     port: int = _option(7860, "Port to listen on.")
-    share: bool = _option(False, "Open a public Gradio link.")
+    share: bool = _option(False, "Open a public Gradio link; needs --auth.")
+    auth: list[str] | None = _option(
+        None,
+        "Who may come in: NAME:PASSWORD, several allowed, or files of such lines. Verdicts are "
+        "signed with the name.",
+    )
 
 
 # Checks --------------------------------------------------------------------------------------

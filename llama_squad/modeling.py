@@ -310,6 +310,7 @@ def load_model(
     quantize: bool = False,
     adapter_name: str | None = None,
     where: str | None = None,
+    merge: bool = True,
 ) -> PreTrainedModel:
     """Load a causal language model, in 4 bits where asked, with its adapter where there is one.
 
@@ -322,6 +323,7 @@ def load_model(
         quantize: hold it in 4 bits.
         adapter_name: a folder, or a name on the Hub.
         where: device for the weights, such as cuda:1 (default: as said above).
+        merge: False leaves the adapter apart in float32, too, so that it can be switched off.
 
     Raises:
         ValueError: the model or the adapter cannot be had, or they do not fit.
@@ -360,7 +362,7 @@ def load_model(
         _keep_4bit_differentiable(model)
     if adapter_name and not whole_model(adapter_name):
         model = attach_adapter(model, adapter_name, args.model_name)
-        if dtype == torch.float32 and not quantize and _is_lora(model):
+        if merge and dtype == torch.float32 and not quantize and _is_lora(model):
             model = merging.merge(model, dtype)
     return model
 

@@ -6,6 +6,7 @@ Replies are greedy and free; ``llama_squad.decoding.generator`` is what evaluate
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ FRAME = 0.05
 """Seconds between two updates of a reply on the page: each costs about as much as a token."""
 
 
+def adapter_off(model: Any, off: bool = True) -> AbstractContextManager[Any]:
+    """Return what switches a model's adapter off for a ``with`` block, where it has one."""
+    return model.disable_adapter() if off and hasattr(model, "peft_config") else nullcontext()
+
+
 class ChatSession:
     """A model that all visitors share: it is held for one token at a time, so they take turns.
 
@@ -29,6 +35,7 @@ class ChatSession:
         encoder: the tokenizer's, with the chat template.
         args: the demo's.
         tell: shows the visitor a passing note.
+        lock: held while the model works; whoever else uses it holds it, too.
     """
 
     def __init__(
@@ -37,21 +44,26 @@ class ChatSession:
         encoder: ChatEncoder,
         args: AppArguments,
         tell: Callable[[str], object] = print,
+        lock: AbstractContextManager[Any] | None = None,
     ) -> None:
         self.model, self.encoder, self.args = model, encoder, args
         self._tell = tell
         self._stop_ids = stop_ids(model, encoder)
-        self._lock = threading.Lock()
+        self._lock = lock or threading.Lock()
 
-    def ask(self, context: str, question: str) -> Iterator[list[Message]]:
+    def ask(self, context: str, question: str, base: bool = False) -> Iterator[list[Message]]:
         """Put a question as in training: a new conversation, each user turn in its turn."""
         record = {"context": context, "question": question}
         messages = build_messages(record, self.args.prompt, self.args.system_prompt, answer=False)
         turns = [message["content"] for message in messages if message["role"] == "user"]
-        return self.converse([], turns, pause=True)
+        return self.converse([], turns, pause=True, base=base)
 
     def converse(
-        self, messages: list[Message], turns: Sequence[str], pause: bool = False
+        self,
+        messages: list[Message],
+        turns: Sequence[str],
+        pause: bool = False,
+        base: bool = False,
     ) -> Iterator[list[Message]]:
         """Add user turns and their replies to a conversation; yield it whenever it has grown.
 
@@ -59,17 +71,18 @@ class ChatSession:
             messages: turns of user and assistant so far, without the system prompt.
             turns: what the user says next, one after the other.
             pause: the last reply comes after the reasoning tokens, if the model has any.
+            base: the base model speaks: its adapter is switched off.
         """
         for left, turn in zip(reversed(range(len(turns))), turns, strict=True):
             messages = [*messages, {"role": "user", "content": turn}]
             yield messages
             answered = messages
-            for text in self._reply(messages, final=pause and not left):
+            for text in self._reply(messages, pause and not left, base):
                 answered = [*messages, {"role": "assistant", "content": text}]
                 yield answered
             messages = answered
 
-    def _reply(self, messages: list[Message], final: bool) -> Iterator[str]:
+    def _reply(self, messages: list[Message], final: bool, base: bool) -> Iterator[str]:
         """Yield the greedy reply as it grows.
 
         Raises:
@@ -89,7 +102,7 @@ class ChatSession:
         reply: list[int] = []
         cache, text, shown = None, "", 0.0
         for _ in range(min(room, self.args.max_new_tokens)):
-            token, cache = self._next_token(ids, cache)
+            token, cache = self._next_token(ids, cache, base)
             if token in self._stop_ids:
                 break
             reply.append(token)
@@ -103,8 +116,8 @@ class ChatSession:
             self._tell(f"The reply was cut after {len(reply)} tokens.")
         yield text.strip()  # as it is fed back in evaluation, too
 
-    def _next_token(self, ids: list[int], cache: Any) -> tuple[int, Any]:
-        with self._lock, torch.inference_mode():
+    def _next_token(self, ids: list[int], cache: Any, base: bool) -> tuple[int, Any]:
+        with self._lock, torch.inference_mode(), adapter_off(self.model, base):
             output = self.model(
                 input_ids=torch.tensor([ids], device=self.model.device),
                 past_key_values=cache,
