@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from llama_squad.arguments import AppArguments, ModelArguments, check_at_least
+from llama_squad.arguments import AppArguments, ModelArguments
+from llama_squad.checks import check_at_least
 from llama_squad.config import parse_stage
 from llama_squad.folders import check_answering, check_file
 from llama_squad.page.access import who_may_come_in
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check_flags(argv: Sequence[str] | None, parsed: Sequence[Any]) -> None:
     """Check what can be checked before anything is loaded. Raises ValueError."""
-    from llama_squad.results import check_writable
+    from llama_squad.durable import check_writable
 
     args, model_args = parsed
     check_at_least(0, args, "reasoning_tokens", "port")
@@ -72,7 +73,7 @@ def run(args: AppArguments, model_args: ModelArguments) -> None:
 
 
 def _adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
-    from llama_squad.modeling import saved_settings
+    from llama_squad.weights import saved_settings
 
     return saved_settings(parsed[0].adapter_name, parsed[1].model_name)
 

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_squad.arguments import CreateArguments, check_at_least
+from llama_squad.arguments import CreateArguments
+from llama_squad.checks import check_at_least
 from llama_squad.config import parse_stage
 from llama_squad.stage import if_interrupted, next_command, run_stage
 

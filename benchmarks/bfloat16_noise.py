@@ -82,8 +82,8 @@ def answer(model: LocalModel, records: Sequence[Record], size: int) -> dict[str,
             found[prediction.record["id"]] = {
                 "answer": extract_answer(reply.completion).text,
                 "best": reply.best.text if reply.best else "",
-                "best_log_prob": reply.best.log_prob if reply.best else 0.0,
-                "no_answer_log_prob": reply.no_answer_log_prob,
+                "best_log_prob": reply.best.score if reply.best else 0.0,
+                "no_answer_log_prob": reply.no_answer_score,
             }
     return found
 

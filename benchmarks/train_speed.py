@@ -199,7 +199,8 @@ class Bench:
                 gradient_accumulation_steps=1,
             )
         )
-        collator = SquadDataCollator(pad_token_id=self.encoder.tokenizer.pad_token_id)
+        pad = self.encoder.tokenizer.pad_token_id
+        collator = SquadDataCollator(pad_token_id=pad, counts=True)
         model = self.model()
         train_args = dataclasses.replace(self.train_args, row_tokens=row_tokens)
         layout = lay_out(train_args, sft_args, {"train": self.encoded}, model, collator)

@@ -4,10 +4,10 @@ Each field is a flag and a key of the configuration file; ``llama_squad.config``
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from llama_squad.prompts import PROMPTS, SYSTEM_PROMPT
+from llama_squad.report import Format
 
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 
@@ -114,7 +114,7 @@ class TrainArguments:
     use_rslora: bool = _option(False, "Scale by alpha / sqrt(r) (rank-stabilised LoRA).")
     use_dora: bool = _option(False, "Weight-decomposed LoRA: slower, sometimes better.")
     reasoning_tokens: int = _option(
-        0, "Learnable pause tokens between prompt and answer: room to think (0: none)."
+        0, "Learnable tokens between prompt and answer: room to think (0: none)."
     )
     share_context: bool = _option(
         True, "Train the questions of a paragraph in one row that holds its context once."
@@ -227,7 +227,7 @@ class EvalArguments:
     split: Literal["train", "val", "test"] = _option("test", "Split to answer.")
     prompt: str = _option("single_turn", _PROMPT_HELP, choices=list(PROMPTS))
     system_prompt: str = _option(SYSTEM_PROMPT, _SYSTEM_HELP)
-    reasoning_tokens: int = _option(0, "Pause tokens before the answer (the adapter knows).")
+    reasoning_tokens: int = _option(0, "Learnable tokens before the answer (the adapter knows).")
     quantize: bool = _option(False, "Load the model in 4 bits.")
     decoding: Literal["span", "free"] = _option(
         "span", "span: only substrings of the context, or no answer. free: whatever is likeliest."
@@ -263,9 +263,6 @@ class EvalArguments:
     n_best: int = _option(
         0, "Find this many best spans of each question: JSON, in a column of the result file."
     )
-    audit: int = _option(
-        0, "Score every span for this many questions, and say how often the search found the best."
-    )
     num_samples: int | None = _option(None, "Answer only this many questions.")
     shuffle: bool = _option(False, "Take the questions in random order (see --seed).")
     sample: Literal["questions", "paragraphs"] = _option(
@@ -282,8 +279,10 @@ class EvalArguments:
     overwrite: bool = _option(False, "Start the result file anew.")
 
 
-def resolve_beams(args: EvalArguments) -> EvalArguments:
-    """Return the arguments with the number of beams that they mean."""
+def resolve_decoding(args: EvalArguments) -> EvalArguments:
+    """Return the arguments with the decoding and the number of beams that they mean."""
+    if args.predictor == "server":
+        args = dataclasses.replace(args, decoding="free")  # it knows nothing of spans
     if args.num_beams is not None:
         return args
     spans = args.predictor == "local" and args.decoding == "span"
@@ -298,7 +297,7 @@ class AppArguments:
     dataset_name: str = _option("data/squad_v2", "Dataset that the random questions come from.")
     prompt: str = _option("single_turn", _PROMPT_HELP, choices=list(PROMPTS))
     system_prompt: str = _option(SYSTEM_PROMPT, _SYSTEM_HELP)
-    reasoning_tokens: int = _option(0, "Pause tokens before the answer (the adapter knows).")
+    reasoning_tokens: int = _option(0, "Learnable tokens before the answer (the adapter knows).")
     quantize: bool = _option(False, "Load the model in 4 bits.")
     max_new_tokens: int = _option(512, "Length limit of a reply, in tokens.")
     feedback: str = _option("data/feedback.jsonl", "File that verdicts are appended to.")
@@ -317,88 +316,31 @@ class AppArguments:
     )
 
 
-# Checks --------------------------------------------------------------------------------------
-# Beside the flags, and without torch: what is wrong with a command line is said at once.
+@dataclasses.dataclass(frozen=True)
+class SummarizeArguments:
+    """What ``summarize_results.py`` takes."""
 
-LORA_FIELDS = (
-    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora"),
-)
-"""What an adapter's own configuration says of it."""
-
-_OF_ADAPTERS = {
-    *LORA_FIELDS,
-    *("quantize", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "merged_dtype"),
-}
-
-
-def check_at_least(least: float, args: Any, *names: str) -> None:
-    """Refuse a number that is too small; one that is None was not given.
-
-    Raises:
-        ValueError: the flag, the least it takes, and what was given.
-    """
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not value >= least:  # also refuses nan
-            raise ValueError(f"--{name} must be at least {least}, not {value}")
-
-
-def check_above_zero(args: Any, *names: str) -> None:
-    """Refuse zero and less. Raises ValueError."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name} must be above 0, not {value}")
-
-
-def check_training_numbers(args: TrainArguments, trainer: TrainerArguments) -> None:
-    """Refuse numbers that no training can be run with. Raises ValueError."""
-    check_at_least(0, args, "reasoning_tokens", "eval_samples", "show_mask")
-    check_at_least(1, args, "lora_r", "row_tokens")
-    check_above_zero(args, "lora_alpha")
-    if not 0 <= args.lora_dropout < 1:
-        raise ValueError(f"--lora_dropout must be at least 0 and below 1, not {args.lora_dropout}")
-    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
-    check_at_least(1, trainer, *sizes, "gradient_accumulation_steps", "max_length")
-    check_at_least(0, trainer, "learning_rate")
-    check_above_zero(trainer, "eval_steps", "logging_steps", "save_steps")
-    if trainer.max_steps < 1 and trainer.max_steps != -1:
-        raise ValueError(
-            f"--max_steps must be at least 1, or -1 to go by epochs, not {trainer.max_steps}"
-        )
-    if trainer.max_steps == -1:
-        check_above_zero(trainer, "num_train_epochs")
-
-
-def check_adapter_flags(args: TrainArguments, given: Sequence[str]) -> None:
-    """Refuse flags that mean nothing beside ``--full_parameters``, or without a merge.
-
-    Args:
-        args: as parsed.
-        given: the words of the command line. A recipe's file may set what a flag takes no part in:
-            flags beat the file.
-
-    Raises:
-        ValueError: the flags clash.
-    """
-    names = [w.split("=")[0][2:].replace("-", "_") for w in given if w.startswith("--")]
-    if "merged_dtype" in names and not args.merge_and_push:
-        raise ValueError("--merged_dtype needs --merge_and_push: nothing is merged without it")
-    if args.from_adapter:
-        brought = [f"--{name}" for name in names if name in LORA_FIELDS]
-        if args.full_parameters or brought:
-            raise ValueError(
-                f"--from_adapter goes on with the LoRA of {args.from_adapter} as it is: leave out "
-                + (", ".join(brought) if brought else "--full_parameters")
-            )
-    if args.full_parameters:
-        clashing = [
-            f"--{name}"
-            for name in names
-            if name in _OF_ADAPTERS and getattr(args, name, None) is not False
-        ]
-        if clashing:
-            raise ValueError(
-                "--full_parameters trains every weight, without LoRA or 4 bits, so "
-                f"{', '.join(clashing)} would do nothing: leave out one or the other"
-            )
+    results: list[str] = _option(
+        ["results/results.csv"],
+        "Result files, one row each; NAME=FILE names the row. They may also stand first on the "
+        "command line, without the flag.",
+    )
+    format: Format = _option("table", "Form of the summary.")
+    intervals: bool = _option(
+        False,
+        "Show 95 %% confidence intervals below the figures, too (csv and json always hold them).",
+    )
+    data: str | None = _option(
+        None, "Dataset in the official SQuAD JSON form, to score --predictions on."
+    )
+    predictions: str | None = _option(None, "Prediction file in the official form: {id: answer}.")
+    na_prob: str | None = _option(
+        None, "No-answer probabilities in the official form: {id: probability}."
+    )
+    na_prob_thresh: float | None = _option(
+        None,
+        "Abstain where the no-answer probability is above this (default: as the result file says; "
+        "with --predictions 1.0, never).",
+    )
+    output: str | None = _option(None, "Also save the summary in this file.")
+    plot: str | None = _option(None, "Draw the no-answer probabilities into this folder.")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -67,18 +68,27 @@ class SquadDataCollator(DataCollatorForLanguageModeling):
       (rows, 1, length, length), of which ``tree.make_masks`` makes what a model takes. Rows of one
       example each are collated as that example.
 
+    With ``counts`` either kind also gives ``counts``, int64 of shape (rows, 3): a row's questions,
+    its tokens, and its tokens if nothing was shared. No model takes it: ``SquadTrainer`` does.
+
     Padding is told apart by the attention mask, never by comparing with ``pad_token_id``, so the
     pad token may be the one that ends the turn.
     """
 
+    counts: bool = False
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate; see the class."""
-        if "paragraphs" in examples[0]:
-            rows = [example["paragraphs"] for example in examples]
-            if any(sum(map(len, row)) > 1 for row in rows):
-                trees = [Tree.build(row) for row in rows]
-                return dict(batch_rows(trees, self.pad_token_id, self.pad_to_multiple_of))
-            examples = [row[0][0] for row in rows]  # nothing to share
-        return super().torch_call(
-            [{k: example[k] for k in ("input_ids", "labels")} for example in examples]
-        )
+        rows = [example.get("paragraphs", [[example]]) for example in examples]
+        lengths = [[len(e["input_ids"]) for group in row for e in group] for row in rows]
+        if max(map(len, lengths)) > 1:
+            trees = [Tree.build(row) for row in rows]
+            batch = dict(batch_rows(trees, self.pad_token_id, self.pad_to_multiple_of))
+            tokens = [len(tree.input_ids) for tree in trees]
+        else:  # nothing to share
+            alone = [{k: row[0][0][k] for k in ("input_ids", "labels")} for row in rows]
+            batch, tokens = super().torch_call(alone), [length for (length,) in lengths]
+        if self.counts:
+            held = zip(lengths, tokens, strict=True)
+            batch["counts"] = torch.tensor([[len(each), n, sum(each)] for each, n in held])
+        return batch

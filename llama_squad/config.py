@@ -6,14 +6,14 @@ is refused with the nearest name. The scripts parse; the package only takes the 
 """
 
 import dataclasses
-import difflib
+import functools
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import NoneType, UnionType
@@ -28,6 +28,7 @@ from llama_squad.arguments import (
     ModelArguments,
     TrainArguments,
 )
+from llama_squad.flags import make_parser, nearest, parse_values
 
 STAGES = ("create", "train", "test", "summarize", "app")
 
@@ -77,12 +78,6 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected `key: value` lines, found a {type(content).__name__}")
     return content
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint that names the known name closest to ``name``, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _shared_keys() -> set[str]:
@@ -153,19 +148,6 @@ def _file_values(
     return _settle(shared, known, str(path)) | _settle(section, known, f"{path}, `{stage}:`")
 
 
-def _to_flags(values: Mapping[str, Any]) -> list[str]:
-    """Write values as flags, so that file and command line share one parser."""
-    flags: list[str] = []
-    for key, value in values.items():
-        if isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
-        elif isinstance(value, dict):
-            flags.append(f"--{key}={json.dumps(value)}")
-        else:
-            flags.append(f"--{key}={value}")
-    return flags
-
-
 def parse_stage(
     stage: str,
     types: Sequence[type],
@@ -193,8 +175,6 @@ def parse_stage(
 
     Anything the user got wrong ends the program with exit code 2 and a message that names it.
     """
-    from llama_squad.flags import make_parser, unknown_flags
-
     parser = make_parser(types, description, later, hidden)
     arguments = list(sys.argv[1:] if argv is None else argv)
     known = _known_keys(types)
@@ -202,32 +182,11 @@ def parse_stage(
         name: (name, {NoneType, bool}) for name in later if name not in known
     }
 
-    def parse(values: Mapping[str, Any], where: str) -> tuple[Any, ...]:
-        values = {key: value for key, value in values.items() if key not in library}
-        parser.set_defaults(**{key: None for key, value in values.items() if value is None})
-        flags = _to_flags({key: value for key, value in values.items() if value is not None})
-        if where:
-            parser.prog = f"{prog}: {where}"
-            parser.parse_args(flags)
-            parser.prog = prog
-        namespace, unknown = parser.parse_known_args([*flags, *arguments])
-        for word in unknown_flags(unknown, library):
-            if word.startswith("-"):
-                name = word.split("=")[0]
-                flags = [*parser._option_string_actions, *(f"--{name}" for name in library)]
-                parser.error(f"unknown flag {name}{nearest(name, flags)}")
-            parser.error(f"unexpected argument {word!r}")
-        values = vars(namespace)
-        return tuple(
-            cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init})
-            for cls in types
-        )
-
-    prog = parser.prog
+    parse = functools.partial(parse_values, parser, types, arguments, library)
     path = _config_path(given_config(arguments))
     try:
         values = _file_values(path, stage, known | library) if path else {}
-        parsed = parse(values, str(path) if path else "")
+        parsed = parse(values, where=str(path) if path else "")
     except ValueError as error:
         parser.error(str(error))
     if check and "--help_all" not in arguments:  # which another call answers
@@ -235,7 +194,7 @@ def parse_stage(
     try:
         more = saved(parsed) if saved else {}
         if more:
-            parsed = parse(values | {k: v for k, v in more.items() if k in known}, "")
+            parsed = parse(values | {k: v for k, v in more.items() if k in known})
     except ValueError as error:
         parser.error(str(error))
     return parsed

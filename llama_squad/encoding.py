@@ -67,8 +67,8 @@ class ChatEncoder:
 
     Args:
         tokenizer: a fast tokenizer with a chat template.
-        reasoning_token: id of the pause token, and
-        reasoning_tokens: how many of it stand before the last reply (unsupervised).
+        reasoning_token: id of the token that stands before the last reply, and
+        reasoning_tokens: how many of it do (unsupervised).
 
     Raises:
         ValueError: the tokenizer has no chat template, or is not a fast one.
@@ -93,7 +93,8 @@ class ChatEncoder:
         if reasoning_tokens and reasoning_token is None:
             raise ValueError("reasoning tokens need a token of the vocabulary to stand for them")
         self.tokenizer = tokenizer
-        self.pause = [reasoning_token] * reasoning_tokens if reasoning_token is not None else []
+        tokens = [] if reasoning_token is None else [reasoning_token]
+        self.reasoning_ids = tokens * reasoning_tokens
         self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
         self._control = frozenset(
             token_id
@@ -113,8 +114,8 @@ class ChatEncoder:
             start, end = self._supervised(ids, offsets, item)
             if end < 0:  # a template without an end of turn: the reply must end all the same
                 ids, end = [*ids, self._eos()], len(ids) + 1
-            labels = [IGNORE] * (start + len(self.pause)) + ids[start:end]
-            ids = ids[:start] + self.pause + ids[start:]
+            labels = [IGNORE] * (start + len(self.reasoning_ids)) + ids[start:end]
+            ids = ids[:start] + self.reasoning_ids + ids[start:]
             labels += [IGNORE] * (len(ids) - len(labels))
             encoded.append({"input_ids": ids, "labels": labels})
         return encoded
@@ -126,13 +127,13 @@ class ChatEncoder:
 
         The ids are those that precede the supervised tokens of the same conversation in ``encode``,
         by construction: a reply is encoded too, and cut off.
-        ``final`` is False where a further turn of a multi-turn prompt follows (no pause tokens).
+        ``final`` is False where a further turn of the prompt follows (no reasoning).
         """
         reply = {"role": "assistant", "content": format_answer(NO_ANSWER)}
         rendered = [self._render([*messages, reply]) for messages in conversations]
-        pause = self.pause if final else []
+        reasoning = self.reasoning_ids if final else []
         return [
-            ids[: self._supervised(ids, offsets, item)[0]] + pause
+            ids[: self._supervised(ids, offsets, item)[0]] + reasoning
             for item, (ids, offsets) in zip(rendered, self._tokenize(rendered), strict=True)
         ]
 

@@ -8,23 +8,21 @@ resumed, and holds the lock of the result file throughout.
 import contextlib
 import hashlib
 import json
-import os
 import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from llama_squad.arguments import EvalArguments, ModelArguments
 from llama_squad.config import provenance, write_json
 from llama_squad.data import sample_paragraphs
+from llama_squad.durable import check_writable
 from llama_squad.modeling import resolve_dtype
 from llama_squad.predictors.base import (
     Batch,
@@ -34,7 +32,9 @@ from llama_squad.predictors.base import (
     Record,
     batch_paragraphs,
 )
-from llama_squad.results import ResultsFile, check_writable, config_path
+from llama_squad.processes import share, this_process
+from llama_squad.results import ResultsFile, config_path
+from llama_squad.weights import weights_digest
 
 THRESHOLD_FILE = "na_prob_thresh.json"
 """The threshold tuned on the validation split, beside the adapter."""
@@ -43,33 +43,6 @@ THRESHOLD_FILE = "na_prob_thresh.json"
 _VOLATILE = ("output", "overwrite", "batch_size", "batch_sizes", "predictions_dir", "audit",
              "tune_threshold", "tune_for", "concurrency", "timeout", "max_tokens_name",
              "versions", "commit")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among those that torchrun started (or alone)."""
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def join(cls) -> "Processes":
-        """Meet the others; no tensor passes between them, so gloo does on GPUs, too."""
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        if world == 1:
-            return cls()
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(days=30))
-        return cls(dist.get_rank(), world)
-
-    def share(self, value: Any) -> Any:
-        """Return the first process's value to all, once all are here."""
-        if self.world == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box)
-        dist.barrier()
-        return box[0]
 
 
 def choose_records(split: Any, args: EvalArguments) -> list[Record]:
@@ -131,27 +104,6 @@ def check_outputs(args: EvalArguments) -> None:
         check_writable(path)
 
 
-def weights_digest(folder: str | None) -> str | None:
-    """Return a digest of the weights in a local folder: of their sizes, and a sample of bytes.
-
-    A training changes every tensor, so 256 pieces of 4 KiB a file tell it, however large the model.
-    """
-    files = sorted(
-        path for path in Path(folder or "").glob("*") if path.suffix in (".safetensors", ".bin")
-    )
-    if not folder or not files:
-        return None
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for piece in range(256):
-                file.seek(size * piece // 256)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
-
-
 def evaluate(
     model: Predictor,
     records: Sequence[Record],
@@ -172,44 +124,59 @@ def evaluate(
         ValueError: ``output`` was made with other settings, or another run is writing it; see
             ``ResultsFile``.
     """
-    processes = Processes.join()
+    process = this_process()
     batches = list(batch_paragraphs(records, batch_size))
     order = [record["id"] for batch in batches for group in batch for record in group]
     with contextlib.ExitStack() as stack:
-        whole: ResultsFile | None = None
-        done: set[str] | str = set()
-        if processes.rank == 0:
-            try:
-                file = ResultsFile(output, settings, _VOLATILE, overwrite)
-                whole = stack.enter_context(file)
-                _gather(whole, order, settings, overwrite)
-                done = set(whole.done)
-            except ValueError as error:
-                done = str(error)
-        done = processes.share(done)
-        if isinstance(done, str):
-            raise ValueError(done)
+        whole, done = _open(stack, output, settings, order, overwrite)
         # A batch that was interrupted is answered whole: the same batches give the same figures,
         # to the last bit, however often a run was killed and on however many processes it ran.
         todo = [batch for batch in batches if _ids(batch) - done]
         if whole and todo:
             _note_if_mixed(output, settings)
-        mine = todo[processes.rank :: processes.world]
+        mine = todo[process.process_index :: process.num_processes]
         # A failed row stays in its place until a reply can take it, at the merge.
         if whole and not whole.failed:
             own: contextlib.AbstractContextManager[ResultsFile] = contextlib.nullcontext(whole)
         else:
-            own = ResultsFile(_shard_path(output, processes.rank), settings, _VOLATILE)
+            own = ResultsFile(_shard_path(output, process.process_index), settings, _VOLATILE)
         with own as results:
-            for predictions in _progress(model, mine, done, processes):
+            for predictions in _progress(model, mine, done):
                 new = [item for item in predictions if item.record["id"] not in done]
                 results.append([prediction.row() for prediction in new])
-        processes.share(None)
+        share(None)
         if whole:
             _gather(whole, order, settings)
             whole.check_complete(order)
             finish()
-        processes.share(None)
+        share(None)
+
+
+def _open(
+    stack: contextlib.ExitStack,
+    output: Path,
+    settings: Mapping[str, Any],
+    order: Sequence[str],
+    overwrite: bool,
+) -> tuple[ResultsFile | None, set[str]]:
+    """Lock and mend the result file, on the first process alone.
+
+    Returns the file, there, and to all processes the questions that it holds. Raises ValueError,
+    on all alike.
+    """
+    whole, done = None, set[str]()
+    error = ""
+    if this_process().is_main_process:
+        try:
+            whole = stack.enter_context(ResultsFile(output, settings, _VOLATILE, overwrite))
+            _gather(whole, order, settings, overwrite)
+            done = set(whole.done)
+        except ValueError as fault:
+            error = str(fault)
+    done, error = share((done, error))
+    if error:
+        raise ValueError(error)
+    return whole, done
 
 
 def begun_with(args: EvalArguments) -> int | None:
@@ -303,14 +270,14 @@ def _progress(
     model: Predictor,
     batches: Sequence[Batch],
     done: set[str],
-    processes: Processes,
 ) -> Iterator[list[Prediction]]:
     """Answer batches, with a bar: questions a second, time left, running exact match."""
     total, answers = _answers(model, batches, done)
-    if done and processes.rank == 0:
+    first = this_process().is_main_process
+    if done and first:
         print(f"Going on: {len(done):,} questions are done, {total:,} to do.", file=sys.stderr)
     exact = count = 0
-    with tqdm(total=total, unit=" questions", disable=processes.rank != 0) as bar:
+    with tqdm(total=total, unit=" questions", disable=not first) as bar:
         for predictions in answers:
             yield predictions
             exact += sum(prediction.row()["Exact match"] for prediction in predictions)

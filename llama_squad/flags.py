@@ -6,9 +6,12 @@ loads neither torch nor TRL.
 
 import argparse
 import ast
+import dataclasses
+import difflib
 import importlib.util
+import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,7 +39,7 @@ _GROUPS = {
     ),
     "answers": (
         *("decoding", "num_beams", "batch_size", "max_new_tokens", "na_prob_thresh"),
-        *("tune_threshold", "n_best", "audit"),
+        *("tune_threshold", "n_best"),
     ),
     "output": (
         *("output_dir", "output", "predictions_dir", "overwrite", "format", "intervals", "plot"),
@@ -101,6 +104,70 @@ def unknown_flags(words: Sequence[str], later: Collection[str]) -> Iterator[str]
             values_may_follow = name in later or name.removeprefix("no_") in later
         if not values_may_follow:
             yield word
+
+
+_MOVED = {"audit": "python benchmarks/audit.py --questions N"}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint that names the known name closest to ``name``, or nothing."""
+    if name.lstrip("-") in _MOVED:
+        return f" (it has moved: {_MOVED[name.lstrip('-')]})"
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _to_flags(values: Mapping[str, Any]) -> list[str]:
+    """Write values as flags, so that file and command line share one parser."""
+    flags: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif isinstance(value, dict):
+            flags.append(f"--{key}={json.dumps(value)}")
+        else:
+            flags.append(f"--{key}={value}")
+    return flags
+
+
+def parse_values(
+    parser: argparse.ArgumentParser,
+    types: Sequence[type],
+    arguments: Sequence[str],
+    library: Collection[str],
+    values: Mapping[str, Any],
+    *,
+    where: str = "",
+) -> tuple[Any, ...]:
+    """Parse values of a file, then the command line, which beats them.
+
+    Args:
+        parser: of the stage.
+        types: the dataclasses to fill.
+        arguments: the command line.
+        library: fields that another parser takes.
+        values: by field.
+        where: the file; its values are checked alone first, so that its faults name it.
+    """
+    values = {key: value for key, value in values.items() if key not in library}
+    parser.set_defaults(**{key: None for key, value in values.items() if value is None})
+    flags = _to_flags({key: value for key, value in values.items() if value is not None})
+    if where:
+        prog = parser.prog
+        parser.prog = f"{prog}: {where}"
+        parser.parse_args(flags)
+        parser.prog = prog
+    namespace, unknown = parser.parse_known_args([*flags, *arguments])
+    for word in unknown_flags(unknown, library):
+        if word.startswith("-"):
+            name = word.split("=")[0]
+            flags = [*parser._option_string_actions, *(f"--{name}" for name in library)]
+            parser.error(f"unknown flag {name}{nearest(name, flags)}")
+        parser.error(f"unexpected argument {word!r}")
+    values = vars(namespace)
+    return tuple(
+        cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in types
+    )
 
 
 def sft_config_fields() -> frozenset[str]:

@@ -10,12 +10,10 @@ standard error of their difference is the paired one.
 import argparse
 import dataclasses
 import gc
-import hashlib
 import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -23,6 +21,7 @@ from llama_squad.arguments import ModelArguments
 from llama_squad.config import write_json
 from llama_squad.harness import load_run, paired_errors, run_harness, stay_offline
 from llama_squad.report import render_comparison
+from llama_squad.sides import Side, Sides, base_key, digest_of, digests, find_sides, version
 
 if TYPE_CHECKING:
     from llama_squad.chat_check import ChatReply
@@ -37,21 +36,6 @@ lets both answer plain prompts, and prints them side by side. MODEL is the folde
 of an adapter, a merged model or a full one.
 
 Example, with the chat template:  ./eval.sh results/final_checkpoints -- --apply_chat_template"""
-
-
-class Side(NamedTuple):
-    """One of the two models that are compared."""
-
-    model: str
-    adapter: str | None = None
-
-
-class Sides(NamedTuple):
-    """What is compared. Both take the tuned model's tokenizer: nothing but the weights differs."""
-
-    base: Side
-    tuned: Side
-    tokenizer: str
 
 
 class Chat(NamedTuple):
@@ -82,7 +66,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; one flag a statement, so it is long."""
+    """Read the command line."""
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
@@ -125,7 +109,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="prompts, one a line (default: 40 of ours)",
     )
     chat.add_argument("--no_chat", action="store_true", help="only run lm_eval")
-    args = parser.parse_args(arguments)
+    return _resolve(parser.parse_args(arguments))
+
+
+def _resolve(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what depends on the machine."""
     if args.device is None:
         import torch
 
@@ -151,66 +139,6 @@ def _run(args: argparse.Namespace, options: Sequence[str]) -> None:
         said = "\n" + compare_chat(args, sides, chat, key)
         print(said, end="")
         file.write_text(text + said, encoding="utf-8")
-
-
-def find_sides(model: str, base: str | None) -> Sides:
-    """Return what is compared; ``base`` is None where the tuned model says what it was tuned from.
-
-    Raises:
-        ValueError: ``model`` is no adapter and no model, or does not name its base.
-    """
-    from llama_squad.modeling import find_file, tuned_from
-
-    adapter = find_file(model, "adapter_config.json")
-    if not adapter and not find_file(model, "config.json"):
-        raise ValueError(
-            f"{model} holds neither an adapter nor a model: give the folder of one, such as "
-            "train_llama_squad.py writes to results/final_checkpoints"
-        )
-    if not base:
-        try:
-            base = tuned_from(model)
-        except ValueError as error:
-            first = str(error).splitlines()[0]
-            raise ValueError(f"{model} is damaged: {first}") from error
-    if not base:
-        raise ValueError(f"{model} names no base model: give it with --base")
-    tokenizer = model if find_file(model, "tokenizer_config.json") else base
-    return Sides(Side(base), Side(base, model) if adapter else Side(model), tokenizer)
-
-
-def base_key(args: argparse.Namespace, sides: Sides) -> dict[str, Any]:
-    """Return all that what the base says depends on, beside what it is asked."""
-    from llama_squad.evaluation import weights_digest
-
-    return {
-        **{name: getattr(args, name) for name in ("quantize", "device", "dtype")},
-        "base": sides.base.model,
-        "weights": weights_digest(sides.base.model),
-        "tokenizer": _digests(sides.tokenizer, "*token*", "chat_template*") or sides.tokenizer,
-        "transformers": _version("transformers"),
-    }
-
-
-def _digests(folder: str | None, *patterns: str) -> list[str]:
-    """Return digests of the matching files of a folder; [] of a name on the Hub."""
-    paths = [p for pattern in patterns for p in (Path(folder).glob(pattern) if folder else [])]
-    return [_digest(path.read_bytes()) for path in sorted(paths) if path.is_file()]
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:12]
-
-
-def _digest_of(key: Mapping[str, Any]) -> str:
-    return _digest(json.dumps(key, sort_keys=True).encode())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 # Given texts ---------------------------------------------------------------------------------
@@ -242,10 +170,10 @@ def compare_benchmarks(
     whole_key = {
         **key,
         "command": command,
-        "files": _digests(args.include_path, "*.yaml", "*.py"),
-        "lm_eval": _version("lm_eval"),
+        "files": digests(args.include_path, "*.yaml", "*.py"),
+        "lm_eval": version("lm_eval"),
     }
-    folders = args.output_path / f"base-{_digest_of(whole_key)}", args.output_path / "tuned"
+    folders = args.output_path / f"base-{digest_of(whole_key)}", args.output_path / "tuned"
     if (folders[0] / RUN_FILE).is_file():
         print(f"Taking the base's run in {folders[0]} again.", file=sys.stderr)
     else:
@@ -323,7 +251,7 @@ def compare_chat(args: argparse.Namespace, sides: Sides, chat: Chat, key: Mappin
     from llama_squad import chat_check
 
     whole_key = {**key, "prompts": chat.prompts}
-    file = args.output_path / f"chat-base-{_digest_of(whole_key)}.json"
+    file = args.output_path / f"chat-base-{digest_of(whole_key)}.json"
     before = _read_replies(file)
     if before:
         print(f"Taking the base's replies in {file} again.", file=sys.stderr)

@@ -11,7 +11,7 @@ import re
 import string
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -236,43 +236,6 @@ def raw_scores(golds: Golds, predictions: Mapping[str, str]) -> Scores:
                 'where there is no answer, give ""'
             )
     return {id_: score_answer(predictions[id_], texts) for id_, texts in golds.items()}
-
-
-@dataclass(frozen=True)
-class Plateau:
-    """The thresholds in [low, high) that give the highest score, and the one to take of them."""
-
-    threshold: float
-    score: float
-    low: float
-    high: float
-
-
-def choose_threshold(curve: Iterable[tuple[float, float]], present: float) -> Plateau:
-    """Choose the threshold with the highest score: the present one, where none is better.
-
-    Else it is the middle of the widest range of best thresholds: what lies farthest from where
-    the score falls is what new questions move least.
-
-    Args:
-        curve: of ``ScoreTable.curve``.
-        present: the threshold in use, in [0, 1].
-    """
-    steps = dict(curve)  # predictions of one na_prob join together: the last of them counts
-    best = max(steps.values())
-    ranges: list[tuple[float, float]] = []
-    for (low, score), high in zip(steps.items(), [*list(steps)[1:], math.inf], strict=True):
-        if score < best - 1e-9:  # sums of F1 are rounded
-            continue
-        if ranges and ranges[-1][1] == low:
-            low = ranges.pop()[0]
-        ranges.append((low, high))
-    for low, high in ranges:
-        if low <= present < high:
-            return Plateau(present, best, low, min(high, 1.0))
-    ends = ((low, min(high, 1.0)) for low, high in ranges)
-    low, high = max(ends, key=lambda pair: pair[1] - pair[0])
-    return Plateau((low + high) / 2, best, low, high)
 
 
 def _check_complete(what: str, golds: Golds, given: Mapping[str, Any], cure: str) -> None:

@@ -1,7 +1,6 @@
 """Tokenizer, model, quantisation, adapter and reasoning token."""
 
 import dataclasses
-import os
 import re
 import sys
 import warnings
@@ -21,152 +20,12 @@ from transformers import (
 
 from llama_squad import merging
 from llama_squad.arguments import ModelArguments
-from llama_squad.config import RUN_CONFIG, load_run_config
+from llama_squad.config import RUN_CONFIG
 from llama_squad.encoding import ChatEncoder
-from llama_squad.folders import is_hub_name
+from llama_squad.processes import this_process
+from llama_squad.weights import base_of, find_file, one_line, whole_model
 
-_ROOT = Path(__file__).resolve().parents[1]
 _COMPUTE_4BIT = torch.bfloat16
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Tell whether a folder holds a PEFT adapter (and not a whole model)."""
-    return (Path(folder) / "adapter_config.json").is_file()
-
-
-def is_model(folder: str | Path) -> bool:
-    """Tell whether a folder holds a whole model: its configuration and weights."""
-    weights = ("*.safetensors", "pytorch_model*.bin")
-    return (Path(folder) / "config.json").is_file() and any(
-        any(Path(folder).glob(pattern)) for pattern in weights
-    )
-
-
-def find_file(source: str, name: str) -> Path | None:
-    """Find a file of a model or adapter, here or on the Hub; None where it has none."""
-    if Path(source).is_dir():
-        path = Path(source, name)
-        return path if path.is_file() else None
-    if not is_hub_name(source):
-        return None
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(source, name))
-    except (OSError, ValueError):  # what is wrong with the name itself, the loaders say
-        return None
-
-
-def saved_settings(adapter_name: str | None, model_name: str | None = None) -> dict[str, Any]:
-    """Return the settings that trained weights bring to evaluation and the demo.
-
-    That is the prompt and the reasoning tokens that they were trained on, and an adapter's base
-    model. Weights made elsewhere bring no more than the base model.
-
-    Args:
-        adapter_name: a folder, that of a whole model too, or a name on the Hub.
-        model_name: the model that is used where there is no adapter, such as a merged one.
-
-    Raises:
-        ValueError: an adapter that is none, or a damaged configuration.
-    """
-    if not adapter_name:
-        return _training_settings(model_name) if model_name else {}
-    base = whole_model(adapter_name) or _base_of(adapter_name)
-    return {"model_name": base} | _training_settings(adapter_name)
-
-
-def lora_settings(adapter_name: str) -> dict[str, Any]:
-    """Return the LoRA settings that a new training goes on with, by the names of its flags.
-
-    Raises:
-        ValueError: it is no adapter, or not one of LoRA.
-    """
-    from peft import LoraConfig, PeftConfig
-
-    base = _base_of(adapter_name)
-    config = PeftConfig.from_pretrained(adapter_name)
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{adapter_name} is no LoRA adapter, but one of {config.peft_type}")
-    modules = config.target_modules
-    return _training_settings(adapter_name) | {
-        "model_name": base,
-        "lora_r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "lora_target_modules": [modules] if isinstance(modules, str) else sorted(modules or ()),
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-    }
-
-
-def whole_model(adapter_name: str | None) -> str | None:
-    """Return the folder that ``--adapter_name`` gives if it is a whole model; None if an adapter.
-
-    Raises:
-        ValueError: a folder that holds neither, or a path that is no folder.
-    """
-    if not adapter_name or is_adapter(adapter_name):
-        return None
-    folder = Path(adapter_name)
-    if not folder.is_dir():
-        if is_hub_name(adapter_name):
-            return None
-        raise ValueError(f"no folder {adapter_name}: train first, or give another --adapter_name")
-    if not is_model(folder):
-        raise ValueError(
-            f"{folder} holds neither an adapter nor a model: train one with "
-            "`python train_llama_squad.py`, or name another with --adapter_name"
-        )
-    return str(folder)
-
-
-def _base_of(adapter_name: str) -> str | None:
-    """Return the name or folder of an adapter's base model."""
-    from peft import PeftConfig
-
-    try:
-        base = PeftConfig.from_pretrained(adapter_name).base_model_name_or_path
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot load the adapter {adapter_name}: {_one_line(error)} It is neither a folder "
-            "here nor, as seen from here, an adapter on the Hub: train one with "
-            "`python train_llama_squad.py`, or name another with --adapter_name"
-        ) from error
-    return _from_here(base)
-
-
-def tuned_from(source: str) -> str | None:
-    """Return the name or folder of what an adapter or a whole model was tuned from; None if unsaid.
-
-    Args:
-        source: a folder, or a name on the Hub.
-
-    Raises:
-        ValueError: a damaged configuration.
-    """
-    if find_file(source, "adapter_config.json"):
-        return _base_of(source)
-    path = find_file(source, RUN_CONFIG)
-    saved = load_run_config(path.parent) if path else {}
-    return _from_here(saved.get("model", {}).get("model_name"))
-
-
-def _from_here(base: str | None) -> str | None:
-    """Find a folder that was relative to where a model was trained, most likely this repository."""
-    if base and not Path(base).is_dir() and (_ROOT / base).is_dir():
-        return str(_ROOT / base)
-    return base
-
-
-def _training_settings(source: str) -> dict[str, Any]:
-    """Return what a model or adapter was trained on; {} where it does not say."""
-    path = find_file(source, RUN_CONFIG)
-    saved = load_run_config(path.parent) if path else {}
-    settings: dict[str, Any] = {k: saved[k] for k in ("prompt", "system_prompt") if k in saved}
-    if "train" in saved:
-        settings["reasoning_tokens"] = saved["train"]["reasoning_tokens"]
-    return settings
 
 
 def _loaded(args: ModelArguments, adapter_name: str | None) -> ModelArguments:
@@ -203,14 +62,8 @@ def load_tokenizer(
     return tokenizer
 
 
-def _one_line(error: Exception) -> str:
-    """Return what a library says, in one line that ends as a sentence does."""
-    said = " ".join(str(error).split())
-    return said if said.endswith((".", "!", "?")) else f"{said}."
-
-
 def _cannot_load(what: str, source: str, error: Exception) -> str:
-    said = _one_line(error)
+    said = one_line(error)
     if Path(source).is_dir():
         return f"cannot load the {what} in {source}: {said}"
     return (
@@ -223,19 +76,19 @@ def _cannot_load(what: str, source: str, error: Exception) -> str:
 def load_encoder(
     args: ModelArguments, reasoning_tokens: int = 0, adapter_name: str | None = None
 ) -> ChatEncoder:
-    """Load the tokenizer and return its encoder, with a token for the pauses where there are any.
+    """Load the tokenizer and return its encoder, with a reasoning token where there are any.
 
     Raises:
         ValueError: the tokenizer cannot be had, or is of no use here.
     """
     loaded = _loaded(args, adapter_name)
     tokenizer = load_tokenizer(args, adapter_name)
-    pause = reasoning_token_id(tokenizer, vocab_size(loaded)) if reasoning_tokens else None
-    return ChatEncoder(tokenizer, reasoning_tokens, pause)
+    token = reasoning_token_id(tokenizer, vocab_size(loaded)) if reasoning_tokens else None
+    return ChatEncoder(tokenizer, reasoning_tokens, token)
 
 
 def reasoning_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
-    """Find a token to pause on: one whose embedding exists, and that no text is encoded to.
+    """Find a token for reasoning: one whose embedding exists, and that no text is encoded to.
 
     In order: a reserved special token (Llama 3), the unknown token of a vocabulary with byte
     fallback (Llama 2), a new token on a spare row of the embedding (Qwen). None of them makes the
@@ -255,7 +108,7 @@ def reasoning_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> i
         return tokenizer.added_tokens_encoder["<|pause|>"]
     raise ValueError(
         "this vocabulary has no reserved token and its embedding no spare row, so there is "
-        "nothing to pause on: leave --reasoning_tokens out"
+        "none for reasoning: leave --reasoning_tokens out"
     )
 
 
@@ -288,13 +141,13 @@ def load_reader(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeni
 def device() -> torch.device:
     """Return this process's device: its own GPU, or the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", max(0, this_process().local_process_index))
     return torch.device("cpu")
 
 
 def say_device() -> None:
     """Say once, and from the first process only, where no GPU is found."""
-    if not torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
+    if not torch.cuda.is_available() and this_process().is_main_process:
         print("No CUDA device: running on the CPU.", file=sys.stderr)
 
 
@@ -330,29 +183,15 @@ def load_model(
     """
     args = _loaded(args, adapter_name)
     dtype = _weights_dtype(args)
-    options: dict[str, Any] = {"dtype": dtype}
-    if args.attn_implementation:
-        options["attn_implementation"] = args.attn_implementation
-    if where:
-        options["device_map"] = {"": where}
-    elif torch.cuda.is_available():
-        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-        spread = alone and torch.cuda.device_count() > 1
-        options["device_map"] = "auto" if spread else {"": device()}
-    if quantize:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=_COMPUTE_4BIT,
-        )
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(args.model_name, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            args.model_name, dtype=dtype, **_load_options(args, quantize, where)
+        )
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load("model", args.model_name, error)) from error
     except ImportError as error:  # of flash attention, or of 4 bits
         raise ValueError(
-            f"cannot load the model {args.model_name}: {_one_line(error)} Install the missing "
+            f"cannot load the model {args.model_name}: {one_line(error)} Install the missing "
             "package, or ask for less: --attn_implementation sdpa, --no_quantize"
         ) from error
     config = model.config.get_text_config()
@@ -365,6 +204,26 @@ def load_model(
         if merge and dtype == torch.float32 and not quantize and _is_lora(model):
             model = merging.merge(model, dtype)
     return model
+
+
+def _load_options(args: ModelArguments, quantize: bool, where: str | None) -> dict[str, Any]:
+    """Return what ``from_pretrained`` takes: the attention, the device and the 4 bits."""
+    options: dict[str, Any] = {}
+    if args.attn_implementation:
+        options["attn_implementation"] = args.attn_implementation
+    if where:
+        options["device_map"] = {"": where}
+    elif torch.cuda.is_available():
+        spread = this_process().num_processes == 1 and torch.cuda.device_count() > 1
+        options["device_map"] = "auto" if spread else {"": device()}
+    if quantize:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=_COMPUTE_4BIT,
+        )
+    return options
 
 
 def _weights_dtype(args: ModelArguments) -> torch.dtype:
@@ -392,7 +251,7 @@ def attach_adapter(model: Any, adapter_name: str, base_name: str, trainable: boo
     """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
-    trained_on = _base_of(adapter_name)
+    trained_on = base_of(adapter_name)
     misfit = (
         f"the adapter {adapter_name} was trained on {trained_on} and does not fit {base_name}: "
         "leave --model_name out, and the adapter brings its own base"
@@ -410,7 +269,7 @@ def attach_adapter(model: Any, adapter_name: str, base_name: str, trainable: boo
     if any("lora_" in key for key in here ^ saved):  # of a model with more layers, or fewer
         raise ValueError(misfit)
     other = Path(str(trained_on)).resolve() != Path(base_name).resolve()  # also of Hub names
-    if other and os.environ.get("RANK", "0") == "0":
+    if other and this_process().is_main_process:
         print(
             f"The adapter {adapter_name} was trained on {trained_on}, and is used on {base_name}.",
             file=sys.stderr,

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, overload
 
-from llama_squad import modeling
+from llama_squad import modeling, weights
 from llama_squad.answers import extract_answer
-from llama_squad.arguments import EvalArguments, ModelArguments, resolve_beams
+from llama_squad.arguments import EvalArguments, ModelArguments, resolve_decoding
 from llama_squad.decoding.generator import Generator
 from llama_squad.encoding import ChatEncoder
 from llama_squad.predictors.base import Prediction, Record, batch_paragraphs
@@ -92,13 +92,13 @@ class Reader:
         max_new_tokens: int = 256,
         span_boundaries: Literal["word", "any"] = "word",
     ) -> None:
-        adapter = name if modeling.find_file(name, "adapter_config.json") else None
-        settings = modeling.saved_settings(adapter, None if adapter else name)
+        adapter = name if weights.find_file(name, "adapter_config.json") else None
+        settings = weights.saved_settings(adapter, None if adapter else name)
         base = model_name or (settings["model_name"] if adapter else name)
         model_args = ModelArguments(model_name=base, dtype=dtype)
         brought = {key: settings[key] for key in ("prompt", "system_prompt", "reasoning_tokens")
                    if key in settings}  # fmt: skip
-        args = resolve_beams(
+        args = resolve_decoding(
             EvalArguments(
                 adapter_name=adapter, num_beams=num_beams, na_prob_thresh=na_prob_thresh,
                 quantize=quantize, max_new_tokens=max_new_tokens, n_best=n_best,
@@ -120,7 +120,7 @@ class Reader:
             args: how to ask, and the threshold to go by.
         """
         reader = cls.__new__(cls)
-        reader._set_up(model, encoder, resolve_beams(args))
+        reader._set_up(model, encoder, resolve_decoding(args))
         return reader
 
     def _set_up(self, model: Any, encoder: ChatEncoder, args: EvalArguments) -> None:
@@ -195,7 +195,7 @@ def _reading(prediction: Prediction) -> Reading:
     if prediction.failure:
         return Reading(None, None, None, None, None, failure=prediction.failure)
     spans = tuple(
-        SpanAnswer(s.text, s.start, s.start + len(s.text), s.log_prob)
+        SpanAnswer(s.text, s.start, s.start + len(s.text), s.score)
         for s in reply.spans
         if s.start is not None
     )

@@ -24,6 +24,7 @@ from llama_squad.rows import (
     Row,
     make_row,
     parse_record,
+    rethreshold,
     whole_records,
 )
 
@@ -163,3 +164,30 @@ def _strings(value: Any, name: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ValueError(f"{name} is {value!r:.80}, not a list of strings")
     return value
+
+
+def name_files(files: Sequence[str]) -> dict[str, Path]:
+    """Name each file: as in NAME=FILE, else its name less .csv (its folder, for a results.csv)."""
+    named = []
+    for file in files:
+        name, _, rest = file.partition("=")
+        path = Path(file if Path(file).exists() or not rest else rest)
+        if path == Path(file):
+            folder = path.resolve().parent.name
+            own = path.stem == "results" and folder not in ("", "results")
+            name = folder if own else path.name.removesuffix(".csv")
+        named.append((name, path))
+    count = Counter(name for name, _ in named)
+    names = {name if count[name] == 1 else str(path): path for name, path in named}
+    if len(names) < len(named):
+        raise ValueError("two result files have one name: give each another, NAME=FILE")
+    return names
+
+
+def read_rows(path: Path, threshold: float | None) -> Iterator[Row]:
+    """Read a result file, as another threshold would have made it where one is given."""
+    for row in iter_results(path):
+        try:
+            yield row if threshold is None else rethreshold(row, threshold)
+        except ValueError as error:
+            raise ValueError(f"--na_prob_thresh cannot be applied to {path}: {error}") from error

@@ -87,6 +87,7 @@ def _say_interrupted(error: BaseException | None) -> None:
         if isinstance(error, KeyboardInterrupt) and error.args:
             kept = str(error.args[0])
         error = error.__cause__ or error.__context__
+    # torchrun's variable, as torch may not be loaded, and must not be met here, in a handler
     if os.environ.get("RANK", "0") == "0":
         start = "\n" if sys.stderr.isatty() else ""  # the terminal shows ^C, or a bar
         print(f"{start}{Path(sys.argv[0]).name}: interrupted: {kept}.", file=sys.stderr)

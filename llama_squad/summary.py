@@ -1,6 +1,8 @@
 """The figures of a result file, in bounded memory; the files of the official scorer."""
 
+import hashlib
 import itertools
+import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_squad.config import write_json
+from llama_squad.durable import one_line_errors
 from llama_squad.metrics import (
     Interval,
     Outcome,
@@ -18,7 +21,6 @@ from llama_squad.metrics import (
     strict_outcome,
     wilson_interval,
 )
-from llama_squad.results import one_line_errors
 from llama_squad.rows import STATES, Row, best_answer, row_answer
 
 
@@ -134,3 +136,25 @@ def _official_intervals(table: ScoreTable) -> dict[str, Interval]:
             intervals[f"{prefix}exact"] = wilson_interval(exact, sum(chosen))
             intervals[f"{prefix}f1"] = mean_interval(f1)
     return intervals
+
+
+class Questions:
+    """Which questions a file answers, in any order: their number, and a digest."""
+
+    def __init__(self) -> None:
+        self._count = self._digest = 0
+        self._named = False
+
+    def add(self, row: Row) -> None:
+        """Count a row's question and its right answers in."""
+        text = json.dumps([row["id"], row["question"], row["answers"]])
+        self._digest ^= int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
+        self._named = self._named or bool(row["question"])
+        self._count += 1
+
+    def key(self) -> tuple[int, str]:
+        """Return the number and the digest: "" where the file does not name the questions.
+
+        The original's files number their rows, and name none.
+        """
+        return self._count, f"{self._digest:032x}" if self._named else ""

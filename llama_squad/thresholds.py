@@ -1,28 +1,31 @@
 """The no-answer threshold: tuned on the validation split, kept beside the adapter."""
 
 import json
+import math
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama_squad.arguments import EvalArguments, ModelArguments
 from llama_squad.config import write_json
+from llama_squad.durable import one_line_errors
 from llama_squad.evaluation import (
     THRESHOLD_FILE,
-    Processes,
     choose_records,
     evaluate,
     resolved_settings,
     settings_of,
     validation_path,
-    weights_digest,
 )
-from llama_squad.metrics import Plateau, ScoreTable, choose_threshold, score_answer
-from llama_squad.modeling import whole_model
+from llama_squad.metrics import ScoreTable, score_answer
 from llama_squad.predictors.base import Predictor
+from llama_squad.processes import share, this_process
 from llama_squad.result_reader import iter_results
-from llama_squad.results import differences, one_line_errors
+from llama_squad.results import differences
 from llama_squad.rows import row_answer
+from llama_squad.weights import weights_digest, whole_model
 
 DEFAULT_THRESHOLD = 0.5
 
@@ -63,7 +66,7 @@ def load_threshold(args: EvalArguments, model_args: ModelArguments) -> float:
     wanted = _tuning_settings(args, model_args)
     if tuned_for == wanted:
         return threshold
-    if Processes.join().rank == 0 and not args.tune_threshold:
+    if this_process().is_main_process and not args.tune_threshold:
         what = "does not say what it was tuned for"
         if isinstance(tuned_for, dict):
             what = f"was tuned for other settings ({'; '.join(differences(tuned_for, wanted))})"
@@ -93,9 +96,8 @@ def tune_threshold(
     output = validation_path(Path(args.output))
     settings = settings_of(args, model_args, 1.0, records) | {"split": "val", "n_best": 0}
     evaluate(model, records, output, settings, batch_size=args.batch_size, overwrite=args.overwrite)
-    processes = Processes.join()
     threshold = present
-    if processes.rank == 0:
+    if this_process().is_main_process:
         table = ScoreTable()
         for row in iter_results(output):
             text, golds = row_answer(row).official, row["answers"]
@@ -116,7 +118,44 @@ def tune_threshold(
             }
             write_json(path, content)
         print(_describe(chosen, args.tune_for, len(table), present, path))
-    return processes.share(threshold)
+    return share(threshold)
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """The thresholds in [low, high) that give the highest score, and the one to take of them."""
+
+    threshold: float
+    score: float
+    low: float
+    high: float
+
+
+def choose_threshold(curve: Iterable[tuple[float, float]], present: float) -> Plateau:
+    """Choose the threshold with the highest score: the present one, where none is better.
+
+    Else it is the middle of the widest range of best thresholds: what lies farthest from where
+    the score falls is what new questions move least.
+
+    Args:
+        curve: of ``ScoreTable.curve``.
+        present: the threshold in use, in [0, 1].
+    """
+    steps = dict(curve)  # predictions of one na_prob join together: the last of them counts
+    best = max(steps.values())
+    ranges: list[tuple[float, float]] = []
+    for (low, score), high in zip(steps.items(), [*list(steps)[1:], math.inf], strict=True):
+        if score < best - 1e-9:  # sums of F1 are rounded
+            continue
+        if ranges and ranges[-1][1] == low:
+            low = ranges.pop()[0]
+        ranges.append((low, high))
+    for low, high in ranges:
+        if low <= present < high:
+            return Plateau(present, best, low, min(high, 1.0))
+    ends = ((low, min(high, 1.0)) for low, high in ranges)
+    low, high = max(ends, key=lambda pair: pair[1] - pair[0])
+    return Plateau((low + high) / 2, best, low, high)
 
 
 def _describe(chosen: Plateau, score: str, questions: int, present: float, path: Path) -> str:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from llama_squad.attention import mark_blocks
 from llama_squad.encoding import IGNORE, Encoded
 
 # Rows ----------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ def answer_logits(
 
 def kept_logits(model: Any, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
     """Run a batch; return the logits at the tokens that ``keep`` marks, at least in float32."""
-    features: dict[str, Any] = {key: value for key, value in inputs.items() if key != "labels"}
+    features: dict[str, Any] = {k: v for k, v in inputs.items() if k not in ("labels", "counts")}
     mask, positions = features.get("attention_mask"), features.get("position_ids")
     if mask is not None and mask.dim() == 4 and positions is not None:
         # of DDP, FSDP and DeepSpeed, whose wrappers have no configuration
@@ -201,7 +202,7 @@ def make_masks(
 def _in_form(model: Any, visible: torch.Tensor) -> torch.Tensor:
     kind = model.config.get_text_config()._attn_implementation
     if kind == "sdpa":
-        return visible
+        return mark_blocks(visible)
     if kind == "eager":  # which adds the mask to its scores
         mask = torch.zeros(visible.shape, dtype=model.dtype, device=visible.device)
         return mask.masked_fill_(~visible, torch.finfo(model.dtype).min)

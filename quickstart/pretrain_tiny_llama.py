@@ -366,6 +366,17 @@ def start_as_reader(model: LlamaForCausalLM, words: list[int], sorts: list[str])
         _match(match, rows, 4.5 * read[:, half], 4.5 * back[:, half])
         write.v_proj.weight[rows[:15]] = read[:, half].T
         write.o_proj.weight[:, rows[:15]] = COPY_STRENGTH * back[:, half]
+    _start_topics(write, match, read, topics, strength)
+
+
+def _start_topics(
+    write: LlamaAttention,
+    match: LlamaAttention,
+    read: torch.Tensor,
+    topics: list[torch.Tensor],
+    strength: float,
+) -> None:
+    """Write the heads that tell what a sentence is about; see ``start_as_reader``."""
     for number, topic in enumerate(topics):
         rows = (2 + number) * HEAD + torch.arange(HEAD)
         # Rotations of 35 to 471 tokens: the nearer, the better, within two sentences.

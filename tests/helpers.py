@@ -332,8 +332,8 @@ def encode_paragraphs(
 ) -> list[list[dict[str, list[int]]]]:
     """Encode records, grouped by their context."""
     tokenizer = tiny_tokenizer()
-    pause = tokenizer.added_tokens_encoder["<|reserved_special_token_0|>"]
-    encoder = ChatEncoder(tokenizer, reasoning_tokens, pause)
+    token = tokenizer.added_tokens_encoder["<|reserved_special_token_0|>"]
+    encoder = ChatEncoder(tokenizer, reasoning_tokens, token)
     grouped: dict[str, list[dict[str, list[int]]]] = {}
     encoded = encoder.encode([build_messages(record, prompt) for record in records])
     for record, example in zip(records, encoded, strict=True):
@@ -341,9 +341,9 @@ def encode_paragraphs(
     return list(grouped.values())
 
 
-def collator() -> SquadDataCollator:
+def collator(**options: Any) -> SquadDataCollator:
     """Make the collator, the end of turn as the pad token."""
-    return SquadDataCollator(pad_token_id=tiny_tokenizer().pad_token_id)
+    return SquadDataCollator(pad_token_id=tiny_tokenizer().pad_token_id, **options)
 
 
 def flatten(paragraphs: Sequence[Sequence[Any]]) -> list[Any]:
@@ -435,7 +435,7 @@ def make_trainer(model: Any, train_dataset: Any, folder: Path, **settings: Any) 
     return cls(
         model=model,
         args=SquadSFTConfig(**options | settings),
-        data_collator=collator(),
+        data_collator=collator(counts=True),
         train_dataset=train_dataset,
         processing_class=tiny_tokenizer(),
     )

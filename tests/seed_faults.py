@@ -186,8 +186,8 @@ FAULTS = [
     Fault(
         "search: na_prob is the chance of an answer",
         "llama_squad/decoding/constraints.py",
-        "_sigmoid(alternative - best.log_prob)",
-        "_sigmoid(best.log_prob - alternative)",
+        "_sigmoid(alternative - best.score)",
+        "_sigmoid(best.score - alternative)",
         f"{DECODING} -k threshold",
     ),
     Fault(
@@ -276,7 +276,7 @@ FAULTS = [
     ),
     Fault(
         "metrics: the lowest of tied thresholds",
-        "llama_squad/metrics.py",
+        "llama_squad/thresholds.py",
         "return Plateau((low + high) / 2, best, low, high)",
         "return Plateau(low, best, low, high)",
         METRICS,

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from audit import audit
 from helpers import make_records, tiny_model, tiny_tokenizer
 
 from llama_squad.arguments import EvalArguments
-from llama_squad.audit import audit
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph, Reply, Span
 from llama_squad.encoding import ChatEncoder
@@ -63,7 +63,7 @@ def test_prompts_are_run_in_the_same_shapes_alone_and_beside_others(monkeypatch)
     assert len(one_by_one) == 3
     assert shapes == one_by_one
     for a, b in zip(alone, together, strict=True):
-        assert a.reply.no_answer_log_prob == b.reply.no_answer_log_prob
+        assert a.reply.no_answer_score == b.reply.no_answer_score
 
 
 def test_logits_of_16_bit_weights_are_float32():
@@ -114,8 +114,7 @@ def audit_of(pairs, monkeypatch):
                     found.append(Prediction(record, "", reply))
             return found
 
-    args = dataclasses.replace(EvalArguments(), audit=len(pairs), batch_size=4)
-    return audit(Fixed(0), Fixed(1), records, args)
+    return audit(Fixed(0), Fixed(1), records, 4)
 
 
 def test_audit_compares_against_the_noise(monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import make_records, tiny_model, tiny_tokenizer
 
-from llama_squad.arguments import EvalArguments, resolve_beams
+from llama_squad.arguments import EvalArguments, resolve_decoding
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph
 from llama_squad.encoding import ChatEncoder
@@ -75,7 +75,7 @@ def test_a_penalty_finds_other_replies():
     ],
 )
 def test_beams_unless_told(given, num_beams):
-    assert resolve_beams(EvalArguments(**given)).num_beams == num_beams
+    assert resolve_decoding(EvalArguments(**given)).num_beams == num_beams
 
 
 def test_no_figure_is_fetched_by_itself(monkeypatch):

@@ -166,7 +166,7 @@ def test_what_the_saved_weights_and_optimizer_hold_cannot_differ(
 ) -> None:
     words = [*flags.split(), *["--resume_anyway"] * anyway]
     if "--full_parameters" in words:  # which takes no flags of an adapter
-        monkeypatch.setattr(train_llama_squad, "check_adapter_flags", lambda *_: None)
+        monkeypatch.setattr("llama_squad.checks.check_adapter_flags", lambda *_: None)
     message = refused(monkeypatch, *words)
     assert named in message
     assert f"go with its own {flags.split(maxsplit=1)[0][2:]}: give" in message

@@ -292,6 +292,19 @@ def test_mask_of_a_row_with_padding():
     )
 
 
+def test_counts_of_rows() -> None:
+    collate = SquadDataCollator(pad_token_id=0, counts=True)
+    # a prefix of 1, and branches of 3, 2 and 4 tokens; the second row has one example
+    row = [example([1, 2, 3], [9]), example([1, 2], [8]), example([1, 2, 4, 5], [7])]
+    batch = collate([{"paragraphs": [row]}, {"paragraphs": [[example([1, 2], [9])]]}])
+    assert batch["counts"].tolist() == [[3, 1 + 3 + 2 + 4, 4 + 3 + 5], [1, 3, 3]]
+    apart = [example([1, 2], [9]), example([7, 8], [6])]  # paragraphs that share nothing
+    assert collate([{"paragraphs": [apart[:1], apart[1:]]}])["counts"].tolist() == [[2, 6, 6]]
+    for plain in (apart, [{"paragraphs": [[one]]} for one in apart]):
+        assert collate(plain)["counts"].tolist() == [[1, 3, 3]] * 2
+    assert "counts" not in SquadDataCollator(pad_token_id=0)(apart)
+
+
 def test_answer_of_a_record_round_trips_through_the_mask():
     tokenizer = load_tokenizer("sentencepiece", "llama2")
     record = {

@@ -152,6 +152,7 @@ def test_missing_file(capsys):
 def test_nearest():
     assert nearest("lerning_rate", ["learning_rate", "seed"]) == " (did you mean learning_rate?)"
     assert nearest("zzz", ["learning_rate"]) == ""
+    assert "benchmarks/audit.py" in nearest("--audit", ["--seed"])
 
 
 def test_run_config_round_trip(tmp_path):
@@ -175,8 +176,8 @@ def test_provenance_without_git(monkeypatch, tmp_path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_yaml_parses(path, monkeypatch):
     """Through the real command line of every stage."""
+    from llama_squad.arguments import SummarizeArguments
     from llama_squad.training.arguments import SquadSFTConfig
-    from summarize_results import SummarizeArguments
 
     monkeypatch.chdir(ROOT)
     stages = {

@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from audit import AUDIT_BEAMS, LEAST_NOISE, Audit, audit
+from audit import main as audit_main
 from helpers import make_records, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 import test_llama_squad
 from llama_squad.answers import NO_ANSWER, format_answer
-from llama_squad.arguments import CreateArguments, EvalArguments
-from llama_squad.audit import AUDIT_BEAMS, LEAST_NOISE, Audit, audit
+from llama_squad.arguments import CreateArguments
 from llama_squad.config import load_yaml, save_run_config
 from llama_squad.data import write_dataset
 from llama_squad.decoding.boundaries import is_span
@@ -354,7 +355,7 @@ def test_any_file_can_be_thresholded_anew(run):
 
 
 @pytest.mark.parametrize(("gap", "counted"), [(0.0, "2 (100.0 %)"), (1.0, "0 (0.0 %)")])
-def test_audit_from_the_command_line(run, capsys, monkeypatch, gap, counted):
+def test_audit_from_the_command_line(folder, capsys, monkeypatch, gap, counted):
     """The wide search finds another span that is as likely as ours, or one that is likelier."""
     answer, beams = LocalModel.answer, []
 
@@ -366,14 +367,15 @@ def test_audit_from_the_command_line(run, capsys, monkeypatch, gap, counted):
         generator.options.num_beams = beams[-1]
         if generator.options.num_beams == 2:
             return predictions
-        spans = [Span("other", prediction.reply.best.log_prob + gap) for prediction in predictions]
+        spans = [Span("other", prediction.reply.best.score + gap) for prediction in predictions]
         return [
             replace(prediction, reply=replace(prediction.reply, best=span, proven_best=True))
             for prediction, span in zip(predictions, spans, strict=True)
         ]
 
     monkeypatch.setattr(LocalModel, "answer", scripted)
-    run("--num_samples=3", "--num_beams=2", "--audit=2")
+    flags = ["--num_samples=3", "--num_beams=2", "--questions=2", *SMALL]
+    audit_main([f"--model_name={folder}/model", f"--dataset_name={folder}/data", *flags])
     assert {*beams} == {2, AUDIT_BEAMS}
     out = capsys.readouterr().out
     assert f"Audit of 2 questions: the search found the best of all spans for {counted}." in out
@@ -391,15 +393,14 @@ def test_audit_of_a_search_that_is_wide_and_of_one_that_misses():
         def answer(self, batch):
             found = super().answer(batch)
             return [
-                replace(item, reply=replace(item.reply, best=Span("?!", item.reply.best.log_prob - 1)))
+                replace(item, reply=replace(item.reply, best=Span("?!", item.reply.best.score - 1)))
                 for item in found
             ]  # fmt: skip
 
     wide = LocalModel(tiny_model(), encoder, num_beams=1000)
-    args = EvalArguments(audit=3, batch_size=2)
-    assert audit(wide, wide, records, args) == Audit(3, 3, 0, LEAST_NOISE)
+    assert audit(wide, wide, records, 2) == Audit(3, 3, 0, LEAST_NOISE)
     misses = Misses(tiny_model(), encoder, num_beams=1000)
-    assert audit(misses, wide, records, args) == Audit(3, 0, 0, LEAST_NOISE)
+    assert audit(misses, wide, records, 2) == Audit(3, 0, 0, LEAST_NOISE)
 
 
 def test_audit_counts():
@@ -423,8 +424,7 @@ def test_audit_counts():
             ]  # fmt: skip
 
     records = [{"id": number, "context": str(number % 2)} for number in range(5)]
-    args = EvalArguments(audit=10, batch_size=3)
-    found = audit(Fake(0), Fake(1), records, args)
+    found = audit(Fake(0), Fake(1), records, 3)
     assert (found.questions, found.best, found.unproven) == (5, 3, 1)
     assert "3 (60.0 %)" in str(found)
 

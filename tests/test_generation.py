@@ -127,7 +127,7 @@ def test_no_answer_probability_equals_teacher_forcing(model, encoder, paragraphs
     for paragraph, row in zip(paragraphs, generator.reply(paragraphs), strict=True):
         for prompt, reply in zip(paragraph.prompts, row, strict=True):
             expected = teacher_force(model, prompt + header, tail)
-            assert reply.no_answer_log_prob == pytest.approx(expected, abs=1e-4)
+            assert reply.no_answer_score == pytest.approx(expected, abs=1e-4)
             ids = reply.token_ids[len(header) :]
             assert reply.score == pytest.approx(
                 teacher_force(model, prompt + header, ids), abs=1e-4
@@ -146,7 +146,7 @@ def test_tree_needs_its_positions_and_its_mask(model, encoder, paragraphs, fault
     monkeypatch.setattr(type(model), "forward", wrong)
     broken = Generator(model, encoder).reply(paragraphs)
     pairs = zip(itertools.chain(*right), itertools.chain(*broken), strict=True)
-    assert any(abs(a.no_answer_log_prob - b.no_answer_log_prob) > 1e-3 for a, b in pairs)
+    assert any(abs(a.no_answer_score - b.no_answer_score) > 1e-3 for a, b in pairs)
 
 
 def test_paragraphs_together_equal_paragraphs_alone(model, encoder, paragraphs):
@@ -161,7 +161,7 @@ def test_paragraphs_together_equal_paragraphs_alone(model, encoder, paragraphs):
     for a, b in zip(together, alone, strict=True):
         assert a.token_ids == b.token_ids
         assert a.spans[0].text == b.spans[0].text
-        assert a.no_answer_log_prob == pytest.approx(b.no_answer_log_prob, abs=1e-4)
+        assert a.no_answer_score == pytest.approx(b.no_answer_score, abs=1e-4)
 
 
 def test_eager_attention_gives_the_same(model, encoder, paragraphs, monkeypatch):
@@ -354,7 +354,7 @@ def test_search_finds_the_best_of_all_spans(model, encoder, context, boundaries)
             best[text] = max(score, best.get(text, score))
         expected = sorted(best.items(), key=lambda item: -item[1])
         assert [span.text for span in reply.spans] == [text for text, _ in expected]
-        assert [span.log_prob for span in reply.spans] == pytest.approx(
+        assert [span.score for span in reply.spans] == pytest.approx(
             [score for _, score in expected], abs=1e-4
         )
         assert reply.proven_best
@@ -365,8 +365,8 @@ def test_threshold_decides_between_span_and_abstention(model, encoder, paragraph
     high = Generator(model, encoder, na_prob_thresh=1.0).reply(paragraphs)[0][0]
     assert low.completion == format_answer(NO_ANSWER)
     assert high.completion == format_answer(high.spans[0].text)
-    assert low.score == low.no_answer_log_prob
-    odds = torch.tensor(low.no_answer_log_prob - low.spans[0].log_prob, dtype=torch.float64)
+    assert low.score == low.no_answer_score
+    odds = torch.tensor(low.no_answer_score - low.spans[0].score, dtype=torch.float64)
     assert low.na_prob == high.na_prob == pytest.approx(torch.sigmoid(odds).item(), rel=1e-6)
 
 
@@ -408,7 +408,7 @@ def test_n_best_spans_are_distinct_and_in_order(model, encoder):
     for reply, single in zip(found, alone, strict=True):
         assert (reply.completion, reply.best.text) == (single.completion, single.best.text)
         assert reply.na_prob == pytest.approx(single.na_prob, abs=1e-6)
-        scores = [span.log_prob for span in reply.spans]
+        scores = [span.score for span in reply.spans]
         assert len({span.text for span in reply.spans}) == 5
         assert scores == sorted(scores, reverse=True)
 
@@ -436,7 +436,7 @@ def test_outgrown_sliding_windows(kind, encoder):
     for reply, prompt in zip(Generator(model, encoder).reply([paragraph])[0], paragraph.prompts,
                              strict=True):  # fmt: skip
         expected = teacher_force(model, prompt + vocabulary.header, vocabulary.no_answer)
-        assert reply.no_answer_log_prob == pytest.approx(expected, abs=1e-4)
+        assert reply.no_answer_score == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["bloom", "mpt"])

@@ -133,9 +133,9 @@ def test_a_small_update_survives_in_bfloat16(size: float, tmp_path: Path) -> Non
 
 
 def test_dora_and_reasoning_tokens_merge(tmp_path: Path) -> None:
-    pause = tiny_tokenizer().added_tokens_encoder["<|reserved_special_token_0|>"]
-    ids = torch.tensor([[1, 20, pause, pause, 30]])
-    for settings in ({"use_dora": True}, {"trainable_token_indices": [pause]}):
+    token = tiny_tokenizer().added_tokens_encoder["<|reserved_special_token_0|>"]
+    ids = torch.tensor([[1, 20, token, token, 30]])
+    for settings in ({"use_dora": True}, {"trainable_token_indices": [token]}):
         for tied in (False, True):
             base = tiny_model(tie_word_embeddings=tied)
             plain = base(ids).logits

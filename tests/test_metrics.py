@@ -16,9 +16,7 @@ import pytest
 
 from llama_squad.answers import Answer
 from llama_squad.metrics import (
-    Plateau,
     ScoreTable,
-    choose_threshold,
     evaluate_predictions,
     gold_texts,
     is_exact_match,
@@ -29,6 +27,7 @@ from llama_squad.metrics import (
     strict_outcome,
     wilson_interval,
 )
+from llama_squad.thresholds import Plateau, choose_threshold
 
 RECIPES = {
     "synthetic_all_empty": lambda golds: "",

@@ -61,8 +61,8 @@ def test_finds_commands():
 
 @pytest.mark.parametrize(("source", "command"), FOUND, ids=lambda value: value[:60])
 def test_parses(source, command, monkeypatch):
+    from llama_squad.arguments import SummarizeArguments
     from llama_squad.training.arguments import SquadSFTConfig
-    from summarize_results import SummarizeArguments
 
     monkeypatch.chdir(ROOT)
     types = {

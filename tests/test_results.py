@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from llama_squad.answers import FAILED, MALFORMED_PREDICTION, Answer, extract_answer, format_answer
+from llama_squad.durable import check_writable
 from llama_squad.result_reader import read_results
-from llama_squad.results import ResultsFile, check_writable, config_path
+from llama_squad.results import ResultsFile, config_path
 from llama_squad.rows import COLUMNS, SEED_COLUMNS, Row, make_row, rethreshold
 from llama_squad.summary import summarize, write_official
 
@@ -399,7 +400,8 @@ def test_files_that_differ_behind_a_dot_share_nothing(tmp_path: Path) -> None:
 LIMITED = """
 import resource, sys
 from llama_squad.answers import extract_answer
-from llama_squad.results import ResultsFile, check_writable
+from llama_squad.durable import check_writable
+from llama_squad.results import ResultsFile
 from llama_squad.rows import make_row
 
 record = {"id": "", "title": "", "question": "", "answers": {"text": []}}

@@ -106,7 +106,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_squad.predictors.server.LONGEST_BACKOFF_S", 0.02)
+    monkeypatch.setattr("llama_squad.predictors.client.LONGEST_BACKOFF_S", 0.02)
 
 
 def on(needle: str, *responses: Response | None) -> Callable[[dict, str], Response | None]:
@@ -472,14 +472,14 @@ def test_the_server_alone_is_asked(
     def refuse(*_: object) -> None:
         raise AssertionError("the Hub was asked")
 
-    monkeypatch.setattr("llama_squad.modeling.saved_settings", refuse)
+    monkeypatch.setattr("llama_squad.predictors.loading.saved_settings", refuse)
     assert len(stage(server, dataset, tmp_path / "results.csv")) == len(RECORDS)
 
 
 def test_no_variable_leads_to_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    assert str(ServerModel("m")._client.base_url) == "https://api.openai.com/v1/"
+    assert str(ServerModel("m")._client._openai.base_url) == "https://api.openai.com/v1/"
 
 
 def test_a_key_with_a_line_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ from llama_squad.predictors import base
 from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.packing import group_paragraphs, plan_rows, row_dataset
 from llama_squad.training.setup import check_shared_contexts, lay_out, make_validation
-from llama_squad.training.trainer import SquadTrainer, count_batch
+from llama_squad.training.trainer import SquadTrainer
 from llama_squad.tree import Tree
 
 PARAGRAPHS = encode_paragraphs(make_records(3, [3, 1, 2]))
@@ -125,8 +125,8 @@ def test_checkpointing_of_all_parameters() -> None:
 @pytest.mark.parametrize("reasoning_tokens", [0, 4])
 def test_prompts_and_reasoning_tokens(prompt: str, reasoning_tokens: int) -> None:
     paragraphs = encode_paragraphs(make_records(2, [2]), prompt, reasoning_tokens)
-    pause = tiny_tokenizer().added_tokens_encoder["<|reserved_special_token_0|>"]
-    assert all(e["input_ids"].count(pause) == reasoning_tokens for e in flatten(paragraphs))
+    token = tiny_tokenizer().added_tokens_encoder["<|reserved_special_token_0|>"]
+    assert all(e["input_ids"].count(token) == reasoning_tokens for e in flatten(paragraphs))
     shared = collator()([{"paragraphs": paragraphs}])
     plain = sum(len(e["input_ids"]) for e in flatten(paragraphs))
     assert shared["input_ids"].shape[1] < 0.75 * plain, "nothing is shared"
@@ -327,13 +327,13 @@ class Recorder(SquadDataCollator):
             for example in flatten(row["paragraphs"]) if "paragraphs" in row else [row]:
                 self.seen.append(tuple(example["input_ids"]))
         batch = super().torch_call(examples)
-        self.questions += int(count_batch(batch)[0])
+        self.questions += int(batch["counts"][:, 0].sum())
         return batch
 
 
 def recorder() -> Recorder:
     """Make a recorder."""
-    made = Recorder(pad_token_id=tiny_tokenizer().pad_token_id)
+    made = Recorder(pad_token_id=tiny_tokenizer().pad_token_id, counts=True)
     made.seen, made.questions = [], 0  # SquadDataCollator is a dataclass
     return made
 
@@ -380,8 +380,10 @@ def test_a_paragraph_that_does_not_fit_is_split_never_cut() -> None:
     for row in plan.rows:
         tree = Tree.build([[examples[i] for i in group] for group in row])
         assert len(tree.input_ids) <= limit
-        batch = collator()([{"paragraphs": [[examples[i] for i in group] for group in row]}])
-        assert count_batch(batch)[0] == sum(map(len, row))
+        batch = collator(counts=True)(
+            [{"paragraphs": [[examples[i] for i in group] for group in row]}]
+        )
+        assert batch["counts"][0, 0] == sum(map(len, row))
         seen += [i for group in row for i in group]
     assert sorted(seen) == list(range(len(encoded)))
     assert len(plan.rows) > 10
@@ -442,7 +444,7 @@ class Counting(SquadTrainer):
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Count, and train."""
-        self.held[self.state.global_step] += int(count_batch(inputs)[0])
+        self.held[self.state.global_step] += int(inputs["counts"][:, 0].sum())
         return super().training_step(model, inputs, *args, **kwargs)
 
 
@@ -672,7 +674,7 @@ plain = training.answer_loss
 
 def count(model, inputs, *options):
     loss, right, supervised = plain(model, inputs, *options)
-    found = (int(right), int(supervised), int(training.count_batch(inputs)[0]))
+    found = (int(right), int(supervised), int(inputs["counts"][:, 0].sum()))
     part = counts[trainer.state.global_step // 3]
     part[:] = [a + b for a, b in zip(part, found)]
     return loss, right, supervised

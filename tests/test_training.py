@@ -29,7 +29,7 @@ from peft import PeftConfig, PeftModel
 from trl import SFTConfig
 
 import train_llama_squad
-from llama_squad import modeling
+from llama_squad import modeling, weights
 from llama_squad.answers import format_answer
 from llama_squad.arguments import CreateArguments, ModelArguments, TrainArguments
 from llama_squad.config import RUN_CONFIG, load_run_config, parse_stage
@@ -41,7 +41,7 @@ from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.merge_error import Sample
 from llama_squad.training.packing import encode_dataset, group_paragraphs, row_dataset
 from llama_squad.training.setup import prepare_model
-from llama_squad.training.trainer import SquadTrainer, answer_loss, count_batch
+from llama_squad.training.trainer import SquadTrainer, answer_loss
 
 EXAMPLES = flatten(encode_paragraphs(make_records(2, [2])))
 WIDE: dict[str, Any] = {
@@ -141,43 +141,6 @@ def test_accumulation_gives_the_same_weights(shared: bool, tmp_path: Path) -> No
     gap = max(float((w - weights[1][n]).abs().max()) for n, w in weights[0].items())
     assert moved > 1e-2
     assert gap < 1e-6
-
-
-# The counts ------------------------------------------------------------------------------------
-
-
-def test_count_batch_of_plain_examples() -> None:
-    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
-    assert count_batch({"attention_mask": mask}).tolist() == [2, 7, 7]
-
-
-def test_count_batch_of_a_literal_row() -> None:
-    # prefix of 2, branches of 2, 1 and 3 tokens, one pad
-    mask = torch.tensor(
-        [
-            [1, 0, 0, 0, 0, 0, 0, 0, 0],
-            [1, 1, 0, 0, 0, 0, 0, 0, 0],
-            [1, 1, 1, 0, 0, 0, 0, 0, 0],
-            [1, 1, 1, 1, 0, 0, 0, 0, 0],
-            [1, 1, 0, 0, 1, 0, 0, 0, 0],
-            [1, 1, 0, 0, 0, 1, 0, 0, 0],
-            [1, 1, 0, 0, 0, 1, 1, 0, 0],
-            [1, 1, 0, 0, 0, 1, 1, 1, 0],
-            [0, 0, 0, 0, 0, 0, 0, 0, 1],
-        ]
-    ).bool()[None, None]
-    positions = torch.tensor([[0, 1, 2, 3, 2, 2, 3, 4, 0]])
-    counts = count_batch({"attention_mask": mask, "position_ids": positions})
-    assert counts.tolist() == [3, 8, 4 + 3 + 5]
-
-
-def test_count_batch_where_paragraphs_share_nothing() -> None:
-    # the second paragraph's first token sees itself alone, as a pad does
-    one = [{"input_ids": [1, 2, 3], "labels": [IGNORE, IGNORE, 3]}]
-    two = [{"input_ids": [7, 8, 9], "labels": [IGNORE, IGNORE, 9]}]
-    longer = [{"input_ids": [1] * 8, "labels": [IGNORE] * 7 + [1]}]
-    batch = collator()([{"paragraphs": [one, two]}, {"paragraphs": [longer]}])
-    assert count_batch(batch).tolist() == [3, 14, 14]
 
 
 # 4-bit -----------------------------------------------------------------------------------------
@@ -293,17 +256,17 @@ def test_training_goes_on_from_an_adapter(tmp_path: Path) -> None:
     first = tmp_path / "results" / "final_checkpoints"
     flags = without_lora(flags)
     on = [*flags, "--from_adapter", str(first), "--output_dir", str(tmp_path / "on")]
-    before = weights(first)
+    before = tensors(first)
     train_llama_squad.main([*on, "--learning_rate", "0"])
     second = tmp_path / "on" / "final_checkpoints"
-    assert weights(second).keys() == before.keys()
-    assert all(torch.equal(weights(second)[name], tensor) for name, tensor in before.items())
+    assert tensors(second).keys() == before.keys()
+    assert all(torch.equal(tensors(second)[name], tensor) for name, tensor in before.items())
     assert load_run_config(second)["train"]["lora_r"] == 3
-    assert modeling.saved_settings(str(second))["model_name"] == str(tmp_path / "model")
+    assert weights.saved_settings(str(second))["model_name"] == str(tmp_path / "model")
     train_llama_squad.main([*on, "--learning_rate", "1e-3"])
-    moved = [not torch.equal(weights(second)[name], tensor) for name, tensor in before.items()]
+    moved = [not torch.equal(tensors(second)[name], tensor) for name, tensor in before.items()]
     assert any(moved)
-    assert all(torch.equal(weights(first)[name], tensor) for name, tensor in before.items())
+    assert all(torch.equal(tensors(first)[name], tensor) for name, tensor in before.items())
     for more, message in (
         (["--lora_r", "4"], "leave out --lora_r"),
         (["--full_parameters"], "leave out --full_parameters"),
@@ -334,7 +297,7 @@ def without_lora(flags: list[str]) -> list[str]:
     return flags[2:at] + flags[at + 2 :]
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "adapter_model.safetensors")
@@ -648,16 +611,16 @@ def test_a_checkpoint_brings_its_settings(tmp_path: Path) -> None:
     trainer.train()
     brought = {"prompt": "multi_turn", "reasoning_tokens": 3}
     name = "results/checkpoint-1"
-    assert modeling.saved_settings(name) == brought | {"model_name": name}
-    assert modeling.saved_settings(None, name) == brought
+    assert weights.saved_settings(name) == brought | {"model_name": name}
+    assert weights.saved_settings(None, name) == brought
 
 
 def test_settings_of_a_model_and_of_none(tmp_path: Path) -> None:
-    assert modeling.saved_settings(None) == {}
-    assert modeling.saved_settings(None, "someone/base") == {}
-    assert modeling.saved_settings(None, str(tmp_path)) == {}
+    assert weights.saved_settings(None) == {}
+    assert weights.saved_settings(None, "someone/base") == {}
+    assert weights.saved_settings(None, str(tmp_path)) == {}
     (tmp_path / RUN_CONFIG).write_text(json.dumps(TRAINED))
-    assert modeling.saved_settings(None, str(tmp_path)) == BROUGHT
+    assert weights.saved_settings(None, str(tmp_path)) == BROUGHT
 
 
 def test_an_adapter_on_the_hub_brings_its_settings_and_tokenizer(
@@ -683,11 +646,11 @@ def test_an_adapter_on_the_hub_brings_its_settings_and_tokenizer(
     monkeypatch.setattr(modeling.AutoTokenizer, "from_pretrained", load)
     arguments = ModelArguments(model_name="someone/base")
     brought = {"model_name": "someone/base"}
-    assert modeling.saved_settings("someone/adapter") == brought | BROUGHT
+    assert weights.saved_settings("someone/adapter") == brought | BROUGHT
     modeling.load_tokenizer(arguments, "someone/adapter")
     (hub / RUN_CONFIG).unlink()
     (hub / "tokenizer_config.json").unlink()
-    assert modeling.saved_settings("someone/adapter") == brought
+    assert weights.saved_settings("someone/adapter") == brought
     modeling.load_tokenizer(arguments, "someone/adapter")
     assert loaded == ["someone/adapter", "someone/base"]
 
@@ -698,24 +661,24 @@ def test_a_whole_model_given_as_the_adapter_is_loaded(tmp_path: Path) -> None:
     tiny_model(seed=1, vocab_size=700).save_pretrained(full)
     arguments = ModelArguments(model_name=other)
     assert modeling.load_model(arguments, adapter_name=str(full)).config.vocab_size == 700
-    assert modeling.saved_settings(str(full)) == {"model_name": str(full)}
+    assert weights.saved_settings(str(full)) == {"model_name": str(full)}
     (full / "model.safetensors").unlink()
     for call in (modeling.load_model, modeling.load_encoder):
         with pytest.raises(ValueError, match="full holds neither an adapter nor a model: train"):
             call(arguments, adapter_name=str(full))
     with pytest.raises(ValueError, match="holds neither"):
-        modeling.saved_settings(str(full))
+        weights.saved_settings(str(full))
 
 
 def test_a_relative_base_is_found_from_another_folder(tmp_path: Path) -> None:
     adapter = adapter_folder(tmp_path / "adapter", "quickstart/tiny_llama")
     repository = Path(modeling.__file__).parents[1]
-    found = modeling.saved_settings(str(adapter))["model_name"]
+    found = weights.saved_settings(str(adapter))["model_name"]
     assert found == str(repository / "quickstart/tiny_llama")
     Path("quickstart/tiny_llama").mkdir(parents=True)  # the one here comes first
-    assert modeling.saved_settings(str(adapter))["model_name"] == "quickstart/tiny_llama"
+    assert weights.saved_settings(str(adapter))["model_name"] == "quickstart/tiny_llama"
     elsewhere = adapter_folder(tmp_path / "elsewhere", "someone/base")
-    assert modeling.saved_settings(str(elsewhere))["model_name"] == "someone/base"
+    assert weights.saved_settings(str(elsewhere))["model_name"] == "someone/base"
 
 
 def test_a_missing_attention_package_is_named(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_long_context_is_read_in_windows(monkeypatch):
     assert not found[2].failure
     assert LONG[best.start : best.start + len(best.text)] == best.text
     separate = [real([window])[0][0] for window in windows]
-    odds = [r.no_answer_log_prob - r.best.log_prob for r in separate]
+    odds = [r.no_answer_score - r.best.score for r in separate]
     assert best.text == separate[odds.index(min(odds))].best.text
     alone = local(n_best=3, max_new_tokens=8, na_prob_thresh=1.0).answer([short])
     assert [p.reply.best.text for p in alone] == [p.reply.best.text for p in found[:2]]

@@ -56,13 +56,13 @@ class ChatSession:
         record = {"context": context, "question": question}
         messages = build_messages(record, self.args.prompt, self.args.system_prompt, answer=False)
         turns = [message["content"] for message in messages if message["role"] == "user"]
-        return self.converse([], turns, pause=True, base=base)
+        return self.converse([], turns, reasoning=True, base=base)
 
     def converse(
         self,
         messages: list[Message],
         turns: Sequence[str],
-        pause: bool = False,
+        reasoning: bool = False,
         base: bool = False,
     ) -> Iterator[list[Message]]:
         """Add user turns and their replies to a conversation; yield it whenever it has grown.
@@ -70,14 +70,14 @@ class ChatSession:
         Args:
             messages: turns of user and assistant so far, without the system prompt.
             turns: what the user says next, one after the other.
-            pause: the last reply comes after the reasoning tokens, if the model has any.
+            reasoning: the last reply comes after the reasoning tokens, if the model has any.
             base: the base model speaks: its adapter is switched off.
         """
         for left, turn in zip(reversed(range(len(turns))), turns, strict=True):
             messages = [*messages, {"role": "user", "content": turn}]
             yield messages
             answered = messages
-            for text in self._reply(messages, pause and not left, base):
+            for text in self._reply(messages, reasoning and not left, base):
                 answered = [*messages, {"role": "assistant", "content": text}]
                 yield answered
             messages = answered

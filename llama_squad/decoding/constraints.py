@@ -172,12 +172,12 @@ class _SpansOf(SpanGrammar):
             for h in found
         ]
         best = spans[0] if spans else None
-        na_prob = _sigmoid(alternative - best.log_prob) if best else 1.0
+        na_prob = _sigmoid(alternative - best.score) if best else 1.0
         text, ids, score = NO_ANSWER, list(self._vocabulary.no_answer), alternative
         if best and na_prob <= self._threshold:
-            text, ids, score = best.text, list(found[0].ids), best.log_prob
-        proven = best is not None and pruned_log_prob <= best.log_prob
-        ranked = sorted(spans, key=lambda span: -span.log_prob)
+            text, ids, score = best.text, list(found[0].ids), best.score
+        proven = best is not None and pruned_log_prob <= best.score
+        ranked = sorted(spans, key=lambda span: -span.score)
         return Reply(
             format_answer(text), self._vocabulary.header + ids, score,
             best, tuple(ranked), alternative, na_prob, proven,

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Span:
-    """A span and log P(reply that holds it), from after the forced header to the end of turn.
+    """A span and its score: log P(reply that holds it), from after the forced header to the end.
 
+    Of an extractive model the score is a sum of logits.
     ``start`` is the character of the context at which it first stands as a span may.
     """
 
     text: str
-    log_prob: float
+    score: float
     start: int | None = None
 
 
@@ -27,12 +28,12 @@ class Reply:
             ``ANSWER_HEADER`` up to the colon), through the end of the turn; in free decoding of
             all its tokens. None where nobody tells (servers).
         best: the span that the search found first (span decoding; None where the context holds
-            none). Its log-probability is that of its likeliest tokens; other ways to spell it are
+            none). Its score is that of its likeliest tokens; other ways to spell it are
             not added.
         spans: the ``n_best`` likeliest spans, best first. Of more than one, the first may beat
             ``best``, where ``num_beams`` was too few to find it.
-        no_answer_log_prob: log P of the reply that abstains, scored over the same stretch.
-        na_prob: sigmoid(no_answer_log_prob - best.log_prob): the chance of "no answer" if it is
+        no_answer_score: log P of the reply that abstains, scored over the same stretch.
+        na_prob: sigmoid(no_answer_score - best.score): the chance of "no answer" if it is
             that or the best span. None in free decoding.
         proven_best: no reply that ``num_beams`` cut off could have been better.
     """
@@ -42,7 +43,7 @@ class Reply:
     score: float | None
     best: Span | None = None
     spans: tuple[Span, ...] = ()
-    no_answer_log_prob: float | None = None
+    no_answer_score: float | None = None
     na_prob: float | None = None
     proven_best: bool = False
 

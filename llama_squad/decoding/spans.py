@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llama_squad.answers import (
     ANSWER_FOOTER,
@@ -183,7 +184,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
     control = set(tokenizer.added_tokens_decoder)
     vocabulary = {i: token for token, i in tokenizer.get_vocab().items() if i not in control}
     if "ByteLevel" in kinds:
-        table = _byte_level_table()
+        table = {char: byte for byte, char in bytes_to_unicode().items()}
         return {
             i: bytes(table[char] for char in token)
             for i, token in vocabulary.items()
@@ -201,14 +202,6 @@ def _components(component: dict | None) -> list[dict]:
     if component is None:
         return []
     return [component, *component.get("decoders", [])]
-
-
-def _byte_level_table() -> dict[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def _sentencepiece_bytes(token: str) -> bytes:

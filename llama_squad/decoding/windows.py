@@ -69,7 +69,7 @@ def merge_windows(replies: Sequence[tuple[int, Reply]], n_best: int = 1) -> Repl
     moved = [_move(reply, start) for start, reply in replies]
     best = min(moved, key=_odds)
     spans: dict[str, Span] = {}
-    for span in sorted((s for r in moved for s in r.spans), key=lambda s: -s.log_prob):
+    for span in sorted((s for r in moved for s in r.spans), key=lambda s: -s.score):
         spans.setdefault(span.text, span)
     certain = all(reply.proven_best for reply in moved)
     return replace(best, spans=tuple(spans.values())[:n_best], proven_best=certain)
@@ -77,9 +77,9 @@ def merge_windows(replies: Sequence[tuple[int, Reply]], n_best: int = 1) -> Repl
 
 def _odds(reply: Reply) -> float:
     """Return the log-odds of no answer (``na_prob`` itself is 0.0 or 1.0 where they are large)."""
-    if reply.best is None or reply.no_answer_log_prob is None:
+    if reply.best is None or reply.no_answer_score is None:
         return math.inf
-    return reply.no_answer_log_prob - reply.best.log_prob
+    return reply.no_answer_score - reply.best.score
 
 
 def _move(reply: Reply, start: int) -> Reply:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llama_squad.config import write_json
+from llama_squad.durable import one_line_errors
 from llama_squad.feedback.verdicts import Feedback, Verdict, append, load
 from llama_squad.prompts import gold_answer
-from llama_squad.results import one_line_errors
 from llama_squad.sources.cleaning import Cleaner
 from llama_squad.sources.formats import read_rows
 from llama_squad.sources.records import Record

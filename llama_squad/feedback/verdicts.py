@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from llama_squad.results import one_line_errors, write_durably
+from llama_squad.durable import one_line_errors, write_durably
 
 Kind = Literal["right", "wrong", "picked", "marked", "unanswerable", "skipped", "undone"]
 """right: the model's answer stands. picked: another of its spans. marked: a span selected in the

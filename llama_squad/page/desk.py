@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama_squad.arguments import AppArguments, EvalArguments, ModelArguments, resolve_beams
+from llama_squad.arguments import AppArguments, EvalArguments, ModelArguments, resolve_decoding
 from llama_squad.decoding.chat import ChatSession, adapter_off
 from llama_squad.prompts import Message, build_messages
 from llama_squad.reader import Reading, SpanAnswer
@@ -109,12 +109,12 @@ def load(
 ) -> Desk:
     """Load the model, the adapter apart from its base. Raises ValueError: it cannot be had."""
     from llama_squad import modeling
-    from llama_squad.evaluation import weights_digest
     from llama_squad.reader import Reader
     from llama_squad.thresholds import load_threshold
+    from llama_squad.weights import weights_digest
 
     modeling.say_device()
-    asking = resolve_beams(EvalArguments(
+    asking = resolve_decoding(EvalArguments(
         adapter_name=args.adapter_name, prompt=args.prompt, system_prompt=args.system_prompt,
         reasoning_tokens=args.reasoning_tokens, quantize=args.quantize, n_best=SPANS,
     ))  # fmt: skip

@@ -33,23 +33,23 @@ class Prediction:
             reply.na_prob,
             score=reply.score,
             best_span=best.text if best else None,
-            best_span_log_prob=best.log_prob if best else None,
-            no_answer_log_prob=reply.no_answer_log_prob,
+            best_span_log_prob=best.score if best else None,
+            no_answer_log_prob=reply.no_answer_score,
             n_best=_n_best(reply) if reply.spans else None,
         )
 
 
 def _n_best(reply: Reply) -> list[dict[str, Any]]:
     """Return a reply's spans; their probabilities and that of the abstention add up to 1."""
-    assert reply.no_answer_log_prob is not None
-    log_probs = [span.log_prob for span in reply.spans]
-    highest = max(*log_probs, reply.no_answer_log_prob)
-    total = sum(math.exp(value - highest) for value in (*log_probs, reply.no_answer_log_prob))
+    assert reply.no_answer_score is not None
+    scores = [span.score for span in reply.spans]
+    highest = max(*scores, reply.no_answer_score)
+    total = sum(math.exp(value - highest) for value in (*scores, reply.no_answer_score))
     return [
         {
             "text": span.text,
-            "probability": math.exp(span.log_prob - highest) / total,
-            "log_prob": span.log_prob,
+            "probability": math.exp(span.score - highest) / total,
+            "log_prob": span.score,
         }
         for span in reply.spans
     ]

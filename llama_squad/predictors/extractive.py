@@ -83,7 +83,7 @@ class ExtractiveModel:
                 )
             ]
             found = self._best_span(starts[index], ends[index], texts)
-            if found and (owner not in best or found[2] > best[owner].log_prob):
+            if found and (owner not in best or found[2] > best[owner].score):
                 begin, end = int(offsets[index, found[0], 0]), int(offsets[index, found[1], 1])
                 text = context[begin:end]  # of which "▁" includes its space
                 start = begin + len(text) - len(text.lstrip())
@@ -131,13 +131,13 @@ class ExtractiveModel:
         return first, last, float(scores[first, last])
 
     def _prediction(self, record: Record, best: Span | None, nothing: float) -> Prediction:
-        margin = nothing - best.log_prob if best else math.inf
+        margin = nothing - best.score if best else math.inf
         na_prob = float(torch.sigmoid(torch.tensor(margin)))
         if best is None or na_prob > self._threshold:
             text, score = NO_ANSWER, nothing
         else:
-            text, score = best.text, best.log_prob
+            text, score = best.text, best.score
         reply = Reply(
-            format_answer(text), [], score, best, no_answer_log_prob=nothing, na_prob=na_prob
+            format_answer(text), [], score, best, no_answer_score=nothing, na_prob=na_prob
         )
         return Prediction(record, record["question"], reply)

@@ -1,111 +1,26 @@
 """A predictor behind an OpenAI-compatible server: OpenAI, vLLM, llama.cpp, `transformers serve`.
 
-Uses prompts and the answer format; the client (package ``openai``) is loaded where it is needed.
-Questions are asked by a pool of threads, so that none waits for another. What fails is told apart
-by whose fault it is: a question that is refused is kept as failed, and the run goes on; a fault of
-the whole run (key, address, quota, a server that stays down) ends it with one line.
+Uses prompts, and the client beside it. Questions are asked by a pool of threads, so that none waits
+for another. A question that is refused is kept as failed, and the run goes on; a fault of the whole
+run ends it with one line.
 """
 
 import contextlib
 import itertools
 import json
-import os
-import re
-import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
-from tqdm import tqdm
-
-from llama_squad.answers import ANSWER_SCHEMA
 from llama_squad.decoding.replies import Reply
 from llama_squad.predictors.base import Batch, Prediction, Record
+from llama_squad.predictors.client import BACKOFF_S, Client, QuestionFailed, one_line, say
 from llama_squad.prompts import SYSTEM_PROMPT, build_messages
 
-OPENAI_URL = "https://api.openai.com/v1"
-
-RETRIES = 10
-"""So often a request is repeated: for about 150 s, in which a server can be started again."""
-TIMEOUT_RETRIES = 2
-"""The same after a timeout, which has cost ``--timeout`` seconds already."""
-BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 30.0
-"""Seconds before the first repetition, doubled before each further one, and their limit."""
-LONGEST_WAIT_S = 600.0
-"""A server that asks for a longer wait (``Retry-After``) is not waited for."""
-NOTICE_INTERVAL_S = 5.0
-"""Seconds between two lines about requests that are repeated."""
 FAILURES_SHOWN = 5
 """So many failed questions are shown with their reason; all have it in the result file."""
-
-_ANOTHER_LIMIT = {
-    "max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"
-}  # fmt: skip
-_OWN_OPTIONS = re.compile(
-    rf"temperature|response_format|{'|'.join(_ANOTHER_LIMIT)}"
-    r"|(unknown|invalid|no such) model|\bmodel\b.*\bnot (found|exist)",
-    re.IGNORECASE,
-)
-_OF_THE_QUESTION = re.compile(r"context|content|filter|flagged|moderat|too long", re.IGNORECASE)
-"""Of a refusal for its length or its content, which may name the model or the limit, too."""
-_KEPT = "What was answered is kept: the same command goes on from there"
-
-
-class _QuestionFailed(Exception):
-    """A question that gets no reply, "kind: reason", while others may."""
-
-
-@dataclass
-class _Tally:
-    """What the threads have had from the server so far."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    replies: int = 0
-    tokens_in: int = 0
-    tokens_out: int = 0
-    uncounted: int = 0
-    given_up: int = 0
-    """Questions given up since the last reply."""
-    said: set[str] = field(default_factory=set)
-    next_notice: float = 0.0
-
-    def add(self, usage: Any) -> None:
-        """Count a reply and its tokens; ``usage`` is None where the server does not tell."""
-        with self.lock:
-            self.replies += 1
-            self.given_up = 0
-            self.tokens_in += getattr(usage, "prompt_tokens", None) or 0
-            self.tokens_out += getattr(usage, "completion_tokens", None) or 0
-            self.uncounted += usage is None
-
-    def say_once(self, text: str) -> None:
-        with self.lock:
-            new = text not in self.said
-            self.said.add(text)
-        if new:
-            _say(text)
-
-    def notice(self, text: str) -> None:
-        """Say what the run waits for, but not for every thread that waits."""
-        with self.lock:
-            now = time.monotonic()
-            due = now >= self.next_notice
-            if due:
-                self.next_notice = now + NOTICE_INTERVAL_S
-        if due:
-            _say(text)
-
-    def __str__(self) -> str:
-        text = f"Tokens: {self.tokens_in:,} in, {self.tokens_out:,} out"
-        return text + f" ({self.uncounted:,} replies did not say)." * bool(self.uncounted)
-
-
-def _say(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)  # above a bar, if there is one
 
 
 class ServerModel:
@@ -144,28 +59,12 @@ class ServerModel:
         structured_output: bool = False,
         backoff_s: float = BACKOFF_S,
     ) -> None:
-        try:
-            from openai import OpenAI
-        except ImportError as error:
-            raise ValueError(
-                "--predictor server needs its client: pip install -r requirements-predictors.txt"
-            ) from error
-        self._url = base_url or OPENAI_URL  # given, so that no variable redirects it unseen
-        self._client = OpenAI(
-            api_key=_key(base_url), base_url=self._url, timeout=timeout, max_retries=0
-        )
-        self._options = {"model": model_name, "temperature": temperature}
-        self._limit, self._find_limit_name = max_new_tokens, max_tokens_name is None
-        newer = max_tokens_name is None and base_url is None  # OpenAI's own
-        self._limit_name: str = max_tokens_name or (
-            "max_completion_tokens" if newer else "max_tokens"
-        )
+        self._client = Client(
+            model_name, base_url, max_new_tokens=max_new_tokens, temperature=temperature,
+            timeout=timeout, max_tokens_name=max_tokens_name, backoff_s=backoff_s,
+        )  # fmt: skip
         self._prompt, self._system_prompt = prompt, system_prompt
-        self._timeout, self._concurrency = timeout, concurrency
-        self._structured, self._backoff_s = structured_output, backoff_s
-        self._who = f"{self._url} (model {model_name!r})"
-        self._tally = _Tally()
-        self._stop = threading.Event()
+        self._concurrency, self._structured = concurrency, structured_output
 
     def answer_all(self, records: Sequence[Record]) -> Iterator[list[Prediction]]:
         """Answer records, and yield the predictions as they come, in whatever order.
@@ -176,7 +75,7 @@ class ServerModel:
         Raises:
             ValueError: the server refuses all, cannot be reached, or answers something else.
         """
-        self._tally, self._stop = _Tally(), threading.Event()
+        self._client.begin()
         todo: SimpleQueue[Record] = SimpleQueue()
         for record in records:
             todo.put(record)
@@ -201,7 +100,7 @@ class ServerModel:
                     if isinstance(item, Exception):
                         raise item
         finally:
-            self._stop.set()
+            self._client.ended.set()
             self._say_end(failures, len(records))
 
     def answer(self, batch: Batch) -> list[Prediction]:
@@ -212,7 +111,7 @@ class ServerModel:
 
     def _work(self, todo: "SimpleQueue[Record]", known: "SimpleQueue[Any]") -> None:
         """Answer one question after the other, until none is left or the run ends."""
-        while not self._stop.is_set():
+        while not self._client.ended.is_set():
             try:
                 record = todo.get_nowait()
             except Empty:
@@ -227,16 +126,16 @@ class ServerModel:
         """Return the reasons of failed questions, and show the first few."""
         failed = [prediction for prediction in predictions if prediction.failure]
         for prediction in failed[: max(0, FAILURES_SHOWN - before)]:
-            _say(f"Question {prediction.record['id']} failed: {prediction.failure}")
+            say(f"Question {prediction.record['id']} failed: {prediction.failure}")
         return [prediction.failure for prediction in failed]
 
     def _say_end(self, failures: Sequence[str], count: int) -> None:
-        if self._tally.replies:
-            _say(str(self._tally))
+        if self._client.tally.replies:
+            say(str(self._client.tally))
         if failures:
             kinds = Counter(failure.partition(":")[0] for failure in failures)
             parts = ", ".join(f"{n:,} {kind}" for kind, n in kinds.most_common())
-            _say(
+            say(
                 f"{len(failures):,} of {count:,} questions failed ({parts}): the result file has "
                 "the reasons, and the same command asks them again."
             )
@@ -249,7 +148,7 @@ class ServerModel:
                 if message["role"] == "assistant":
                     message["content"] = self._reply(messages[:turn]).strip()
             completion = self._reply(messages, last=True)
-        except _QuestionFailed as error:
+        except QuestionFailed as error:
             failure = str(error)
         text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
         return Prediction(record, text, Reply(completion, [], None), failure)
@@ -258,11 +157,11 @@ class ServerModel:
         """Return what the model says to a conversation.
 
         Raises:
-            _QuestionFailed: it refuses, the content is filtered, or there is none.
+            QuestionFailed: it refuses, the content is filtered, or there is none.
             ValueError: a fault of the whole run.
         """
         structured = last and self._structured
-        done = self._request(messages, structured)
+        done = self._client.complete(messages, structured)
         try:
             choice = done.choices[0]
             content, reason = choice.message.content, choice.finish_reason
@@ -270,170 +169,23 @@ class ServerModel:
             if not isinstance(content, str | None):
                 raise TypeError(f"content is of type {type(content).__name__}")
         except (AttributeError, IndexError, TypeError) as error:
-            raise ValueError(self._no_completion(error)) from error
-        self._tally.add(done.usage)
+            raise ValueError(self._client.no_completion(error)) from error
+        self._client.tally.add(done.usage)
         if reason == "length":
-            self._tally.say_once(
+            self._client.tally.say_once(
                 "A reply was cut off at --max_new_tokens: give more if the model thinks first."
             )
         if refusal:
-            raise _QuestionFailed(f"refusal: {_one_line(refusal)}")
+            raise QuestionFailed(f"refusal: {one_line(refusal)}")
         if reason == "content_filter":
-            raise _QuestionFailed("content filter: the reply was withheld")
+            raise QuestionFailed("content filter: the reply was withheld")
         if content is None:
-            raise _QuestionFailed(f"no content: the reply is null (finish_reason {reason})")
+            raise QuestionFailed(f"no content: the reply is null (finish_reason {reason})")
         if structured and reason != "length" and not _is_json(content):
-            self._tally.say_once(
+            self._client.tally.say_once(
                 "The server does not hold replies to the JSON schema of --structured_output."
             )
         return content
-
-    def _no_completion(self, error: Exception) -> str:
-        return (
-            f"{self._who} answers with something that is no chat completion ({error}): does "
-            f"--base_url end where the API begins, as in http://localhost:8000/v1? {_KEPT}"
-        )
-
-    def _request(self, messages: Any, structured: bool) -> Any:
-        """Send a request, and again where that may help. Raises as ``_reply`` does."""
-        from openai import APIError
-
-        replies_before: int | None = None
-        attempt, delay = 0, 0.0
-        while not self._stop.wait(delay):
-            attempt += 1
-            try:
-                return self._send_with_limit(messages, structured)
-            except APIError as error:
-                if replies_before is None:
-                    replies_before = self._tally.replies
-                delay = self._delay(error, attempt, replies_before)
-            except ValueError as error:  # no JSON
-                raise ValueError(self._no_completion(error)) from error
-        raise ValueError("the run has ended")  # nobody listens
-
-    def _send_with_limit(self, messages: Any, structured: bool) -> Any:
-        """Send a request; where the limit's name is not known, try the other one, and keep it."""
-        from openai import BadRequestError, UnprocessableEntityError
-
-        refused, name = (BadRequestError, UnprocessableEntityError), self._limit_name
-        try:
-            return self._send(messages, structured, name)
-        except refused as error:
-            if not self._find_limit_name or name not in str(error):
-                raise
-            try:
-                done = self._send(messages, structured, _ANOTHER_LIMIT[name])
-            except refused:
-                raise error from None  # it was not the name
-        self._limit_name = _ANOTHER_LIMIT[name]
-        return done
-
-    def _send(self, messages: Any, structured: bool, limit_name: str) -> Any:
-        options: dict[str, Any] = self._options | {limit_name: self._limit}
-        if structured:
-            schema = {"name": "answer", "strict": True, "schema": ANSWER_SCHEMA}
-            options["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return self._client.chat.completions.create(messages=messages, **options)
-
-    def _delay(self, error: Any, attempt: int, replies_before: int) -> float:
-        """Return the seconds after which to repeat a request that failed.
-
-        Args:
-            error: the client's.
-            attempt: how often it was sent.
-            replies_before: how many replies there were when it failed first.
-
-        Raises:
-            _QuestionFailed: others were answered meanwhile, or this one only is refused.
-            ValueError: repeating does not help, nor would asking anything else.
-        """
-        from openai import APITimeoutError
-
-        status = getattr(error, "status_code", None)
-        timed_out = isinstance(error, APITimeoutError)
-        reason = _reason(error)
-        if status in (400, 413, 422) and not self._is_our_option(error):
-            raise _QuestionFailed(reason)
-        if status == 403 and _OF_THE_QUESTION.search(reason):
-            raise _QuestionFailed(reason)
-        wait = _retry_after(error)
-        spent = error.code == "insufficient_quota" or error.type == "insufficient_quota"
-        may_pass = status is None or status in (408, 409, 429) or status >= 500
-        if spent or not may_pass or wait > LONGEST_WAIT_S:
-            raise ValueError(f"{self._who} does not answer: {reason}. {_KEPT}") from error
-        retries = TIMEOUT_RETRIES if timed_out else RETRIES
-        if attempt > retries:
-            with self._tally.lock:
-                first = self._tally.given_up == 0
-                self._tally.given_up += 1
-            alive = timed_out or (status or 0) >= 500
-            if self._tally.replies > replies_before or (first and alive):
-                raise _QuestionFailed(f"{reason} ({attempt} times)")
-            raise ValueError(
-                f"{self._who} does not answer: {reason}"
-                + "; --timeout waits longer, a smaller --concurrency asks for less at once"
-                * timed_out
-                + f". {_KEPT}"
-            ) from error
-        delay = max(wait, min(self._backoff_s * 2 ** (attempt - 1), LONGEST_BACKOFF_S))
-        if not self._stop.is_set():
-            self._tally.notice(
-                f"{self._who}: {reason}. Trying again in {delay:.1f} s ({attempt} of {retries})."
-            )
-        return delay
-
-    def _is_our_option(self, error: Any) -> bool:
-        """Tell whether a request is refused for what all requests have in common."""
-        if error.code in ("unsupported_parameter", "unsupported_value", "model_not_found"):
-            return True
-        if error.param in ("model", "temperature", "response_format"):
-            return True
-        # Servers that give no code say it in words, which a question may hold, too.
-        words = _reason(error)
-        if self._tally.replies or _OF_THE_QUESTION.search(words):
-            return False
-        return bool(_OWN_OPTIONS.search(words))
-
-
-def _key(base_url: str | None) -> str:
-    """Return the key to send. Raises ValueError where it is missing or damaged."""
-    key = os.environ.get("OPENAI_API_KEY")
-    if not key and not base_url:
-        raise ValueError(
-            "OpenAI asks for a key: set OPENAI_API_KEY, or name another server with --base_url"
-        )
-    if key and not (key.isascii() and key.isprintable()):
-        raise ValueError("OPENAI_API_KEY holds a character that no key has: copy it again")
-    return key or "none"
-
-
-def _reason(error: Any) -> str:
-    """Say in one line what the client's error is about, as "kind: message"."""
-    status = getattr(error, "status_code", None)
-    if status is None:
-        cause = str(error.__cause__ or "")
-        return "connection: " + _one_line(f"{error.message.rstrip('.')} {cause and f'({cause})'}")
-    body = error.body if isinstance(error.body, dict) else {}
-    said = body.get("message") or body.get("detail") or body.get("error")
-    message = said or error.response.text or error.message
-    return f"{status} {error.code or ''}".strip() + f": {_one_line(message)}"
-
-
-def _retry_after(error: Any) -> float:
-    """Return the seconds that the server asks to wait; 0 where it does not say."""
-    response = getattr(error, "response", None)
-    headers = response.headers if response is not None else {}
-    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        try:
-            return float(headers[name]) * unit
-        except (KeyError, ValueError):  # a date may stand there, too
-            continue
-    return 0.0
-
-
-def _one_line(text: Any, length: int = 500) -> str:
-    return " ".join(str(text).split())[:length].rstrip(".")
 
 
 def _is_json(text: str) -> bool:

@@ -8,14 +8,14 @@ its run was made with, and a run that goes on from it is compared with that firs
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llama_squad.config import load_run_config
 from llama_squad.encoding import ChatEncoder
-from llama_squad.evaluation import weights_digest
+from llama_squad.processes import this_process
+from llama_squad.weights import weights_digest
 
 RECORD = "resume"
 """Where in a checkpoint's saved configuration its run's record stands."""
@@ -201,7 +201,7 @@ def check_resume(checkpoint: str | None, record: Mapping[str, Any], anyway: bool
             "schedule: give those of the checkpoint, --resume_anyway to go on with these, or "
             f"{_START_ANEW}"
         )
-    if differences and os.environ.get("RANK", "0") == "0":
+    if differences and this_process().is_main_process:
         print(f"Going on from {checkpoint} with other settings: {'; '.join(differences)}.")
     return differences
 
@@ -226,3 +226,16 @@ def _is_fixed(name: str, saved: Mapping[str, Any], record: Mapping[str, Any]) ->
 
 def _describe(name: str, saved: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     return f"{name}: {saved[name]!r} in the checkpoint, {record[name]!r} now"
+
+
+def what_is_kept(sft_args: Any, started: float) -> str:
+    """Say what an interrupted run leaves, and how to go on with it."""
+    asked = sft_args.resume_from_checkpoint
+    checkpoint = newest_checkpoint(sft_args.output_dir, started)
+    checkpoint = checkpoint or find_checkpoint(asked, sft_args.output_dir)
+    if not checkpoint:
+        return "no checkpoint is written yet (see --save_steps): the same command starts anew"
+    return (
+        f"{checkpoint} is kept: the same command with --resume_from_checkpoint {checkpoint} goes "
+        "on from there"
+    )

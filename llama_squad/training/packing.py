@@ -33,7 +33,8 @@ def encode_split(
         return out
 
     backend = encoder.tokenizer.backend_tokenizer.to_str()
-    key = (split._fingerprint, backend, encoder.tokenizer.chat_template, encoder.pause, max_length)
+    template, reasoning = encoder.tokenizer.chat_template, encoder.reasoning_ids
+    key = (split._fingerprint, backend, template, reasoning, max_length)
     dataset = split.map(
         encode,
         batched=True,
@@ -208,24 +209,19 @@ def plan_rows(
         ValueError: there are too few questions for the processes.
     """
     paragraphs = group_paragraphs(encoded, max_length)
-    questions = sum(len(p.examples) for p in paragraphs)
-    tokens = sum(p.tokens for p in paragraphs)
+    questions, lengths = sum(len(p.examples) for p in paragraphs), encoded["length"]
     wanted = max(1, round(questions_per_step * len(paragraphs) / questions / processes))
-    fitting = max(1, int(row_tokens * len(paragraphs) / tokens))
+    fitting = max(1, int(row_tokens * len(paragraphs) / sum(p.tokens for p in paragraphs)))
     rows_per_step = -(-wanted // fitting)
     per_row = wanted / rows_per_step  # on average: five paragraphs in two rows are 2.5
     most, rng = max_length or 1 << 62, random.Random(seed)
-    too_long = _paragraphs_beyond(encoded, longest_shared)
-    alone = [p for p in paragraphs if encoded["paragraph"][p.examples[0]] in too_long]
-    sharing = [p for p in paragraphs if p not in alone] if alone else paragraphs
+    sharing, alone = _set_long_apart(encoded, paragraphs, longest_shared)
     rows = _balanced_rows(sharing, per_row, most, rng)
     plain: list[list[tuple[int, ...]]] = [[(i,)] for p in alone for i in p.examples]
-    if sharing:
-        rows = _divisible(rows, processes, most, encoded["length"], len(plain))
+    rows = _divisible(rows, processes, most, lengths, len(plain)) if sharing else []
     if plain:
         rows += plain
         rng.shuffle(rows)
-    shared = shareable_prefix([encoded[p.examples[0]] for p in paragraphs[:50]])
     held = len(paragraphs) / len(rows)
     # an epoch ends a step, however few rows it has
     in_step = min(rows_per_step, len(rows) // processes)
@@ -235,27 +231,38 @@ def plan_rows(
         paragraphs_per_step=round(in_step * held * processes),
         questions_per_step=questions / len(rows) * in_step * processes,
         steps=len(rows) / processes / in_step,
-        tokens=tokens
-        + _repeated(alone, encoded["length"])
-        - shared * (len(sharing) - len(rows) + len(plain)),
-        plain_tokens=sum(encoded["length"]),
-        plain_paragraphs=len(too_long),
+        tokens=_tokens(encoded, sharing, len(rows) - len(plain), plain),
+        plain_tokens=sum(lengths),
+        plain_paragraphs=len({encoded["paragraph"][p.examples[0]] for p in alone}),
     )
 
 
-def _paragraphs_beyond(encoded: Any, longest: int | None) -> set[str]:
-    """Return the paragraphs that hold an example of more than ``longest`` tokens."""
+def _set_long_apart(
+    encoded: Any, paragraphs: Sequence[Paragraph], longest: int | None
+) -> tuple[list[Paragraph], list[Paragraph]]:
+    """Return those without and those with an example of more than ``longest`` tokens."""
     if longest is None:
-        return set()
-    pairs = zip(encoded["paragraph"], encoded["length"], strict=True)
-    return {paragraph for paragraph, length in pairs if length > longest}
+        return list(paragraphs), []
+    names = encoded["paragraph"]
+    pairs = zip(names, encoded["length"], strict=True)
+    beyond = {name for name, length in pairs if length > longest}
+    parts: tuple[list[Paragraph], list[Paragraph]] = [], []
+    for paragraph in paragraphs:  # all parts of one that was split go the same way
+        parts[names[paragraph.examples[0]] in beyond].append(paragraph)
+    return parts
 
 
-def _repeated(alone: Sequence[Paragraph], lengths: Sequence[int]) -> int:
-    """Return how many tokens paragraphs take more than their trees, an example a row."""
-    return sum(lengths[example] for p in alone for example in p.examples) - sum(
-        p.tokens for p in alone
-    )
+def _tokens(
+    encoded: Any,
+    sharing: Sequence[Paragraph],
+    rows: int,
+    plain: Sequence[Sequence[Sequence[int]]],
+) -> int:
+    """Count the tokens of so many ``rows`` of paragraphs, a prefix once, and of the ``plain``."""
+    firsts = [encoded[p.examples[0]] for p in sharing[:50]]
+    shared = shareable_prefix(firsts) if firsts else 0
+    trees = sum(p.tokens for p in sharing) - shared * (len(sharing) - rows)
+    return trees + sum(_length(row, encoded["length"]) for row in plain)
 
 
 def _balanced_rows(

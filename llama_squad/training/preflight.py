@@ -1,8 +1,9 @@
 """What a training run asks of this machine: packages and the Hub, before the model is loaded."""
 
-import os
 from importlib.util import find_spec
 from typing import Any
+
+from llama_squad.processes import this_process
 
 # where the package's name is not the tracker's
 _TRACKER_PACKAGES = {"azure_ml": "azureml-sdk", "flyte": "flytekit"}
@@ -56,7 +57,7 @@ def check_hub(args: Any) -> None:
     Raises:
         ValueError: no token, one that the Hub refuses, or no way to the Hub.
     """
-    if not args.push_to_hub or os.environ.get("RANK", "0") != "0":
+    if not args.push_to_hub or not this_process().is_main_process:
         return
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError

@@ -1,7 +1,6 @@
 """What a run is made of: the model with its adapter, the rows, the validation."""
 
 import dataclasses
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from llama_squad.encoding import ChatEncoder
 from llama_squad.metrics import is_exact_match
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
+from llama_squad.processes import this_process
 from llama_squad.prompts import build_messages
 from llama_squad.training.checkpoints import digest
-from llama_squad.training.packing import plan_rows, row_dataset
+from llama_squad.training.packing import Plan, plan_rows, row_dataset
 from llama_squad.tree import attention_windows, longest_shared
 from llama_squad.tree_check import RowProbe, why_not_shared
 
@@ -66,7 +66,7 @@ def check_shared_contexts(
     """Return why contexts cannot be shared, as found on a row of the run; else "", and say so."""
     probe = RowProbe(model, collator, row["paragraphs"])
     why = why_not_shared(model, probe)
-    if not why and os.environ.get("RANK", "0") == "0":
+    if not why and this_process().is_main_process:
         print(
             f"Shared contexts checked on {len(probe.examples)} questions: none sees another, and "
             "the last one gives the logits that it gives alone."
@@ -87,10 +87,10 @@ def prepare_model(args: TrainArguments, model_args: ModelArguments, encoder: Cha
     if args.from_adapter:
         model = resume_lora(model, args, model_args.model_name)
     else:
-        model = add_lora(model, args, encoder.pause[0] if encoder.pause else None)
+        model = add_lora(model, args, encoder.reasoning_ids[0] if encoder.reasoning_ids else None)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = "4 bits" if args.quantize else str(model.dtype)
-    if os.environ.get("RANK", "0") == "0":
+    if this_process().is_main_process:
         source = f", going on from {args.from_adapter}" if args.from_adapter else ""
         print(f"LoRA: {trained:,} trainable parameters on a base in {base}{source}.")
     return model
@@ -117,28 +117,11 @@ def lay_out(
     With rows, ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` of the returned
     settings mean rows, so that a step holds about as many questions as ``sft_args`` asks for.
     """
-    questions = (
-        sft_args.per_device_train_batch_size
-        * sft_args.gradient_accumulation_steps
-        * sft_args.world_size
-    )
     settings: dict[str, Any] = {} if "val" in encoded else {"eval_strategy": "no"}
     why = "as asked"
     if args.share_context:
         limit = longest_shared(model)
-        planned = {
-            name: plan_rows(
-                split,
-                questions_per_step=questions,
-                # an evaluation's last batch may hold a row twice, and counts it once
-                processes=sft_args.world_size if name == "train" else 1,
-                row_tokens=args.row_tokens,
-                max_length=sft_args.max_length,
-                seed=sft_args.seed,
-                longest_shared=limit,
-            )
-            for name, split in encoded.items()
-        }
+        planned = _plan_splits(args, sft_args, encoded, limit)
         features = {name: row_dataset(encoded[name], plan.rows) for name, plan in planned.items()}
         windows = attention_windows(model.config)
         tried = planned["train"].row_to_try(encoded["train"]["length"], windows.values())
@@ -156,10 +139,33 @@ def lay_out(
             }
             return Layout(features, settings, f"shared contexts {digest(planned['train'].rows)}")
     if sft_args.process_index == 0:
-        step = _plain_step(questions, encoded["train"])
+        step = _plain_step(_questions_per_step(sft_args), encoded["train"])
         print(f"Plain batches, contexts not shared: {why}. {step}")
     features = {name: split.remove_columns("paragraph") for name, split in encoded.items()}
     return Layout(features, settings, "plain batches")
+
+
+def _questions_per_step(sft_args: Any) -> int:
+    batch = sft_args.per_device_train_batch_size * sft_args.gradient_accumulation_steps
+    return batch * sft_args.world_size
+
+
+def _plan_splits(
+    args: TrainArguments, sft_args: Any, encoded: Mapping[str, Any], limit: int | None
+) -> dict[str, Plan]:
+    return {
+        name: plan_rows(
+            split,
+            questions_per_step=_questions_per_step(sft_args),
+            # an evaluation's last batch may hold a row twice, and counts it once
+            processes=sft_args.world_size if name == "train" else 1,
+            row_tokens=args.row_tokens,
+            max_length=sft_args.max_length,
+            seed=sft_args.seed,
+            longest_shared=limit,
+        )
+        for name, split in encoded.items()
+    }
 
 
 def _plain_step(questions: int, train: Any) -> str:

@@ -29,24 +29,10 @@ def answer_loss(
     return loss, right, torch.tensor(len(wanted), device=loss.device)
 
 
-def count_batch(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Count a batch of ``SquadDataCollator``: questions, tokens, tokens if nothing was shared."""
-    mask = inputs["attention_mask"]
-    if mask.dim() == 2:
-        tokens = mask.sum()
-        return torch.stack([torch.tensor(len(mask), device=mask.device), tokens, tokens])
-    # A pad sees itself alone, and so does each row's first token. Positions go on by one within
-    # a prefix and its first branch, and jump where a branch ends.
-    # So does a later paragraph's first where nothing is shared: but padding comes last.
-    real = (mask[:, 0].sum(-1) > 1).flip(-1).cummax(-1).values.flip(-1)
-    position = inputs["position_ids"]
-    following = F.pad(position, (0, 1), value=-1)[:, 1:]
-    leaf = real & ((following != position + 1) | ~F.pad(real, (0, 1))[:, 1:])
-    return torch.stack([leaf.sum(), real.sum(), (position + 1)[leaf].sum()])
-
-
 class SquadTrainer(SFTTrainer):
     """TRL's trainer, with the loss on the answers only and a true log.
+
+    Its collator is a ``SquadDataCollator`` with ``counts``.
 
     Args:
         validate: called with the model at each evaluation; returns figures such as exact match,
@@ -96,11 +82,12 @@ class SquadTrainer(SFTTrainer):
     ) -> Any:
         """Return the loss of the supervised tokens over their number in the whole step."""
         if return_outputs:  # for ``compute_metrics``, which wants the logits too
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            features = {name: value for name, value in inputs.items() if name != "counts"}
+            return super().compute_loss(model, features, return_outputs, num_items_in_batch)
         loss, right, supervised = answer_loss(model, inputs, self.args.label_smoothing_factor)
         if num_items_in_batch is None:
             return loss / supervised.clamp(min=1)
-        counts = torch.cat([count_batch(inputs), torch.stack([supervised, right])])
+        counts = torch.cat([inputs["counts"].sum(0), torch.stack([supervised, right])])
         self._counts = self._counts.to(counts.device) + counts
         loss = loss / num_items_in_batch
         # `num_items_in_batch` counts the tokens of all processes, and DDP averages gradients

@@ -1,14 +1,28 @@
-"""Does the search find the best span? A sample of questions against an exhaustive search."""
+"""Does the search find the best span? A sample of questions against an exhaustive search.
 
+Takes the flags of ``test_llama_squad.py``, and writes nothing.
+
+    python benchmarks/audit.py --adapter_name=results/final_checkpoints --questions 200
+"""
+
+import dataclasses
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
-from llama_squad.arguments import EvalArguments
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from llama_squad.arguments import EvalArguments, ModelArguments, resolve_decoding
+from llama_squad.checks import check_evaluation
+from llama_squad.config import parse_stage
+from llama_squad.data import load_squad
 from llama_squad.decoding.replies import Reply
+from llama_squad.evaluation import choose_records
 from llama_squad.predictors.base import Predictor, Record, batch_paragraphs
+from llama_squad.predictors.loading import adapter_settings, load_predictor
 
 AUDIT_BEAMS = 1000
 """So many partial replies of a length are rarely wanted: then the audit's answer is proven best."""
@@ -49,9 +63,9 @@ LEAST_NOISE = 1e-4
 
 
 def audit(
-    model: Predictor, exhaustive: Predictor, records: Sequence[Record], args: EvalArguments
+    model: Predictor, exhaustive: Predictor, records: Sequence[Record], batch_size: int
 ) -> Audit:
-    """Compare a model's best spans with the best of all spans, for a sample of the questions.
+    """Compare a model's best spans with the best of all spans.
 
     ``exhaustive`` gives up next to nothing. Its answer counts where it is proven: every span that
     it did not finish had already become less likely, which is as good as scoring each. Texts must
@@ -59,10 +73,8 @@ def audit(
     the two searches, whose passes have other shapes (next to nothing in float32). Neither may
     abstain (a threshold of 1).
     """
-    assert args.batch_size is not None
-    sample = random.Random(args.seed).sample(list(records), min(args.audit, len(records)))
     pairs: list[tuple[Reply, Reply]] = []
-    for batch in tqdm(list(batch_paragraphs(sample, args.batch_size)), "Audit", unit=" batches"):
+    for batch in tqdm(list(batch_paragraphs(records, batch_size)), "Audit", unit=" batches"):
         answers = zip(model.answer(batch), exhaustive.answer(batch), strict=True)
         pairs += [(found.reply, true.reply) for found, true in answers]
     noise = LEAST_NOISE
@@ -78,5 +90,36 @@ def audit(
         elif not true.proven_best:
             unproven += 1
         else:
-            best += ours.text == theirs.text or theirs.log_prob - ours.log_prob <= noise
-    return Audit(len(sample), best, unproven, noise)
+            best += ours.text == theirs.text or theirs.score - ours.score <= noise
+    return Audit(len(records), best, unproven, noise)
+
+
+@dataclass(frozen=True)
+class AuditArguments:
+    """What the audit takes beside the flags of ``test_llama_squad.py``."""
+
+    questions: int = dataclasses.field(default=200, metadata={"help": "How many, at random."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the audit."""
+    types = (EvalArguments, ModelArguments, AuditArguments)
+    try:
+        args, model_args, own = parse_stage(
+            "test", types, argv, saved=adapter_settings, description=__doc__
+        )
+        check_evaluation(argv, (args, model_args))
+        args = resolve_decoding(args)
+        if (args.predictor, args.decoding) != ("local", "span"):
+            raise ValueError("the audit is of span decoding: leave --predictor and --decoding out")
+        records = choose_records(load_squad(args.dataset_name)[args.split], args)
+        sample = random.Random(args.seed).sample(records, min(own.questions, len(records)))
+        model = load_predictor(args, model_args)
+    except ValueError as error:
+        sys.exit(f"audit.py: {error}")
+    exhaustive = model(na_prob_thresh=1.0, num_beams=AUDIT_BEAMS)
+    print(audit(model(na_prob_thresh=1.0), exhaustive, sample, args.batch_size or 32))
+
+
+if __name__ == "__main__":
+    main()

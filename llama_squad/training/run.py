@@ -1,0 +1,65 @@
+"""A training run, from the dataset to the saved adapter, and to the merged model where asked."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from llama_squad import modeling
+from llama_squad.arguments import ModelArguments, TrainArguments
+from llama_squad.collator import SquadDataCollator
+from llama_squad.data import load_squad, sample_paragraphs
+from llama_squad.stage import if_interrupted
+from llama_squad.training import checkpoints, preflight, publishing
+from llama_squad.training.merge_error import Sample
+from llama_squad.training.packing import encode_dataset
+from llama_squad.training.setup import lay_out, make_validation, prepare_model
+from llama_squad.training.trainer import SquadTrainer
+
+
+def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Path:
+    """Train, save the adapter, and merge and push it where asked; return the adapter's folder."""
+    preflight.check_hub(sft_args)
+    modeling.say_device()
+    settings = publishing.run_settings(args, model_args, sft_args.to_dict())
+    set_seed(sft_args.seed)
+    checkpoint = checkpoints.find_checkpoint(sft_args.resume_from_checkpoint, sft_args.output_dir)
+    dataset = load_squad(args.dataset_name)
+    if "val" in dataset:
+        dataset["val"] = sample_paragraphs(dataset["val"], args.eval_samples, sft_args.seed)
+    encoder = modeling.load_encoder(model_args, args.reasoning_tokens)
+    record = checkpoints.make_record(settings, dataset["train"], encoder, sft_args.world_size)
+    differ = checkpoints.check_resume(checkpoint, record, args.resume_anyway)
+    with sft_args.main_process_first(desc="encoding"):
+        encoded = encode_dataset(dataset, encoder, sft_args.max_length)
+    model = prepare_model(args, model_args, encoder)
+    collator = SquadDataCollator(
+        pad_token_id=encoder.tokenizer.pad_token_id,
+        pad_to_multiple_of=sft_args.pad_to_multiple_of,
+        counts=True,
+    )
+    validate = make_validation(sft_args, dataset, args.dataset_name, encoder)
+    layout = lay_out(args, sft_args, encoded, model, collator)
+    record["rows"] = layout.rows
+    if not differ:  # else they are laid out otherwise, of course
+        checkpoints.check_resume(checkpoint, {"rows": layout.rows}, args.resume_anyway)
+    settings[checkpoints.RECORD] = record
+    trainer = SquadTrainer(
+        model=model,
+        args=sft_args.replace(**layout.settings),
+        data_collator=collator,
+        train_dataset=layout.features["train"],
+        eval_dataset=layout.features.get("val"),
+        processing_class=encoder.tokenizer,
+        validate=validate,
+        settings=settings,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    final = publishing.save_final(trainer, settings)
+    first = trainer.is_world_process_zero()
+    del trainer, model
+    if args.merge_and_push and first:
+        sample = Sample.take(layout.features.get("val", layout.features["train"]), collator)
+        with if_interrupted(f"{final} is complete, but neither merged nor pushed"):
+            publishing.merge_and_push(final, args, model_args, sft_args, sample)
+    return final

@@ -1,0 +1,91 @@
+"""Attention in blocks: the same as over the whole row, of fewer products."""
+
+import pytest
+import torch
+from helpers import collator, difference, encode_paragraphs, make_records, tiny_model
+
+from llama_squad import attention
+from llama_squad.attention import mark_blocks
+from llama_squad.training.trainer import answer_loss
+from llama_squad.tree import shareable_prefix
+
+PARAGRAPHS = encode_paragraphs(make_records(4, [2, 3, 1, 2]))
+ROW = collator()([{"paragraphs": PARAGRAPHS}])
+
+
+def blocks_of(mask: torch.Tensor) -> list[attention.Block]:
+    """Return the blocks that a mask was marked with."""
+    return getattr(mask, attention._BLOCKS)
+
+
+@pytest.mark.parametrize("block_tokens", [1, 7, 64, 200])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_blocks_hold_all_that_is_seen(block_tokens: int, rows: int) -> None:
+    batch = collator()([{"paragraphs": PARAGRAPHS}, {"paragraphs": PARAGRAPHS[:2]}][:rows])
+    visible = batch["attention_mask"]
+    blocks = blocks_of(mark_blocks(visible, block_tokens))
+    assert [rows.start for rows, _, _ in blocks[1:]] == [rows.stop for rows, _, _ in blocks[:-1]]
+    assert (blocks[0][0].start, blocks[-1][0].stop) == (0, visible.shape[2])
+    assert max(rows.stop - rows.start for rows, _, _ in blocks) <= block_tokens
+    assert sum(int(mask.sum()) for _, _, mask in blocks) == int(visible.sum())
+    for queries, keys, mask in blocks:
+        assert torch.equal(visible[:, :, queries][..., keys], mask)
+
+
+def test_a_paragraph_is_cut_from_the_next() -> None:
+    blocks = blocks_of(mark_blocks(ROW["attention_mask"], 300))
+    pairs = sum(mask.shape[2] * mask.shape[3] for _, _, mask in blocks)
+    assert pairs < 0.5 * ROW["attention_mask"].numel()
+    ends = {queries.stop for queries, _, _ in blocks[:-1]}
+    positions = ROW["position_ids"][0].tolist()
+    # what all paragraphs share comes first; positions jump back to its end where the next begins
+    prefix = int(shareable_prefix([e for p in PARAGRAPHS for e in p]))
+    starts = {at for at, depth in enumerate(positions) if depth == prefix}
+    assert ends <= starts, "a cut through a paragraph that fits into a block"
+
+
+def test_short_rows_and_single_tokens_stay_whole() -> None:
+    assert not hasattr(mark_blocks(torch.ones(2, 1, 4, 600, dtype=torch.bool)), attention._BLOCKS)
+    marked = mark_blocks(torch.ones(2, 1, 385, 385, dtype=torch.bool).tril())
+    assert len(blocks_of(marked)) == 2
+
+
+@pytest.mark.parametrize("kind", ["all", "recomputed"])
+@pytest.mark.parametrize("block_tokens", [16, 300])
+def test_blocks_change_neither_loss_nor_gradients(
+    kind: str, block_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    if kind == "recomputed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    whole = answer_loss(model, ROW)[0]
+    whole.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    called = []
+    real = attention.sdpa_attention_forward
+    monkeypatch.setattr(attention, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(
+        attention, "sdpa_attention_forward", lambda *a, **k: called.append(1) or real(*a, **k)
+    )
+    loss = answer_loss(model, ROW)[0]
+    loss.backward()
+    layers = model.config.num_hidden_layers * (2 if kind == "recomputed" else 1)
+    assert len(called) > layers, "nothing was run in blocks"
+    torch.testing.assert_close(loss, whole)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, wanted[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["gemma3_text", "mistral"])
+def test_windows_in_blocks(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_tree import tree_model
+
+    monkeypatch.setattr(attention, "BLOCK_TOKENS", 32)
+    model = tree_model(architecture, sliding_window=24)
+    shared = [collator()([{"paragraphs": PARAGRAPHS}])]
+    separate = [collator()([example]) for paragraph in PARAGRAPHS for example in paragraph]
+    found = difference(model, shared, separate)
+    assert max(found.values()) < 1e-5, found
