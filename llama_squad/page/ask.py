@@ -188,7 +188,7 @@ class AskTab:
             show_progress="hidden",
         )  # fmt: skip
         for field in (self.context, self.question):
-            field.input(
+            field.change(
                 self.on_edit, [self.record, self.context, self.question],
                 [self.record, self.right, self.golds, self.reveal], **PRIVATE,
             )  # fmt: skip
