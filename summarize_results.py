@@ -22,7 +22,7 @@ from llama_squad.config import parse_stage
 from llama_squad.durable import one_line_errors
 from llama_squad.metrics import ScoreTable, gold_texts, score_predictions, score_table
 from llama_squad.plots import plot_na_probs
-from llama_squad.report import describe_differing, render_figures, render_summaries
+from llama_squad.report import describe_differing, render_metrics, render_summaries
 from llama_squad.result_reader import name_files, read_rows
 from llama_squad.stage import run_stage
 from llama_squad.summary import Questions, Tally
@@ -48,7 +48,7 @@ def summarize_files(args: SummarizeArguments) -> str:
         for row in read_rows(path, args.na_prob_thresh):
             asked.add(row)
             tally.add(row)
-        summaries[name], questions[name] = tally.figures(), asked.key()
+        summaries[name], questions[name] = tally.metrics(), asked.key()
         if args.plot:
             table = tally.weighed()
             if table is None:
@@ -81,13 +81,13 @@ def score_official(args: SummarizeArguments) -> str:
     golds, predictions = gold_texts(read_json(args.data)), read_json(args.predictions)
     na_probs = read_json(args.na_prob) if args.na_prob else None
     threshold = 1.0 if args.na_prob_thresh is None else args.na_prob_thresh
-    figures = score_predictions(golds, predictions, na_probs, threshold)
+    metrics = score_predictions(golds, predictions, na_probs, threshold)
     if args.plot:
         if na_probs is None:
             raise ValueError("--plot draws no-answer probabilities: give --na_prob FILE")
         name = Path(args.predictions).stem
         plot_file(score_table(golds, predictions, na_probs), args.plot, name)
-    return render_figures(figures, args.format)
+    return render_metrics(metrics, args.format)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

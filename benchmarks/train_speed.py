@@ -22,6 +22,7 @@ the batches of each way are compared: the same supervised tokens, and the same l
 Prints a report; ``--json FILE`` keeps the raw figures.
 """
 
+# Long: four ways of training side by side, each of which needs the others' settings.
 import argparse
 import contextlib
 import functools

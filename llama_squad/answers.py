@@ -29,7 +29,7 @@ MALFORMED_PREDICTION = "\ufffdmalformed\ufffd"
 """What stands for a malformed reply in an official prediction file, where "" means no answer: a
 text that shares no word with any gold answer, so that it is exact 0 and F1 0 everywhere."""
 
-State = Literal["answer", "no_answer", "malformed", "failed"]
+AnswerState = Literal["answer", "no_answer", "malformed", "failed"]
 """A reply's three states, and that of a question that got no reply ("failed": scores as wrong)."""
 
 
@@ -37,7 +37,7 @@ State = Literal["answer", "no_answer", "malformed", "failed"]
 class Answer:
     """What a reply says: ``text`` is the answer, ``NO_ANSWER``, or "" (malformed or failed)."""
 
-    state: State
+    state: AnswerState
     text: str
 
     @property

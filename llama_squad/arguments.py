@@ -6,7 +6,7 @@ Each field is a flag and a key of the configuration file; ``llama_squad.config``
 import dataclasses
 from typing import Any, Literal
 
-from llama_squad.prompts import PROMPTS, SYSTEM_PROMPT
+from llama_squad.prompts import PROMPTS, SYSTEM_PROMPT, ActsFrom
 from llama_squad.report import Format
 
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -113,6 +113,18 @@ class TrainArguments:
     )
     use_rslora: bool = _option(False, "Scale by alpha / sqrt(r) (rank-stabilised LoRA).")
     use_dora: bool = _option(False, "Weight-decomposed LoRA: slower, sometimes better.")
+    alora_from: ActsFrom = _option(
+        "start",
+        "Where the adapter begins to act. start: everywhere, plain LoRA. question: on the question "
+        "and the reply, or reply: from the opening of the reply on: an activated LoRA, to which "
+        "context and plain chat are the base model's own. It cannot be merged.",
+    )
+    chat_share: float = _option(
+        0.0,
+        "Share of the training conversations that is plain chat: the base's own replies to bundled "
+        "prompts, made at the first run and kept beside the dataset. They are longer than answers, "
+        "so their share of the loss is larger.",
+    )
     reasoning_tokens: int = _option(
         0, "Learnable tokens between prompt and answer: room to think (0: none)."
     )

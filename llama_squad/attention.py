@@ -7,7 +7,7 @@ allows it, and each block is run against the keys alone that it sees. The result
 without its zeros. Uses torch and transformers only; ``tree.make_masks`` marks the masks.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -88,10 +88,7 @@ def attend(
     """
     blocks = getattr(attention_mask, _BLOCKS, None)
     if blocks is None or kwargs.get("position_bias") is not None:
-        return cast(
-            tuple[torch.Tensor, None],
-            sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs),
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     parts = [
         sdpa_attention_forward(
             module, query[:, :, rows], key[:, :, keys], value[:, :, keys], mask, **kwargs

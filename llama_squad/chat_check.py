@@ -6,10 +6,11 @@ replies are told apart by kind. Reads prompts (``chat_prompts.txt``, one per lin
 model and its encoder, so that an adapter can be switched on and off on weights loaded once.
 """
 
+import itertools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +135,7 @@ def speak(
     spoken: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):
         batch = encoded[start : start + batch_size]
-        spoken += _generate(model, encoder, batch, max_new_tokens)
+        spoken += answer_greedily(model, encoder, batch, max_new_tokens)
         progress(len(batch))
     return spoken
 
@@ -167,10 +168,13 @@ def _encode(encoder: ChatEncoder, prompts: Sequence[str]) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def _generate(
+def answer_greedily(
     model: Any, encoder: ChatEncoder, prompts: Sequence[list[int]], max_new_tokens: int
-) -> Iterator[list[int]]:
-    """Yield each prompt's greedy reply, without the padding and the token that ends the turn."""
+) -> list[list[int]]:
+    """Return each prompt's greedy reply, without the padding and the token that ends the turn.
+
+    The prompts are token ids, and answered all at once.
+    """
     # imported here: the module loads without the search and its grammar
     from llama_squad.decoding.generator import stop_ids
 
@@ -193,9 +197,10 @@ def _generate(
         eos_token_id=sorted(stops),
         pad_token_id=encoder.tokenizer.pad_token_id,
     )
-    for row in output[:, width:].tolist():
-        end = next((index for index, token in enumerate(row) if token in stops), len(row))
-        yield row[:end]
+    return [
+        list(itertools.takewhile(lambda token: token not in stops, row))
+        for row in output[:, width:].tolist()
+    ]
 
 
 @torch.inference_mode()
@@ -233,13 +238,13 @@ def render_chat(base: Sequence[ChatReply], tuned: Sequence[ChatReply]) -> str:
 
     Both answered the same prompts, so the standard error of the share of prose is the paired one.
     """
-    figures = {"base": summarize_chat(base), "tuned": summarize_chat(tuned)}
+    metrics = {"base": summarize_chat(base), "tuned": summarize_chat(tuned)}
     lines = [
         "| plain prompts | % prose | % short | % repetitive | % JSON | % empty "
         "| words | repetition | perplexity |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, found in figures.items():
+    for name, found in metrics.items():
         shares = [
             f"{found[kind]:.1f}" for kind in ("prose", "short", "repetitive", "json", "empty")
         ]

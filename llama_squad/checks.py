@@ -32,6 +32,7 @@ SERVER_FLAGS = (
 
 LORA_FIELDS = (
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora"),
+    "alora_from",
 )
 """What an adapter's own configuration says of it."""
 
@@ -66,6 +67,8 @@ def check_training_numbers(args: TrainArguments, trainer: TrainerArguments) -> N
     check_at_least(0, args, "reasoning_tokens", "eval_samples", "show_mask")
     check_at_least(1, args, "lora_r", "row_tokens")
     check_above_zero(args, "lora_alpha")
+    if not 0 <= args.chat_share < 1:
+        raise ValueError(f"--chat_share must be at least 0 and below 1, not {args.chat_share}")
     if not 0 <= args.lora_dropout < 1:
         raise ValueError(f"--lora_dropout must be at least 0 and below 1, not {args.lora_dropout}")
     sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
@@ -101,6 +104,8 @@ def check_adapter_flags(args: TrainArguments, given: Sequence[str]) -> None:
                 f"--from_adapter goes on with the LoRA of {args.from_adapter} as it is: leave out "
                 + (", ".join(brought) if brought else "--full_parameters")
             )
+    if args.alora_from != "start" and not args.full_parameters:
+        _check_alora_flags(args)
     if args.full_parameters:
         clashing = [
             f"--{name}"
@@ -112,6 +117,26 @@ def check_adapter_flags(args: TrainArguments, given: Sequence[str]) -> None:
                 "--full_parameters trains every weight, without LoRA or 4 bits, so "
                 f"{', '.join(clashing)} would do nothing: leave out one or the other"
             )
+
+
+def _check_alora_flags(args: TrainArguments) -> None:
+    """Refuse what an adapter cannot do that acts from the question or the reply on."""
+    if args.merge_and_push:
+        raise ValueError(
+            f"an adapter that acts from the {args.alora_from} on cannot be merged, because merged "
+            "weights act on every token: leave out --alora_from or --merge_and_push "
+            "(--merge_and_push false, where the configuration has it)"
+        )
+    if args.chat_share:
+        raise ValueError(
+            f"an adapter that acts from the {args.alora_from} on takes no part in plain chat, so "
+            "--chat_share would train nothing: leave it or --alora_from out"
+        )
+    if args.use_dora:
+        raise ValueError(
+            f"--use_dora scales what every token gives, so it cannot act from the "
+            f"{args.alora_from} on alone: leave it or --alora_from out"
+        )
 
 
 def check_training(argv: Sequence[str], parsed: Sequence[Any]) -> None:

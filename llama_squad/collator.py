@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from llama_squad.activation import ADAPTER_MASK
 from llama_squad.encoding import IGNORE, ChatEncoder, Encoded
 from llama_squad.prompts import Message
 from llama_squad.tree import Tree, batch_rows
@@ -68,6 +69,9 @@ class SquadDataCollator(DataCollatorForLanguageModeling):
       (rows, 1, length, length), of which ``tree.make_masks`` makes what a model takes. Rows of one
       example each are collated as that example.
 
+    Examples of an activated adapter, which hold ``adapter_from``, also give ``adapter_mask``: where
+    it acts, bool, of shape (rows, length).
+
     With ``counts`` either kind also gives ``counts``, int64 of shape (rows, 3): a row's questions,
     its tokens, and its tokens if nothing was shared. No model takes it: ``SquadTrainer`` does.
 
@@ -88,6 +92,9 @@ class SquadDataCollator(DataCollatorForLanguageModeling):
         else:  # nothing to share
             alone = [{k: row[0][0][k] for k in ("input_ids", "labels")} for row in rows]
             batch, tokens = super().torch_call(alone), [length for (length,) in lengths]
+            if "adapter_from" in rows[0][0][0]:
+                start = torch.tensor([row[0][0]["adapter_from"] for row in rows])
+                batch[ADAPTER_MASK] = torch.arange(batch["input_ids"].shape[1]) >= start[:, None]
         if self.counts:
             held = zip(lengths, tokens, strict=True)
             batch["counts"] = torch.tensor([[len(each), n, sum(each)] for each, n in held])

@@ -19,7 +19,7 @@ from llama_squad.config import save_run_config
 from llama_squad.folders import check_dataset
 from llama_squad.prompts import build_messages
 from llama_squad.sources.cleaning import Cleaner, Dropped
-from llama_squad.sources.formats import COLUMNS, Row, check_columns, read_rows
+from llama_squad.sources.formats import COLUMNS, InputRow, check_columns, read_rows
 from llama_squad.sources.matching import context_key
 from llama_squad.sources.records import Record
 
@@ -94,7 +94,8 @@ def read_hub(source: str, cleaner: Cleaner) -> dict[str, list[Record]]:
         check_columns(dataset[split].column_names, where)
         columns = [column for column in COLUMNS if column in dataset[split].column_names]
         rows = enumerate(dataset[split].select_columns(columns), 1)
-        splits[name] = cleaner.clean((Row(f"row {n}", dict(row)) for n, row in rows), where, name)
+        read = (InputRow(f"row {n}", dict(row)) for n, row in rows)
+        splits[name] = cleaner.clean(read, where, name)
     return splits
 
 

@@ -20,8 +20,12 @@ from llama_squad.prompts import Message
 IGNORE = -100
 """The label of a token that is not trained."""
 
-Encoded = dict[str, list[int]]
-"""An example: its ``input_ids`` and ``labels``."""
+Encoded = dict[str, Any]
+"""An example: lists of its ``input_ids`` and ``labels``. Of an activated adapter also
+``adapter_from``: the index of the first token that it acts on."""
+
+Place = tuple[int, int]
+"""A message of a conversation, and a character of its content."""
 
 # Llama 3.1's template prints the date: training and evaluation must not differ by the day.
 _DATE = "26 Jul 2024"
@@ -57,6 +61,7 @@ class _Skeleton:
 class _Rendered:
     text: str
     spans: tuple[tuple[int, int], ...]  # each message's content, in characters
+    place: int | None = None  # where the adapter begins to act
 
 
 class ChatEncoder:
@@ -102,14 +107,19 @@ class ChatEncoder:
             if token.content.strip()
         )
 
-    def encode(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
+    def encode(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        places: Sequence[Place] | None = None,
+    ) -> list[Encoded]:
         """Encode conversations that end with the assistant's reply, with labels on that reply.
 
         Labels are ``IGNORE`` except from the reply's first token through the token that ends the
-        turn. Returns one ``{"input_ids": [...], "labels": [...]}`` a conversation.
+        turn. Returns one ``{"input_ids": [...], "labels": [...]}`` a conversation; with ``places``,
+        where an activated adapter begins to act in each, also "adapter_from".
         """
-        rendered = [self._render(messages) for messages in conversations]
-        encoded = []
+        rendered = self._render_all(conversations, places)
+        encoded: list[Encoded] = []
         for item, (ids, offsets) in zip(rendered, self._tokenize(rendered), strict=True):
             start, end = self._supervised(ids, offsets, item)
             if end < 0:  # a template without an end of turn: the reply must end all the same
@@ -118,6 +128,8 @@ class ChatEncoder:
             ids = ids[:start] + self.reasoning_ids + ids[start:]
             labels += [IGNORE] * (len(ids) - len(labels))
             encoded.append({"input_ids": ids, "labels": labels})
+            if item.place is not None:
+                encoded[-1]["adapter_from"] = _first_from(item.place, offsets[:start])
         return encoded
 
     def encode_prompts(
@@ -129,13 +141,35 @@ class ChatEncoder:
         by construction: a reply is encoded too, and cut off.
         ``final`` is False where a further turn of the prompt follows (no reasoning).
         """
-        reply = {"role": "assistant", "content": format_answer(NO_ANSWER)}
-        rendered = [self._render([*messages, reply]) for messages in conversations]
-        reasoning = self.reasoning_ids if final else []
+        return [ids for ids, _ in self._encode_prompts(conversations, None, final)]
+
+    def encode_activated_prompts(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        places: Sequence[Place],
+        final: bool = True,
+    ) -> list[tuple[list[int], int]]:
+        """Encode as ``encode_prompts``; with the index of the first token the adapter acts on.
+
+        ``places`` tell where it begins to act in each conversation.
+        """
         return [
-            ids[: self._supervised(ids, offsets, item)[0]] + reasoning
-            for item, (ids, offsets) in zip(rendered, self._tokenize(rendered), strict=True)
+            (ids, start or 0) for ids, start in self._encode_prompts(conversations, places, final)
         ]
+
+    def _encode_prompts(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        places: Sequence[Place] | None,
+        final: bool,
+    ) -> Iterator[tuple[list[int], int | None]]:
+        reply = {"role": "assistant", "content": format_answer(NO_ANSWER)}
+        rendered = self._render_all([[*messages, reply] for messages in conversations], places)
+        reasoning = self.reasoning_ids if final else []
+        for item, (ids, offsets) in zip(rendered, self._tokenize(rendered), strict=True):
+            end = self._supervised(ids, offsets, item)[0]
+            acts = None if item.place is None else _first_from(item.place, offsets[:end])
+            yield ids[:end] + reasoning, acts
 
     def _eos(self) -> int:
         if self.tokenizer.eos_token_id is None:
@@ -144,7 +178,13 @@ class ChatEncoder:
 
     # Rendering -------------------------------------------------------------------------------
 
-    def _render(self, messages: Sequence[Message]) -> _Rendered:
+    def _render_all(
+        self, conversations: Sequence[Sequence[Message]], places: Sequence[Place] | None
+    ) -> list[_Rendered]:
+        found: Sequence[Place | None] = places or [None] * len(conversations)
+        return [self._render(m, place) for m, place in zip(conversations, found, strict=True)]
+
+    def _render(self, messages: Sequence[Message], place: Place | None = None) -> _Rendered:
         roles = tuple(message["role"] for message in messages)
         if roles not in self._skeletons:
             self._skeletons[roles] = self._make_skeleton(roles)
@@ -152,14 +192,21 @@ class ChatEncoder:
         contents = [message["content"] for message in messages]
         if skeleton.fold_system:
             contents = [contents[0] + "\n\n" + contents[1], *contents[2:]]
+            if place is not None:
+                moved = len(contents[0]) - len(messages[1]["content"]) if place[0] == 1 else 0
+                place = place[0] - 1, place[1] + moved
         text, spans = skeleton.texts[0], []
-        for content, strip, after in zip(
-            contents, skeleton.strips, skeleton.texts[1:], strict=True
+        at = None
+        for index, (content, strip, after) in enumerate(
+            zip(contents, skeleton.strips, skeleton.texts[1:], strict=True)
         ):
+            if place is not None and place[0] == index:
+                before = strip(content[: place[1]] + "|")[:-1]  # stripped on the left at most
+                at = len(text) + min(len(before), len(strip(content)))
             content = strip(content)
             spans.append((len(text), len(text) + len(content)))
             text += content + after
-        return _Rendered(text, tuple(spans))
+        return _Rendered(text, tuple(spans), at)
 
     def _make_skeleton(self, roles: tuple[str, ...]) -> _Skeleton:
         skeleton = self._cut_template(roles, fold_system=False)
@@ -294,6 +341,17 @@ class ChatEncoder:
         while offsets[end - 1][0] >= tail:
             end -= 1
         return start, end
+
+
+def _first_from(place: int, offsets: Offsets) -> int:
+    """Return the first token of a prompt that lies wholly from a character on; at most its last.
+
+    The last one predicts the reply's first token: an adapter has to act on that.
+    """
+    start = len(offsets) - 1
+    while start and offsets[start - 1][0] >= place:
+        start -= 1
+    return start
 
 
 def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from llama_squad.config import write_json
 from llama_squad.harness import load_run, paired_errors, run_harness, stay_offline
 from llama_squad.report import render_comparison
 from llama_squad.sides import Side, Sides, base_key, digest_of, digests, find_sides, version
+from llama_squad.weights import acts_from
 
 if TYPE_CHECKING:
     from llama_squad.chat_check import ChatReply
@@ -179,7 +180,15 @@ def compare_benchmarks(
     else:
         _evaluate(args, sides.base, sides.tokenizer, command, folders[0])
         write_json(folders[0] / RUN_FILE, whole_key)
-    _evaluate(args, sides.tuned, sides.tokenizer, command, folders[1])
+    acts = acts_from(sides.tuned.adapter) if sides.tuned.adapter else "start"
+    if acts == "start":
+        _evaluate(args, sides.tuned, sides.tokenizer, command, folders[1])
+    else:
+        print(
+            f"The adapter acts from the {acts} of its task on, and takes no part in other texts: "
+            "the base's run stands for both.", file=sys.stderr,
+        )  # fmt: skip
+        folders = folders[0], folders[0]
     before, after = map(load_run, folders)
     return render_comparison(before.results, after.results, paired_errors(before, after))
 

@@ -137,16 +137,16 @@ def paired_errors(base: Run, tuned: Run) -> dict[tuple[str, str], float]:
     figures (F1 over classes, a corpus BLEU) have none.
     """
     errors = {}
-    for task, figures in base.results.items():
+    for task, metrics in base.results.items():
         leaves = _leaves(task, base.groups)
-        for key in figures:
+        for key in metrics:
             before, after = (
                 {q: v for leaf in leaves for q, v in run.values.get((leaf, key), {}).items()}
                 for run in (base, tuned)
             )
             if len(before) < 2 or before.keys() != after.keys():
                 continue
-            reported = figures[key], tuned.results.get(task, {}).get(key)
+            reported = metrics[key], tuned.results.get(task, {}).get(key)
             changes = _changes(reported, (before, after))
             if changes:
                 errors[task, key] = statistics.stdev(changes) / len(changes) ** 0.5

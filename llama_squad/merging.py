@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from llama_squad.activation import activation_of
+
 SEED = 42
 """Of the rounding: the same merge gives the same file on the same kind of device."""
 
@@ -24,7 +26,16 @@ def merge(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     Args:
         model: a ``PeftModel`` whose base is not in 4 bits; it is of no use afterwards.
         dtype: float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: the adapter acts on a part of the tokens only.
     """
+    activation = activation_of(model)
+    if activation:
+        raise ValueError(
+            f"an adapter that acts from the {activation.where} on cannot be merged, because merged "
+            "weights act on every token: use it as an adapter"
+        )
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     generators: dict[torch.device, torch.Generator] = {}

@@ -119,8 +119,8 @@ def score_predictions(
 ) -> dict[str, float]:
     """Compute the figures of ``evaluate_predictions`` from the gold answers themselves."""
     table = score_table(golds, predictions, na_probs)
-    figures = table.averages(na_prob_thresh)
-    return figures if na_probs is None else figures | table.best()
+    metrics = table.averages(na_prob_thresh)
+    return metrics if na_probs is None else metrics | table.best()
 
 
 def score_table(
@@ -214,12 +214,12 @@ class ScoreTable:
 
     def best(self) -> dict[str, float]:
         """Return the official best_exact, best_f1 and their thresholds."""
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for index, name in enumerate(("exact", "f1")):
             # The first of equal maxima: the lowest threshold, as in the official script.
             threshold, best = max(self.curve(index), key=lambda point: point[1])
-            figures |= {f"best_{name}": best, f"best_{name}_thresh": threshold}
-        return figures
+            metrics |= {f"best_{name}": best, f"best_{name}_thresh": threshold}
+        return metrics
 
 
 def raw_scores(golds: Golds, predictions: Mapping[str, str]) -> Scores:

@@ -19,11 +19,12 @@ from transformers import (
 )
 
 from llama_squad import merging
+from llama_squad.activation import activate, activation_of
 from llama_squad.arguments import ModelArguments
 from llama_squad.config import RUN_CONFIG
 from llama_squad.encoding import ChatEncoder
 from llama_squad.processes import this_process
-from llama_squad.weights import base_of, find_file, one_line, whole_model
+from llama_squad.weights import acts_from, base_of, find_file, one_line, whole_model
 
 _COMPUTE_4BIT = torch.bfloat16
 
@@ -169,7 +170,8 @@ def load_model(
 
     The weights go to this process's GPU; a single process with several GPUs spreads them. An
     adapter is merged where that changes no more than the order of a sum: into float32 weights. In
-    16 bits the rounding would change answers, and in 4 bits all the more: there it stays apart.
+    16 bits the rounding would change answers, and in 4 bits all the more: there it stays apart. So
+    does one that acts from the question or the reply on.
 
     Args:
         args: which model, and how.
@@ -201,7 +203,8 @@ def load_model(
         _keep_4bit_differentiable(model)
     if adapter_name and not whole_model(adapter_name):
         model = attach_adapter(model, adapter_name, args.model_name)
-        if merge and dtype == torch.float32 and not quantize and _is_lora(model):
+        mergeable = _is_lora(model) and not activation_of(model)
+        if merge and dtype == torch.float32 and not quantize and mergeable:
             model = merging.merge(model, dtype)
     return model
 
@@ -274,6 +277,9 @@ def attach_adapter(model: Any, adapter_name: str, base_name: str, trainable: boo
             f"The adapter {adapter_name} was trained on {trained_on}, and is used on {base_name}.",
             file=sys.stderr,
         )
+    where = acts_from(adapter_name)
+    if where != "start":
+        activate(model, where)
     return model
 
 

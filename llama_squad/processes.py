@@ -3,21 +3,21 @@
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import get_int_from_env
 
 
 def this_process() -> PartialState:
-    """Return this process's rank and device; the first call meets the other processes.
+    """Return this process's rank; the first call meets the other processes.
 
     Trainers have met them before, in their own way. In an evaluation no tensor passes between the
     processes, so gloo does on GPUs, too, and they may wait for one another for days.
     """
     if get_int_from_env(["WORLD_SIZE"], 1) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=30))
-    return PartialState(cpu=not torch.cuda.is_available())
+    # on the CPU, as it is the group's place: which GPU is ours, ``modeling.device`` says
+    return PartialState(cpu=True)
 
 
 def share(value: Any) -> Any:

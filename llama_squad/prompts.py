@@ -5,12 +5,15 @@ share everything up to the question (see ``llama_squad.tree``). Contexts and que
 they are joined in, never formatted in, so braces in them mean nothing.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from llama_squad.answers import ANSWER_FOOTER, ANSWER_HEADER, NO_ANSWER, format_answer
 
 Message = dict[str, str]
+
+ActsFrom = Literal["start", "question", "reply"]
+"""From where on an adapter acts: on all tokens, or from the task's question or reply on."""
 
 SYSTEM_PROMPT = (
     "You are a helpful and honest assistant. You answer from the text you are given, you do not "
@@ -50,6 +53,35 @@ PROMPTS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "multi_turn": _multi_turn,
 }
 """Name of a style → builder of its user turns, in order."""
+
+
+def adapter_start(
+    messages: Sequence[Message], record: Mapping[str, Any], prompt: str, where: ActsFrom
+) -> tuple[int, int]:
+    """Return from where on an activated adapter acts in a conversation: message and character.
+
+    Args:
+        messages: of ``build_messages``, to its end or to any of its user turns.
+        record: that they are about.
+        prompt: their style.
+        where: "question": from the line of the question on; "reply": from the end of the last user
+            turn on, so with the tokens that open the assistant's.
+
+    Raises:
+        ValueError: the style has no place for the question, or the messages are of another one.
+    """
+    users = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    if where == "reply":
+        return users[-1], len(messages[users[-1]]["content"])
+    # what two questions of one character have in common in front of them
+    first, other = (PROMPTS[prompt]({**record, "question": mark}) for mark in "\ue000\ue001")
+    for index, (a, b) in enumerate(zip(first, other, strict=True)):
+        if a != b:
+            before = a[: next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)]
+            if not messages[users[index]]["content"].startswith(before):
+                raise ValueError(f"the messages are not of the prompt style {prompt!r}")
+            return users[index], before.rfind("\n") + 1
+    raise ValueError(f"the prompt style {prompt!r} does not hold the question")
 
 
 def gold_answer(record: Mapping[str, Any]) -> str:

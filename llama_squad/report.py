@@ -92,13 +92,13 @@ def describe_differing(questions: Mapping[str, tuple[int, str]]) -> str:
     return f"Not the same questions, so the rows do not compare:\n{held}"
 
 
-def render_figures(figures: Mapping[str, float], form: Format) -> str:
+def render_metrics(metrics: Mapping[str, float], form: Format) -> str:
     """Write the official scorer's figures: one line each, or the JSON object of the official."""
     if form == "json":
-        return _json(figures)
+        return _json(metrics)
     if form == "csv":
-        return _csv([list(figures), list(figures.values())])
-    lines = [[name, str(value)] for name, value in figures.items()]
+        return _csv([list(metrics), list(metrics.values())])
+    lines = [[name, str(value)] for name, value in metrics.items()]
     return _render_table([["figure", "value"], *lines], form)
 
 
@@ -120,8 +120,8 @@ def render_comparison(
     standard errors is marked.
     """
     lines = [["task", "metric", "base", "tuned", "difference", "± s.e.", "beyond 2 s.e."]]
-    for task, figures in base.items():
-        for key in figures:
+    for task, metrics in base.items():
+        for key in metrics:
             metric, _, kind = key.partition(",")
             error_key = f"{metric}_stderr,{kind}"
             before, after = (_number(run.get(task, {}).get(key)) for run in (base, tuned))

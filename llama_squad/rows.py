@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, get_args
 
-from llama_squad.answers import NO_ANSWER, Answer, State, format_answer
+from llama_squad.answers import NO_ANSWER, Answer, AnswerState, format_answer
 from llama_squad.metrics import is_exact_match
 
 Row = dict[str, Any]
@@ -31,7 +31,7 @@ COLUMNS = (*_FIRST_COLUMNS, *SPAN_COLUMNS, *SEED_COLUMNS)
 OLDER_COLUMNS = (*_FIRST_COLUMNS, *SEED_COLUMNS)
 """The columns of our files before rows kept their best span."""
 
-STATES: tuple[State, ...] = get_args(State)
+STATES: tuple[AnswerState, ...] = get_args(AnswerState)
 
 NUMBERS = ("na_prob", "score", "best_span_log_prob", "no_answer_log_prob")
 

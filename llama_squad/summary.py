@@ -91,19 +91,19 @@ class Tally:
         """
         return None if not self._weighs else self._best if self._tells else self._given
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """Return the figures of ``summarize``."""
-        figures: dict[str, Any] = {}
+        metrics: dict[str, Any] = {}
         intervals: dict[str, Interval] = {}
         for name, (successes, trials) in strict_counts(self._outcomes).items():
-            figures[name] = 100.0 * successes / trials if trials else None
+            metrics[name] = 100.0 * successes / trials if trials else None
             if trials:
                 intervals[name] = wilson_interval(successes, trials)
         intervals |= _official_intervals(self._given)
         return {
             "n": len(self._given),
             "states": {state: self._states[state] for state in STATES},
-            **figures,
+            **metrics,
             **self._given.averages(),
             **(self._best.best() if self._tells else {}),
             "intervals": {name: list(ends) for name, ends in intervals.items()},
@@ -123,7 +123,7 @@ def summarize(rows: Iterable[Row]) -> dict[str, Any]:
     tally = Tally()
     for row in rows:
         tally.add(row)
-    return tally.figures()
+    return tally.metrics()
 
 
 def _official_intervals(table: ScoreTable) -> dict[str, Interval]:

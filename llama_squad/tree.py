@@ -7,6 +7,7 @@ at all is asked in ``llama_squad.tree_check``.
 """
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from llama_squad.activation import ADAPTER_MASK
 from llama_squad.attention import mark_blocks
 from llama_squad.encoding import IGNORE, Encoded
 
@@ -45,6 +47,8 @@ class Tree:
     ends: list[int]
     leaves: list[range] = field(default_factory=list)
     """The columns of each example's own branch."""
+    adapted: list[bool] = field(default_factory=list)
+    """Where an activated adapter acts; empty where there is none."""
 
     @classmethod
     def build(cls, paragraphs: Sequence[Sequence[Encoded]]) -> "Tree":
@@ -74,12 +78,23 @@ class Tree:
         self.labels += example["labels"][start:stop]
         self.position_ids += range(start, stop)
         self.ends += [len(self.input_ids)] * (stop - start)
+        if "adapter_from" in example:
+            self.adapted += [index >= example["adapter_from"] for index in range(start, stop)]
 
 
 def shareable_prefix(examples: Sequence[Encoded]) -> int:
     """Return how many leading tokens the examples may hold once."""
     prompt = min(_prompt_length(example) for example in examples)
-    return min(prompt - 1, common_prefix([example["input_ids"] for example in examples]))
+    shared = min(prompt - 1, common_prefix([example["input_ids"] for example in examples]))
+    return adapted_alike(shared, [e["adapter_from"] for e in examples if "adapter_from" in e])
+
+
+def adapted_alike(shared: int, adapter_from: Sequence[int]) -> int:
+    """Return how many of the tokens that sequences share the adapter treats alike in all of them.
+
+    ``adapter_from`` are the first tokens that it acts on, or empty.
+    """
+    return min(shared, *adapter_from) if len(set(adapter_from)) > 1 else shared
 
 
 def _prompt_length(example: Encoded) -> int:
@@ -95,20 +110,23 @@ def batch_rows(
     if multiple:
         length = -(-length // multiple) * multiple
 
-    def pad(values: list[int], fill: int) -> list[int]:
-        return values + [fill] * (length - len(values))
+    def pad(values: Sequence[int], fill: int) -> list[int]:
+        return [*values, *[fill] * (length - len(values))]
 
     # a pad attends to itself alone, and no token to it: a row without any key would be NaN
     ends = torch.tensor([t.ends + list(range(len(t.ends) + 1, length + 1)) for t in trees])
     position = torch.arange(length)
     causal = position[None, :] <= position[:, None]
     visible = position[None, :, None] < ends[:, None, :]
-    return {
+    batch = {
         "input_ids": torch.tensor([pad(t.input_ids, pad_token_id) for t in trees]),
         "labels": torch.tensor([pad(t.labels, IGNORE) for t in trees]),
         "position_ids": torch.tensor([pad(t.position_ids, 0) for t in trees]),
         "attention_mask": (causal & visible)[:, None],
     }
+    if trees[0].adapted:
+        batch[ADAPTER_MASK] = torch.tensor([pad(t.adapted, False) for t in trees])
+    return batch
 
 
 def answer_logits(
@@ -255,7 +273,12 @@ def _takes_masks_apart(model: Any) -> bool:
 
 
 HEAD_ROWS = 8192
-"""So many rows of a 16-bit head are turned to float32 at once."""
+"""So many rows of a 16-bit head are turned to float32 at once on a GPU."""
+
+_WIDE: "weakref.WeakKeyDictionary[nn.Module, tuple[int, torch.Tensor]]" = (
+    weakref.WeakKeyDictionary()
+)
+"""Heads on a CPU, in float32: to convert one takes longer than its product with a few tokens."""
 
 
 @contextlib.contextmanager
@@ -273,8 +296,11 @@ def exact_head(model: PreTrainedModel) -> Iterator[None]:
 
     def product(hidden: torch.Tensor) -> torch.Tensor:
         wide = hidden.float()
-        parts = [F.linear(wide, rows.float()) for rows in head.weight.split(HEAD_ROWS)]
-        logits = torch.cat(parts, dim=-1)
+        if hidden.device.type == "cpu":
+            logits = F.linear(wide, _wide_weight(head))
+        else:
+            parts = [F.linear(wide, rows.float()) for rows in head.weight.split(HEAD_ROWS)]
+            logits = torch.cat(parts, dim=-1)
         return logits if head.bias is None else logits + head.bias.float()
 
     own = head.__dict__.get("forward")
@@ -286,6 +312,15 @@ def exact_head(model: PreTrainedModel) -> Iterator[None]:
             del head.forward
         else:
             head.forward = own  # type: ignore[method-assign]
+
+
+def _wide_weight(head: nn.Linear) -> torch.Tensor:
+    """Return a head's weight in float32, kept until it changes or the model is dropped."""
+    version = head.weight._version
+    kept = _WIDE.get(head)
+    if kept is None or kept[0] != version:
+        kept = _WIDE[head] = (version, head.weight.detach().float())
+    return kept[1]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
+from llama_squad.activation import ADAPTER_MASK
 from llama_squad.encoding import IGNORE, Encoded
 from llama_squad.tree import (
     Tree,
@@ -236,11 +237,16 @@ def _equal(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool
 @torch.no_grad()
 def _run_last_alone(model: Any, probe: Probe) -> torch.Tensor:
     """Return the watched logits of the last branch's sequence by itself."""
-    ids = torch.tensor([probe.examples[-1]["input_ids"]], device=model.device)
+    example = probe.examples[-1]
+    ids = torch.tensor([example["input_ids"]], device=model.device)
+    batch = {"input_ids": ids}
+    if "adapter_from" in example:
+        place = torch.arange(ids.shape[1], device=model.device)[None]
+        batch[ADAPTER_MASK] = place >= example["adapter_from"]
     keep = torch.zeros(ids.shape, dtype=torch.bool, device=model.device)
     keep[0, list(probe.watched[-1])] = True
     with exact_head(model):
-        return kept_logits(model, {"input_ids": ids}, keep).flatten(0, -2)
+        return kept_logits(model, batch, keep).flatten(0, -2)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 from llama_squad.config import RUN_CONFIG, load_run_config
 from llama_squad.folders import is_hub_name
+from llama_squad.prompts import ActsFrom
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,6 +82,7 @@ def lora_settings(adapter_name: str) -> dict[str, Any]:
         "lora_target_modules": [modules] if isinstance(modules, str) else sorted(modules or ()),
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
+        "alora_from": acts_from(adapter_name),
     }
 
 
@@ -151,6 +153,19 @@ def _training_settings(source: str) -> dict[str, Any]:
     if "train" in saved:
         settings["reasoning_tokens"] = saved["train"]["reasoning_tokens"]
     return settings
+
+
+def acts_from(adapter_name: str) -> ActsFrom:
+    """Return from where on an adapter acts: "start" is everywhere, as plain LoRA does.
+
+    It is asked of the run configuration beside the adapter.
+
+    Raises:
+        ValueError: a damaged configuration.
+    """
+    path = find_file(adapter_name, RUN_CONFIG)
+    saved = load_run_config(path.parent) if path else {}
+    return saved.get("train", {}).get("alora_from", "start")
 
 
 def weights_digest(folder: str | None) -> str | None:

@@ -14,6 +14,7 @@ The questions of a paragraph branch off a shared prefix that holds the context. 
 start as what would take most of the training to form (``start_as_reader``), and stay so.
 """
 
+# Long: a program that is run once, and read from its start to its end.
 import argparse
 import math
 import random

@@ -26,7 +26,7 @@ from llama_squad.data import load_squad
 from llama_squad.encoding import ChatEncoder
 from llama_squad.training import publishing
 from llama_squad.training.arguments import SquadSFTConfig
-from llama_squad.training.checkpoints import RECORD, find_checkpoint, make_record
+from llama_squad.training.checkpoints import RUN_RECORD, find_checkpoint, run_record
 
 FROM = "results/checkpoint-2"
 RECORDS = make_records(6, [3, 2])
@@ -255,11 +255,11 @@ def test_the_number_of_processes_is_part_of_the_record(begun: Path) -> None:
         SquadSFTConfig(report_to="none").to_dict(),
     )
     train, encoder = load_squad("dataset")["train"], ChatEncoder(tiny_tokenizer())
-    one, two = (make_record(settings, train, encoder, n) for n in (1, 2))
+    one, two = (run_record(settings, train, encoder, n) for n in (1, 2))
     assert {name for name in one if one[name] != two[name]} == {"processes"}
-    assert make_record(settings, train, encoder, 1) == one
+    assert run_record(settings, train, encoder, 1) == one
     encoder.tokenizer(["a", "b c"], padding=True, truncation=True, max_length=3)
-    assert make_record(settings, train, encoder, 1) == one  # whatever it was last used for
+    assert run_record(settings, train, encoder, 1) == one  # whatever it was last used for
 
 
 def test_resume_anyway_goes_on_and_says_what_differs(
@@ -300,7 +300,7 @@ def without_record(checkpoint: str) -> None:
     """Take the record out of a checkpoint."""
     path = Path(checkpoint, RUN_CONFIG)
     content = json.loads(path.read_text(encoding="utf-8"))
-    del content[RECORD]
+    del content[RUN_RECORD]
     path.write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ from llama_squad.data import (
     write_dataset,
 )
 from llama_squad.sources.cleaning import Cleaner
-from llama_squad.sources.formats import Row
+from llama_squad.sources.formats import InputRow
 
 CONTEXT = "Velmor lies on the Ash. It was founded in 1655."
 
@@ -168,11 +168,11 @@ def test_bad_files_are_refused_and_nothing_is_written(
 
 def test_faults_of_all_kinds_in_one_message():
     rows = [
-        Row("row 1", {"id": "a", "context": "x", "question": "", "answer": "x"}),
-        Row("row 2", {"id": "a", "context": "x", "question": "q", "answer": "y"}),
-        Row("row 3", {"id": "b", "context": "x", "question": "q", "answer": "x"}),
-        Row("row 4", {"id": "b", "context": "x", "question": "r", "answer": "x"}),
-        Row("row 5", {"context": "x", "question": "r", "answer": "y"}),
+        InputRow("row 1", {"id": "a", "context": "x", "question": "", "answer": "x"}),
+        InputRow("row 2", {"id": "a", "context": "x", "question": "q", "answer": "y"}),
+        InputRow("row 3", {"id": "b", "context": "x", "question": "q", "answer": "x"}),
+        InputRow("row 4", {"id": "b", "context": "x", "question": "r", "answer": "x"}),
+        InputRow("row 5", {"context": "x", "question": "r", "answer": "y"}),
     ]
     with pytest.raises(ValueError) as caught:
         Cleaner().clean(rows, "here.csv", "train")

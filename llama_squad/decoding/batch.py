@@ -12,7 +12,7 @@ from llama_squad.decoding.cache import Branch, TokenTree
 from llama_squad.decoding.constraints import Constraint, Grammar
 from llama_squad.decoding.replies import Paragraph, Reply
 from llama_squad.decoding.search import BeamSearch, BestFirstSearch, Closing, Hypothesis, Successors
-from llama_squad.tree import common_prefix
+from llama_squad.tree import adapted_alike, common_prefix
 
 STEM_ALONE = 1024
 """A longer context is run before its questions: a pass of its own needs no mask."""
@@ -95,11 +95,13 @@ class DecodingBatch:
         A context that is not too long is run in the same pass.
         """
         cut = min(common_prefix(paragraph.prompts), *(len(ids) - 1 for ids in paragraph.prompts))
+        cut = adapted_alike(cut, paragraph.adapter_from)
+        acts = min(paragraph.adapter_from, default=None)
         branches: list[Branch] = []
         if cut > STEM_ALONE:
-            stem = tree.prefill([paragraph.prompts[0][:cut]])[0]
+            stem = tree.prefill([paragraph.prompts[0][:cut]], acts)[0]
         else:
-            stem = Branch(None, paragraph.prompts[0][:cut], wanted=0)
+            stem = Branch(None, paragraph.prompts[0][:cut], wanted=0, adapter_from=acts)
             branches.append(stem)
         questions = self._questions(paragraph, stem, cut)
         alternative, opening = list(self._constraint.alternative), list(self._constraint.opening)
@@ -129,8 +131,10 @@ class DecodingBatch:
         options, constraint = self._options, self._constraint
         grammar = constraint.grammar(paragraph.context)
         questions = []
-        for prompt in paragraph.prompts:
-            branch = Branch(stem, [*prompt[cut:], *constraint.header])
+        nowhere: Sequence[int | None] = [None] * len(paragraph.prompts)
+        starts = paragraph.adapter_from or nowhere
+        for prompt, acts in zip(paragraph.prompts, starts, strict=True):
+            branch = Branch(stem, [*prompt[cut:], *constraint.header], adapter_from=acts)
             root = Hypothesis(0.0, (), 0, stem, state=grammar.start, branch=branch)
             longest = min(options.max_new_tokens, options.room(len(prompt)))
             questions.append(_Question(root, options.search(root), grammar, longest))

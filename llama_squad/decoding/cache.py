@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+from llama_squad.activation import ADAPTER_MASK
 from llama_squad.encoding import IGNORE
 from llama_squad.tree import Tree, batch_rows, exact_head, make_masks
 from llama_squad.tree_check import RowProbe, move_back, other_tokens, why_not_shared
@@ -26,8 +27,15 @@ class Branch:
     parent: "Branch | None"
     tokens: list[int]
     wanted: int = 1
+    adapter_from: int | None = None
+    """The position from which on an activated adapter acts; None: its parent's, or nowhere."""
     columns: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """Where in the cache its tokens and all their ancestors' are."""
+
+    def __post_init__(self) -> None:
+        """Let the adapter act where it does in the parent."""
+        if self.adapter_from is None and self.parent is not None:
+            self.adapter_from = self.parent.adapter_from
 
 
 class TokenTree:
@@ -43,7 +51,7 @@ class TokenTree:
         self._depths = np.zeros((0, 0), dtype=np.int64)  # of the cache's columns, a row each
 
     @torch.inference_mode()
-    def prefill(self, stems: Sequence[list[int]]) -> list[Branch]:
+    def prefill(self, stems: Sequence[list[int]], adapter_from: int | None = None) -> list[Branch]:
         """Run each row's stem; nothing is wanted of its logits."""
         self._length = max(map(len, stems))
         ids = np.zeros((len(stems), self._length), dtype=np.int64)
@@ -52,8 +60,12 @@ class TokenTree:
         self._depths = np.tile(np.arange(self._length), (len(stems), 1))
         # Causal order keeps the pads, which come last, from being seen: no mask is needed.
         if self._length:
-            self._forward(ids, logits_to_keep=1)
-        return [Branch(None, stem, columns=np.arange(len(stem))) for stem in stems]
+            adapted = None if adapter_from is None else self._depths >= adapter_from
+            self._forward(ids, logits_to_keep=1, adapted=adapted)
+        return [
+            Branch(None, stem, adapter_from=adapter_from, columns=np.arange(len(stem)))
+            for stem in stems
+        ]
 
     @torch.inference_mode()
     def extend(self, rows: Sequence[Sequence[Branch]]) -> torch.Tensor:
@@ -71,6 +83,9 @@ class TokenTree:
         positions = np.zeros((len(rows), width), dtype=np.int64)
         visible = np.zeros((len(rows), 1, width, past + width), dtype=bool)
         visible[:, 0, np.arange(width), past + np.arange(width)] = True
+        adapted = None
+        if any(branch.adapter_from is not None for row in rows for branch in row):
+            adapted = np.zeros((len(rows), width), dtype=bool)
         chosen = []
         for r, row in enumerate(rows):
             quiet, loud = itertools.count(), itertools.count(silent)
@@ -85,6 +100,8 @@ class TokenTree:
                 own = np.tril(np.ones((len(new), len(new)), dtype=bool))
                 visible[r, 0, new[:, None], past + new] = own
                 branch.columns = np.concatenate([stem, past + new])
+                if adapted is not None and branch.adapter_from is not None:
+                    adapted[r, new] = positions[r, new] >= branch.adapter_from
                 chosen += [r * wanted + column - silent for column in new[first_loud:]]
         if not past:
             self._depths = np.zeros((len(rows), 0), dtype=np.int64)
@@ -92,7 +109,7 @@ class TokenTree:
         self._depths = np.concatenate([self._depths, positions], axis=1)
         if not self._compact_length:  # the first branches are the questions
             self._compact_length = self._length
-        logits = self._forward(ids, positions, visible, logits_to_keep=wanted)
+        logits = self._forward(ids, positions, visible, logits_to_keep=wanted, adapted=adapted)
         if len(chosen) == logits.shape[0] * wanted:
             return logits.flatten(0, 1).float()
         return logits.flatten(0, 1)[torch.tensor(chosen, device=logits.device)].float()
@@ -148,9 +165,12 @@ class TokenTree:
         positions: np.ndarray | None = None,
         visible: np.ndarray | None = None,
         logits_to_keep: int = 0,
+        adapted: np.ndarray | None = None,
     ) -> torch.Tensor:
         device = self._model.device
         more: dict[str, Any] = {}
+        if adapted is not None:
+            more[ADAPTER_MASK] = torch.from_numpy(adapted).to(device)
         if positions is not None and visible is not None:
             # Both or neither: position ids without the mask would let a branch see its sisters.
             more["position_ids"] = torch.from_numpy(positions).to(device)
@@ -212,11 +232,12 @@ class _MovedTree(TokenTree):
         positions: np.ndarray | None = None,
         visible: np.ndarray | None = None,
         logits_to_keep: int = 0,
+        adapted: np.ndarray | None = None,
     ) -> torch.Tensor:
         if positions is not None:
             positions = positions.copy()
             positions[:, -self.moved :] += move_back(int(positions[0, -self.moved]))
-        return super()._forward(ids, positions, visible, logits_to_keep)
+        return super()._forward(ids, positions, visible, logits_to_keep, adapted)
 
 
 _CHECKED: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()

@@ -5,16 +5,17 @@ Replies are greedy and free; ``llama_squad.decoding.generator`` is what evaluate
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
+from llama_squad.activation import ADAPTER_MASK, activation_of
 from llama_squad.arguments import AppArguments
 from llama_squad.decoding.generator import stop_ids
 from llama_squad.encoding import ChatEncoder
-from llama_squad.prompts import Message, build_messages
+from llama_squad.prompts import Message, adapter_start, build_messages
 
 FRAME = 0.05
 """Seconds between two updates of a reply on the page: each costs about as much as a token."""
@@ -56,13 +57,13 @@ class ChatSession:
         record = {"context": context, "question": question}
         messages = build_messages(record, self.args.prompt, self.args.system_prompt, answer=False)
         turns = [message["content"] for message in messages if message["role"] == "user"]
-        return self.converse([], turns, reasoning=True, base=base)
+        return self.converse([], turns, record, base)
 
     def converse(
         self,
         messages: list[Message],
         turns: Sequence[str],
-        reasoning: bool = False,
+        record: Mapping[str, str] | None = None,
         base: bool = False,
     ) -> Iterator[list[Message]]:
         """Add user turns and their replies to a conversation; yield it whenever it has grown.
@@ -70,28 +71,28 @@ class ChatSession:
         Args:
             messages: turns of user and assistant so far, without the system prompt.
             turns: what the user says next, one after the other.
-            reasoning: the last reply comes after the reasoning tokens, if the model has any.
+            record: the context and question that the turns put, as in training: the last reply
+                comes after the reasoning tokens, if the model has any, and an activated adapter
+                acts. In free chat neither is so.
             base: the base model speaks: its adapter is switched off.
         """
         for left, turn in zip(reversed(range(len(turns))), turns, strict=True):
             messages = [*messages, {"role": "user", "content": turn}]
             yield messages
             answered = messages
-            for text in self._reply(messages, reasoning and not left, base):
+            final = bool(record) and not left
+            prompt = self._encode(messages, None if base else record, final)
+            for text in self._reply(*prompt, base):
                 answered = [*messages, {"role": "assistant", "content": text}]
                 yield answered
             messages = answered
 
-    def _reply(self, messages: list[Message], final: bool, base: bool) -> Iterator[str]:
-        """Yield the greedy reply as it grows.
+    def _reply(self, ids: list[int], acts: int | None, base: bool) -> Iterator[str]:
+        """Yield the greedy reply to a prompt as it grows; see ``_encode``.
 
         Raises:
             ValueError: the conversation leaves no room for a reply.
         """
-        if self.args.system_prompt.strip():
-            system = {"role": "system", "content": self.args.system_prompt.strip()}
-            messages = [system, *messages]
-        (ids,) = self.encoder.encode_prompts([messages], final=final)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         room = self.args.max_new_tokens if limit is None else limit - len(ids)
         if room <= 0:
@@ -102,11 +103,11 @@ class ChatSession:
         reply: list[int] = []
         cache, text, shown = None, "", 0.0
         for _ in range(min(room, self.args.max_new_tokens)):
-            token, cache = self._next_token(ids, cache, base)
+            token, cache = self._next_token(ids, cache, acts, base)
             if token in self._stop_ids:
                 break
             reply.append(token)
-            ids = [token]
+            ids, acts = [token], None if acts is None else 0
             text = str(self.encoder.tokenizer.decode(reply, skip_special_tokens=True))
             in_character = text.endswith("\ufffd")
             if not in_character and time.monotonic() - shown > FRAME:
@@ -116,12 +117,33 @@ class ChatSession:
             self._tell(f"The reply was cut after {len(reply)} tokens.")
         yield text.strip()  # as it is fed back in evaluation, too
 
-    def _next_token(self, ids: list[int], cache: Any, base: bool) -> tuple[int, Any]:
+    def _encode(
+        self, messages: list[Message], record: Mapping[str, str] | None, final: bool
+    ) -> tuple[list[int], int | None]:
+        """Return the prompt and its first token that an activated adapter acts on; None: none."""
+        if self.args.system_prompt.strip():
+            system = {"role": "system", "content": self.args.system_prompt.strip()}
+            messages = [system, *messages]
+        activation = activation_of(self.model)
+        if activation is None or record is None or (activation.where == "reply" and not final):
+            return self.encoder.encode_prompts([messages], final=final)[0], None
+        place = adapter_start(messages, record, self.args.prompt, activation.where)
+        return self.encoder.encode_activated_prompts([messages], [place], final)[0]
+
+    def _next_token(
+        self, ids: list[int], cache: Any, acts: int | None, base: bool
+    ) -> tuple[int, Any]:
+        """Run tokens, from index ``acts`` on with an activated adapter; None: without."""
+        more = {}
+        if acts is not None:
+            adapted = torch.arange(len(ids), device=self.model.device) >= acts
+            more[ADAPTER_MASK] = adapted[None]
         with self._lock, torch.inference_mode(), adapter_off(self.model, base):
             output = self.model(
                 input_ids=torch.tensor([ids], device=self.model.device),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **more,
             )
         return int(output.logits[0, -1].argmax()), output.past_key_values

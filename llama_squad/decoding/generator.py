@@ -185,8 +185,10 @@ def _halve(paragraphs: Sequence[Paragraph]) -> list[list[Paragraph]]:
     if len(paragraphs) > 1:
         middle = len(paragraphs) // 2
         return [list(paragraphs[:middle]), list(paragraphs[middle:])]
-    context, prompts = paragraphs[0].context, paragraphs[0].prompts
-    middle = len(prompts) // 2
-    return [[Paragraph(context, part)] for part in (prompts[:middle], prompts[middle:])] * (
-        middle > 0
-    )
+    (paragraph,) = paragraphs
+    middle = len(paragraph.prompts) // 2
+    return [
+        [Paragraph(paragraph.context, paragraph.prompts[part], paragraph.adapter_from[part])]
+        for part in (slice(middle), slice(middle, None))
+        if middle
+    ]

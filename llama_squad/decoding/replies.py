@@ -54,3 +54,6 @@ class Paragraph:
 
     context: str
     prompts: Sequence[list[int]]
+    adapter_from: Sequence[int] = ()
+    """The first token of each prompt that an activated adapter acts on; empty where that acts on
+    none of them."""

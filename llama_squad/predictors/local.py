@@ -11,12 +11,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from llama_squad.activation import activation_of
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph, Reply
 from llama_squad.decoding.windows import cut_windows, merge_windows
 from llama_squad.encoding import ChatEncoder
 from llama_squad.predictors.base import Batch, Prediction, Record
-from llama_squad.prompts import SYSTEM_PROMPT, Message, build_messages
+from llama_squad.prompts import SYSTEM_PROMPT, ActsFrom, Message, adapter_start, build_messages
 
 TURN_TOKENS = 256
 """Length limit of a reply before the last one of a multi-turn prompt."""
@@ -68,6 +69,8 @@ class LocalModel:
     ) -> None:
         self._encoder = encoder
         self._prompt, self._system_prompt = prompt, system_prompt
+        activation = activation_of(model)
+        self._acts_from: ActsFrom = activation.where if activation else "start"
         self._generator = Generator(model, encoder, **options)
         self._max_new_tokens: int = self._generator.options.max_new_tokens
         self._n_best: int = self._generator.options.n_best
@@ -113,10 +116,10 @@ class LocalModel:
         batch = [part.records for part in parts]
         conversations = [[self._messages(record) for record in group] for group in batch]
         self._talk(batch, conversations)
-        prompts = [self._encoder.encode_prompts(group) for group in conversations]
-        replies = self._generator.reply(_paragraphs(batch, prompts))
-        for part, asked, answers in zip(parts, prompts, replies, strict=True):
-            for place, ids, reply in zip(part.places, asked, answers, strict=True):
+        asked = self._paragraphs(batch, conversations)
+        replies = self._generator.reply(asked)
+        for part, paragraph, answers in zip(parts, asked, replies, strict=True):
+            for place, ids, reply in zip(part.places, paragraph.prompts, answers, strict=True):
                 found[place].append((part.start, ids, reply))
         return found
 
@@ -196,17 +199,28 @@ class LocalModel:
         """Fill in the model's replies before the last user turn, one turn after the other."""
         roles = [message["role"] for message in conversations[0][0]]
         for turn in [index for index, role in enumerate(roles) if role == "assistant"]:
-            prompts = [
-                self._encoder.encode_prompts([messages[:turn] for messages in group], final=False)
-                for group in conversations
-            ]
-            replies = self._turns.reply(_paragraphs(batch, prompts))
+            so_far = [[messages[:turn] for messages in group] for group in conversations]
+            replies = self._turns.reply(self._paragraphs(batch, so_far, final=False))
             for group, answers in zip(conversations, replies, strict=True):
                 for messages, reply in zip(group, answers, strict=True):
                     messages[turn]["content"] = reply.completion.strip()
 
-
-def _paragraphs(
-    batch: Sequence[Sequence[Record]], prompts: Sequence[Sequence[list[int]]]
-) -> list[Paragraph]:
-    return [Paragraph(group[0]["context"], ids) for group, ids in zip(batch, prompts, strict=True)]
+    def _paragraphs(
+        self,
+        batch: Sequence[Sequence[Record]],
+        conversations: Sequence[Sequence[list[Message]]],
+        final: bool = True,
+    ) -> list[Paragraph]:
+        """Encode conversations, a group a paragraph; ``final`` as ``encode_prompts`` has it."""
+        paragraphs = []
+        for records, group in zip(batch, conversations, strict=True):
+            starts: list[int] = []
+            if self._acts_from == "start" or (self._acts_from == "reply" and not final):
+                prompts = self._encoder.encode_prompts(group, final)
+            else:
+                pairs = zip(group, records, strict=True)
+                places = [adapter_start(m, r, self._prompt, self._acts_from) for m, r in pairs]
+                encoded = self._encoder.encode_activated_prompts(group, places, final)
+                prompts, starts = [ids for ids, _ in encoded], [start for _, start in encoded]
+            paragraphs.append(Paragraph(records[0]["context"], prompts, starts))
+        return paragraphs

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llama_squad.sources.formats import Row
+from llama_squad.sources.formats import InputRow
 from llama_squad.sources.records import ID_MADE, TITLE_MADE, Fault, Record, as_text, read_record
 
 ID_NUMBERED = "id: another question had it, a number added (--mend)"
@@ -45,7 +45,9 @@ class Cleaner:
     _numbers: Counter[str] = field(default_factory=Counter)
     _unnamed: dict[tuple[str, str, str], Record] = field(default_factory=dict)
 
-    def clean(self, rows: Iterable[Row], file: str, split: str, name: str = "") -> list[Record]:
+    def clean(
+        self, rows: Iterable[InputRow], file: str, split: str, name: str = ""
+    ) -> list[Record]:
         """Return the records of one file.
 
         Args:

@@ -33,7 +33,7 @@ _NO_OBJECT = "not a JSON object"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class InputRow:
     """One question as its file has it."""
 
     place: str
@@ -46,7 +46,7 @@ class Row:
     """Why nothing can be read here."""
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[InputRow]:
     """Yield the rows of a file: by its name's ending, and JSON by what is in it.
 
     Raises:
@@ -74,9 +74,11 @@ def check_columns(columns: Iterable[str], where: str) -> None:
         )
 
 
-def flat_row(place: str, values: Any) -> Row:
+def flat_row(place: str, values: Any) -> InputRow:
     """Return the row of a question that stands beside its context."""
-    return Row(place, values) if isinstance(values, dict) else Row(place, fault=_NO_OBJECT)
+    return (
+        InputRow(place, values) if isinstance(values, dict) else InputRow(place, fault=_NO_OBJECT)
+    )
 
 
 # JSON ----------------------------------------------------------------------------------------
@@ -92,7 +94,7 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(path: Path) -> Iterator[InputRow]:
     text = _text(path)
     try:
         content = json.loads(text)
@@ -125,28 +127,28 @@ def _json(path: Path) -> Iterator[Row]:
             yield from _paragraph(node, at, None, at)
 
 
-def _article(article: dict[str, Any], at: str) -> Iterator[Row]:
+def _article(article: dict[str, Any], at: str) -> Iterator[InputRow]:
     paragraphs = article["paragraphs"]
     if not isinstance(paragraphs, list):
-        yield Row(at, fault="'paragraphs' is not a list")
+        yield InputRow(at, fault="'paragraphs' is not a list")
         return
     for n, paragraph in enumerate(paragraphs):
         yield from _paragraph(paragraph, f"{at}.paragraphs[{n}]", article.get("title"), at)
 
 
-def _paragraph(paragraph: Any, at: str, title: Any, article: str) -> Iterator[Row]:
+def _paragraph(paragraph: Any, at: str, title: Any, article: str) -> Iterator[InputRow]:
     if not isinstance(paragraph, dict) or not isinstance(paragraph.get("qas"), list):
-        yield Row(at, fault="no list 'qas' (and no 'paragraphs')")
+        yield InputRow(at, fault="no list 'qas' (and no 'paragraphs')")
         return
     shared = {"title": paragraph.get("title", title), "context": paragraph.get("context")}
     for n, qa in enumerate(paragraph["qas"]):
         if isinstance(qa, dict):
-            yield Row(f"{at}.qas[{n}]", shared | qa, article)
+            yield InputRow(f"{at}.qas[{n}]", shared | qa, article)
         else:
-            yield Row(f"{at}.qas[{n}]", fault=_NO_OBJECT)
+            yield InputRow(f"{at}.qas[{n}]", fault=_NO_OBJECT)
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
+def _json_lines(path: Path) -> Iterator[InputRow]:
     first = True
     # not splitlines(): a context may hold U+2028, which JSON leaves as it is
     for n, line in enumerate(_text(path).split("\n"), 1):
@@ -155,7 +157,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
         try:
             row = flat_row(f"line {n}", json.loads(line))
         except json.JSONDecodeError as error:
-            row = Row(f"line {n}", fault=f"not JSON ({error.msg})")
+            row = InputRow(f"line {n}", fault=f"not JSON ({error.msg})")
         if first and row.values:
             check_columns([*row.values, "answer"], str(path))  # another line may have the answer
             first = False
@@ -165,7 +167,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 # Tables --------------------------------------------------------------------------------------
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(path: Path) -> Iterator[InputRow]:
     text = _text(path)
     csv.field_size_limit(2**31 - 1)  # the default refuses contexts of over 131,072 characters
     header, delimiter = _header(text)
@@ -176,11 +178,11 @@ def _csv(path: Path) -> Iterator[Row]:
         for n, cells in enumerate(reader, 2):  # as a spreadsheet counts them
             if len(cells) > len(header):
                 fault = f"more cells than columns (a text with {delimiter!r} needs quotes)"
-                yield Row(f"row {n}", fault=fault)
+                yield InputRow(f"row {n}", fault=fault)
             elif cells:
                 values: dict[str, Any] = dict(zip(header, cells, strict=False))
                 values |= {n: _cell(values[n]) for n in _LISTS if n in values}
-                yield Row(f"row {n}", values)
+                yield InputRow(f"row {n}", values)
     except csv.Error as error:
         raise ValueError(f"{path} is not CSV: {error}") from error
 
@@ -212,7 +214,7 @@ def _cell(text: str) -> Any:
     return text
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path) -> Iterator[InputRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -223,12 +225,12 @@ def _parquet(path: Path) -> Iterator[Row]:
             known = [name for name in names if name in COLUMNS]
             batches = file.iter_batches(batch_size=1000, columns=known)
             rows = (values for batch in batches for values in batch.to_pylist())
-            yield from (Row(f"row {n}", values) for n, values in enumerate(rows, 1))
+            yield from (InputRow(f"row {n}", values) for n, values in enumerate(rows, 1))
     except pa.ArrowException as error:
         raise ValueError(f"{path} is not parquet: {error}") from error
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[InputRow]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".csv": _csv,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_squad.answers import NO_ANSWER
-from llama_squad.sources.formats import Row
+from llama_squad.sources.formats import InputRow
 from llama_squad.sources.matching import find_spans, nearest_span
 
 Record = dict[str, Any]
@@ -42,7 +42,7 @@ class Fault(ValueError):
 
 
 def read_record(
-    row: Row, name: str, titles: dict[str, str], mend: bool
+    row: InputRow, name: str, titles: dict[str, str], mend: bool
 ) -> tuple[Record, dict[str, None]]:
     """Return the record of a row, and what was changed to make it one.
 

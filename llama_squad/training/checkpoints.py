@@ -17,7 +17,7 @@ from llama_squad.encoding import ChatEncoder
 from llama_squad.processes import this_process
 from llama_squad.weights import weights_digest
 
-RECORD = "resume"
+RUN_RECORD = "resume"
 """Where in a checkpoint's saved configuration its run's record stands."""
 
 _START_ANEW = "leave --resume_from_checkpoint out to start anew"
@@ -94,7 +94,7 @@ def _is_complete(checkpoint: Path) -> bool:
 # Comparing it with this run --------------------------------------------------------------------
 
 
-def make_record(
+def run_record(
     settings: Mapping[str, Any], train: Any, encoder: ChatEncoder, processes: int
 ) -> dict[str, Any]:
     """Return what decides a run's rows and steps, as JSON has it.
@@ -114,19 +114,24 @@ def make_record(
     record["lora_target_modules"] = sorted(record["lora_target_modules"])
     for name in _without_effect(record):
         del record[name]
-    backend = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
-    backend["truncation"] = backend["padding"] = None  # of its last use
     record |= {
+        **tokenizer_digests(encoder),
         "processes": processes,
         "prompt": settings.get("prompt"),
         "system_prompt": settings.get("system_prompt"),
         "questions": _digest_rows(train.select_columns(_QUESTIONS)),
         "messages": _digest_rows(train.select_columns(["messages"])),
-        "tokenizer": digest(backend),
-        "chat_template": digest(encoder.tokenizer.chat_template),
         "weights": weights_digest(record["model_name"]),
     }
     return json.loads(json.dumps(record, default=str))
+
+
+def tokenizer_digests(encoder: ChatEncoder) -> dict[str, str]:
+    """Return digests of what makes ids of a conversation."""
+    backend = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
+    backend["truncation"] = backend["padding"] = None  # of its last use
+    template = encoder.tokenizer.chat_template
+    return {"tokenizer": digest(backend), "chat_template": digest(template)}
 
 
 def _without_effect(record: Mapping[str, Any]) -> list[str]:
@@ -134,7 +139,7 @@ def _without_effect(record: Mapping[str, Any]) -> list[str]:
     names = ["num_train_epochs"] if record["max_steps"] > 0 else []
     if record["full_parameters"]:
         names += [name for name in record if name.startswith("lora_")]
-        names += ["use_rslora", "use_dora", "quantize"]
+        names += ["use_rslora", "use_dora", "quantize", "alora_from"]
     if record["full_parameters"] or not record["quantize"]:
         names += _OF_4BIT
     return [*names, *([] if record["share_context"] else ["row_tokens"])]
@@ -182,7 +187,7 @@ def check_resume(checkpoint: str | None, record: Mapping[str, Any], anyway: bool
     """
     if checkpoint is None:
         return []
-    saved = load_run_config(checkpoint).get(RECORD)
+    saved = load_run_config(checkpoint).get(RUN_RECORD)
     if saved is None:
         differences, fixed = ["it does not say what it was made with"], []
     else:

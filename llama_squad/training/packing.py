@@ -8,33 +8,50 @@ from typing import Any
 
 from llama_squad.data import paragraph_key
 from llama_squad.encoding import ChatEncoder, Encoded
+from llama_squad.prompts import ActsFrom, adapter_start
 from llama_squad.tree import shareable_prefix
 
 
 def encode_split(
-    split: Any, encoder: ChatEncoder, max_length: int | None, name: str
+    split: Any,
+    encoder: ChatEncoder,
+    max_length: int | None,
+    name: str,
+    *,
+    prompt: str = "single_turn",
+    adapter_from: ActsFrom = "start",
 ) -> tuple[Any, int]:
     """Encode a split's messages: a dataset with input_ids, labels and group; and how many dropped.
 
-    An example longer than ``max_length`` tokens is left out. ``group`` numbers the paragraphs.
+    An example longer than ``max_length`` tokens is left out. ``group`` numbers the paragraphs. With
+    an activated adapter, one that acts from the question or the reply of the ``prompt`` on, there
+    is "adapter_from", too: the first token that it acts on.
+
     Results are cached on disk, keyed by the data, the tokenizer and the template.
     """
     from datasets.fingerprint import Hasher
 
     def encode(batch: Mapping[str, list]) -> dict[str, list]:
         out: dict[str, list] = {"input_ids": [], "labels": [], "paragraph": [], "length": []}
-        encoded = encoder.encode(batch["messages"])
+        places = None
+        if adapter_from != "start":
+            out["adapter_from"] = []
+            rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+            places = [adapter_start(r["messages"], r, prompt, adapter_from) for r in rows]
+        encoded = encoder.encode(batch["messages"], places)
         for example, title, context in zip(encoded, batch["title"], batch["context"], strict=True):
             if max_length is None or len(example["input_ids"]) <= max_length:
                 out["input_ids"].append(example["input_ids"])
                 out["labels"].append(example["labels"])
                 out["paragraph"].append(paragraph_key(title, context))
                 out["length"].append(len(example["input_ids"]))
+                if places:
+                    out["adapter_from"].append(example["adapter_from"])
         return out
 
     backend = encoder.tokenizer.backend_tokenizer.to_str()
     template, reasoning = encoder.tokenizer.chat_template, encoder.reasoning_ids
-    key = (split._fingerprint, backend, template, reasoning, max_length)
+    key = (split._fingerprint, backend, template, reasoning, max_length, adapter_from, prompt)
     dataset = split.map(
         encode,
         batched=True,
@@ -46,8 +63,12 @@ def encode_split(
     return dataset, len(split) - len(dataset)
 
 
-def encode_dataset(dataset: Any, encoder: ChatEncoder, max_length: int | None) -> dict[str, Any]:
+def encode_dataset(
+    dataset: Any, encoder: ChatEncoder, max_length: int | None, **options: Any
+) -> dict[str, Any]:
     """Encode the train and val splits, and say how many examples had to be left out.
+
+    ``options`` are those of ``encode_split``.
 
     Raises:
         ValueError: nothing is left of a split.
@@ -56,7 +77,7 @@ def encode_dataset(dataset: Any, encoder: ChatEncoder, max_length: int | None) -
     for name in ("train", "val"):
         if name not in dataset:
             continue
-        encoded[name], dropped = encode_split(dataset[name], encoder, max_length, name)
+        encoded[name], dropped = encode_split(dataset[name], encoder, max_length, name, **options)
         if dropped:
             print(
                 f"{name}: {dropped:,} of {len(dataset[name]):,} examples are longer than "
@@ -77,7 +98,8 @@ def row_dataset(examples: Any, rows: Sequence[Sequence[Sequence[int]]]) -> Any:
     """Return a dataset of ``{"paragraphs": [[example, ...], ...]}``, read when it is asked for."""
     from datasets import Dataset
 
-    examples = examples.select_columns(["input_ids", "labels"])
+    columns = [c for c in ("input_ids", "labels", "adapter_from") if c in examples.column_names]
+    examples = examples.select_columns(columns)
 
     def read(batch: dict[str, list[list[list[int]]]]) -> dict[str, list[list[list[Encoded]]]]:
         wanted = [index for row in batch["paragraphs"] for group in row for index in group]
@@ -101,8 +123,8 @@ def count_questions(dataset: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Paragraph:
-    """Questions that fit into one row together."""
+class Group:
+    """Questions of a paragraph that fit into one row together."""
 
     examples: tuple[int, ...]  # indices into the encoded dataset
     tokens: int  # of the tree: its prefix once, and its branches
@@ -161,7 +183,7 @@ class Plan:
         return text
 
 
-def group_paragraphs(encoded: Any, max_length: int | None) -> list[Paragraph]:
+def group_paragraphs(encoded: Any, max_length: int | None) -> list[Group]:
     """Group the examples by paragraph; one that outgrows ``max_length`` is split, never cut."""
     members: dict[str, list[int]] = {}
     for index, key in enumerate(encoded["paragraph"]):
@@ -177,11 +199,11 @@ def group_paragraphs(encoded: Any, max_length: int | None) -> list[Paragraph]:
         for index, example in zip(indices, group, strict=True):
             branch = len(example["input_ids"]) - prefix
             if part and max_length is not None and tokens + branch > max_length:
-                paragraphs.append(Paragraph(tuple(part), tokens))
+                paragraphs.append(Group(tuple(part), tokens))
                 part, tokens = [], prefix
             part.append(index)
             tokens += branch
-        paragraphs.append(Paragraph(tuple(part), tokens))
+        paragraphs.append(Group(tuple(part), tokens))
     return paragraphs
 
 
@@ -238,15 +260,15 @@ def plan_rows(
 
 
 def _set_long_apart(
-    encoded: Any, paragraphs: Sequence[Paragraph], longest: int | None
-) -> tuple[list[Paragraph], list[Paragraph]]:
+    encoded: Any, paragraphs: Sequence[Group], longest: int | None
+) -> tuple[list[Group], list[Group]]:
     """Return those without and those with an example of more than ``longest`` tokens."""
     if longest is None:
         return list(paragraphs), []
     names = encoded["paragraph"]
     pairs = zip(names, encoded["length"], strict=True)
     beyond = {name for name, length in pairs if length > longest}
-    parts: tuple[list[Paragraph], list[Paragraph]] = [], []
+    parts: tuple[list[Group], list[Group]] = [], []
     for paragraph in paragraphs:  # all parts of one that was split go the same way
         parts[names[paragraph.examples[0]] in beyond].append(paragraph)
     return parts
@@ -254,19 +276,20 @@ def _set_long_apart(
 
 def _tokens(
     encoded: Any,
-    sharing: Sequence[Paragraph],
+    sharing: Sequence[Group],
     rows: int,
     plain: Sequence[Sequence[Sequence[int]]],
 ) -> int:
     """Count the tokens of so many ``rows`` of paragraphs, a prefix once, and of the ``plain``."""
-    firsts = [encoded[p.examples[0]] for p in sharing[:50]]
+    every = max(1, len(sharing) // 50)  # chat is at the end
+    firsts = [encoded[p.examples[0]] for p in sharing[::every]]
     shared = shareable_prefix(firsts) if firsts else 0
     trees = sum(p.tokens for p in sharing) - shared * (len(sharing) - rows)
     return trees + sum(_length(row, encoded["length"]) for row in plain)
 
 
 def _balanced_rows(
-    paragraphs: Sequence[Paragraph], per_row: float, max_length: int, rng: random.Random
+    paragraphs: Sequence[Group], per_row: float, max_length: int, rng: random.Random
 ) -> list[list[tuple[int, ...]]]:
     shuffled = list(paragraphs)
     rng.shuffle(shuffled)
@@ -275,7 +298,7 @@ def _balanced_rows(
     window = most * 64  # sorting all of them would put the same paragraphs together each time
     for start in range(0, len(shuffled), window):
         batch = sorted(shuffled[start : start + window], key=lambda p: -p.tokens)
-        bins: list[tuple[list[Paragraph], int]] = [
+        bins: list[tuple[list[Group], int]] = [
             ([], 0) for _ in range(math.ceil(len(batch) / per_row))
         ]
         for paragraph in batch:  # longest first, each into the emptiest row that has room for it

@@ -52,9 +52,9 @@ def save_final(trainer: Any, settings: dict[str, Any]) -> Path:
     trainer.save_model(str(aside), _internal_call=True)
     trainer.accelerator.wait_for_everyone()
     if first:
-        figures = _figures(trainer.state.log_history)
-        save_run_config(aside, "train", **settings, figures=figures)
-        (aside / "README.md").write_text(_card(settings, figures), encoding="utf-8")
+        metrics = _metrics(trainer.state.log_history)
+        save_run_config(aside, "train", **settings, figures=metrics)
+        (aside / "README.md").write_text(_card(settings, metrics), encoding="utf-8")
         _put_in_place(aside, folder)
         print(f"Saved {folder}.")
         _remove_merged(folder.parent / MERGED)
@@ -95,13 +95,13 @@ def _remove_merged(merged: Path) -> None:
         print(f"Removed {merged}: an earlier run's weights were merged in it.")
 
 
-def _figures(history: list[dict[str, Any]]) -> dict[str, Any]:
+def _metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the last value of each figure that was logged."""
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for entry in history:
-        figures |= entry
+        metrics |= entry
     kept = ("step", "epoch", "loss", "train_loss", "mean_token_accuracy", "num_tokens")
-    return {k: v for k, v in figures.items() if k in kept or k.startswith("eval_")}
+    return {k: v for k, v in metrics.items() if k in kept or k.startswith("eval_")}
 
 
 _MERGE_TEXT = """\
@@ -110,13 +110,13 @@ Base, base + adapter, and the merged weights as they were written, on the same q
 
 
 def _card(
-    settings: dict[str, Any], figures: dict[str, Any], merge: MergeError | None = None
+    settings: dict[str, Any], metrics: dict[str, Any], merge: MergeError | None = None
 ) -> str:
     """Return the model card of the adapter or full model, or that of the merged one."""
     args, model_args = settings["train"], settings["model"]
     rows = "\n".join(
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
-        for name, value in figures.items()
+        for name, value in metrics.items()
     )
     method = "full-parameter" if args.full_parameters else f"LoRA (r={args.lora_r})"
     if args.quantize and not args.full_parameters:

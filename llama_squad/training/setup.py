@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llama_squad import modeling
+from llama_squad.activation import activate
 from llama_squad.answers import extract_answer
 from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.collator import SquadDataCollator
@@ -47,7 +48,10 @@ def add_lora(model: Any, args: TrainArguments, reasoning_token: int | None = Non
         use_dora=args.use_dora,
         trainable_token_indices=[reasoning_token] if reasoning_token is not None else None,
     )
-    return get_peft_model(model, config)
+    model = get_peft_model(model, config)
+    if args.alora_from != "start":
+        activate(model, args.alora_from)
+    return model
 
 
 def resume_lora(model: Any, args: TrainArguments, base_name: str) -> Any:

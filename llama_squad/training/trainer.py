@@ -170,11 +170,11 @@ class SquadTrainer(SFTTrainer):
             prefix = kwargs.get("metric_key_prefix", "eval")
             training = self.model.training
             self.model.eval()
-            figures = self._validate(self.accelerator.unwrap_model(self.model))
+            answered = self._validate(self.accelerator.unwrap_model(self.model))
             self.model.train(training)
-            figures = {f"{prefix}_{name}": value for name, value in figures.items()}
-            metrics |= figures
-            self.log(figures)
+            answered = {f"{prefix}_{name}": value for name, value in answered.items()}
+            metrics |= answered
+            self.log(answered)
         seconds = time.perf_counter() - start
         self._since += seconds
         self._started += seconds

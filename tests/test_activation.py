@@ -1,0 +1,394 @@
+"""Adapters that act from the question or the reply on: exact in training, decoding and chat."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    TOKENIZERS,
+    collator,
+    dataset_folder,
+    difference,
+    flatten,
+    load_encoder,
+    make_records,
+    model_folder,
+    tiny_model,
+    tiny_tokenizer,
+)
+from peft import LoraConfig, get_peft_model
+
+import train_llama_squad
+from llama_squad import forgetting, modeling, weights
+from llama_squad.activation import ADAPTER_MASK, activate, activation_of
+from llama_squad.arguments import AppArguments, ModelArguments
+from llama_squad.config import RUN_CONFIG
+from llama_squad.decoding.cache import Branch, TokenTree
+from llama_squad.decoding.chat import ChatSession
+from llama_squad.encoding import ChatEncoder
+from llama_squad.merging import merge
+from llama_squad.predictors.local import LocalModel
+from llama_squad.prompts import PROMPTS, adapter_start, build_messages
+from llama_squad.reader import Reader
+from llama_squad.training.setup import check_shared_contexts
+
+RECORDS = make_records(3, [3, 1, 2])
+WHERE = ["question", "reply"]
+CHAT = [{"role": "user", "content": "Hello, who are you? Question: who met Ada?"}]
+
+
+def activated(where: str, architecture: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+    """Make a model with an adapter, no matrix of it zero."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    model = get_peft_model(tiny_model(architecture, dtype), config)
+    activate(model, where)  # type: ignore[arg-type]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def paragraphs(
+    where: str, prompt: str = "single_turn", records: Sequence[dict] = RECORDS
+) -> list[list[dict[str, Any]]]:
+    """Encode records, grouped by their context, with where the adapter begins to act."""
+    messages = [build_messages(record, prompt) for record in records]
+    pairs = zip(messages, records, strict=True)
+    places = [adapter_start(m, r, prompt, where) for m, r in pairs]
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    examples = ChatEncoder(tiny_tokenizer()).encode(messages, places)
+    for record, example in zip(records, examples, strict=True):
+        grouped.setdefault(record["context"], []).append(example)
+    return list(grouped.values())
+
+
+@torch.no_grad()
+def in_two_passes(model: Any, ids: Sequence[int], start: int) -> torch.Tensor:
+    """Return all logits, without any mask: the base's pass to ``start``, the adapter's from there.
+
+    The adapter's layers are PEFT's own; the mask of the second pass names all of its tokens.
+    """
+    rows = torch.tensor([list(ids)])
+    with model.disable_adapter():
+        first = model(rows[:, :start], use_cache=True)
+    everything = torch.ones(1, len(ids) - start, dtype=torch.bool)
+    rest = model(rows[:, start:], past_key_values=first.past_key_values, adapter_mask=everything)
+    return torch.cat([first.logits, rest.logits], dim=1)[0]
+
+
+# Where it begins -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS)
+def test_the_first_token(name: str, template: str, end: str, prompt: str) -> None:
+    encoder = load_encoder(name, template)
+    decode = encoder.tokenizer.decode
+    record = {**RECORDS[0], "context": 'He said: "Question: Who?"\nQuestion: none.\n'}
+    records = [{**record, "question": q} for q in ("  Who met Ada?", "When?", "\u00c9 ou?")]
+    messages = [build_messages(r, prompt, system_prompt="Be brief.") for r in records]
+    for where in WHERE:
+        places = [
+            adapter_start(m, r, prompt, where) for m, r in zip(messages, records, strict=True)
+        ]
+        examples = encoder.encode(messages, places)
+        for example, record, place in zip(examples, records, places, strict=True):
+            ids, start = example["input_ids"], example["adapter_from"]
+            before, after = decode(ids[:start]), decode(ids[start:])
+            if where == "question":
+                assert before.rstrip().endswith("Question: none.")
+                assert after.lstrip().startswith(f"Question: {record['question'].strip()}")
+            else:
+                assert "assistant" in after or "INST" in after
+                assert before.rstrip().endswith(PROMPTS[prompt](record)[-1].split()[-1])
+            first_label = next(i for i, label in enumerate(example["labels"]) if label != -100)
+            assert start < first_label
+            turns = [m for m in build_messages(record, prompt, "Be brief.", answer=False)]
+            found = encoder.encode_activated_prompts([turns], [place])
+            assert found == [(ids[:first_label], start)]
+        if where == "question":
+            assert len({example["adapter_from"] for example in examples}) == 1
+
+
+def test_a_style_without_the_question_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROMPTS, "none", lambda record: ["Context: " + record["context"]])
+    with pytest.raises(ValueError, match="'none' does not hold the question"):
+        adapter_start(build_messages(RECORDS[0], "none"), RECORDS[0], "none", "question")
+    with pytest.raises(ValueError, match="not of the prompt style 'single_turn'"):
+        adapter_start(build_messages(RECORDS[0], "none"), RECORDS[0], "single_turn", "question")
+
+
+# Training --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "phi3"])
+def test_rows_equal_separate_examples(architecture: str, where: str, checkpointing: bool) -> None:
+    model = activated(where, architecture)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    groups = paragraphs(where)
+    separate = [collator()([example]) for example in flatten(groups)]
+    ways = [
+        [collator()([{"paragraphs": groups}])],
+        [collator()([{"paragraphs": groups[:2]}, {"paragraphs": groups[2:]}])],
+        [collator()(flatten(groups))],  # padded
+    ]
+    for batches in ways:
+        assert max(difference(model, batches, separate).values()) < 1e-5
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("where", WHERE)
+def test_rows_equal_two_passes(where: str, prompt: str) -> None:
+    model = activated(where)
+    for example in flatten(paragraphs(where, prompt)):
+        ids, start = example["input_ids"], example["adapter_from"]
+        batch = collator()([example])
+        del batch["labels"]
+        assert batch[ADAPTER_MASK].sum() == len(ids) - start > 0
+        found = model(**batch).logits[0]
+        expected = in_two_passes(model, ids, start)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        plain = model(**batch | {ADAPTER_MASK: torch.ones(1, len(ids), dtype=torch.bool)})
+        assert (plain.logits[0] - expected).abs().max() > 1e-2, "plain LoRA would do"
+        with model.disable_adapter():
+            assert (model(**batch).logits[0] - expected).abs().max() > 1e-2, "the base would do"
+
+
+def test_examples_that_begin_elsewhere_share_less() -> None:
+    # one paragraph whose examples the adapter treats otherwise, from before their ids part
+    groups = paragraphs("question")[:1]
+    moved = [{**e, "adapter_from": e["adapter_from"] - i} for i, e in enumerate(groups[0])]
+    separate = [collator()([example]) for example in moved]
+    found = difference(activated("question"), [collator()([{"paragraphs": [moved]}])], separate)
+    assert max(found.values()) < 1e-5
+
+
+def test_the_check_of_shared_contexts_knows_it() -> None:
+    model, groups = activated("question"), paragraphs("question")
+    assert check_shared_contexts(model, collator(), {"paragraphs": groups}) == ""
+    for example in groups[-1]:
+        example["adapter_from"] += 3  # of the last example alone: its sequence by itself differs
+    collate = collator()
+    row = collate([{"paragraphs": groups}])
+    row[ADAPTER_MASK] = torch.zeros_like(row[ADAPTER_MASK])
+    why = check_shared_contexts(model, lambda rows: row, {"paragraphs": groups})  # type: ignore[arg-type]
+    assert "gives other logits" in why
+
+
+# Evaluation ------------------------------------------------------------------------------------
+
+
+def score(model: Any, prompt: Sequence[int], reply: Sequence[int], start: int) -> list[float]:
+    """Return the log-probability of each of a reply's tokens, in two passes."""
+    logits = in_two_passes(model, [*prompt, *reply], start)[len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(reply)[:, None]).flatten().tolist()
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_evaluation_equals_two_passes(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, encoder = activated(where), ChatEncoder(tiny_tokenizer())
+    places = [adapter_start(build_messages(r), r, "single_turn", where) for r in RECORDS]
+    examples = encoder.encode([build_messages(r) for r in RECORDS], places)
+    batch = [RECORDS[:3], RECORDS[3:4], RECORDS[4:]]
+    for alone in (1024, 8):  # the context in the questions' pass, and in one of its own
+        monkeypatch.setattr("llama_squad.decoding.batch.STEM_ALONE", alone)
+        for options in ({"decoding": "free", "max_new_tokens": 6}, {"decoding": "span"}):
+            local = LocalModel(model, encoder, **options)
+            for example, prediction in zip(examples, local.answer(batch), strict=True):
+                reply = prediction.reply
+                first = next(i for i, label in enumerate(example["labels"]) if label != -100)
+                prompt, start = example["input_ids"][:first], example["adapter_from"]
+                scores = score(model, prompt, reply.token_ids, start)
+                if options["decoding"] == "free":
+                    whole = [*prompt, *reply.token_ids]
+                    logits = in_two_passes(model, whole, start)[first - 1 : -1]
+                    assert reply.token_ids == logits.argmax(-1).tolist()
+                    assert reply.score == pytest.approx(sum(scores), abs=1e-4)
+                else:
+                    header = len(local._generator.constraint.header)
+                    assert reply.score == pytest.approx(sum(scores[header:]), abs=1e-4)
+
+
+def test_a_batch_in_halves_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, encoder = activated("question"), ChatEncoder(tiny_tokenizer())
+    local = LocalModel(model, encoder)
+    whole = [p.reply for p in local.answer([RECORDS[:3]])]
+    monkeypatch.setattr("llama_squad.decoding.generator.free_memory", lambda: 0.0)
+    halves = [p.reply for p in local.answer([RECORDS[:3]])]
+    assert [r.completion for r in halves] == [r.completion for r in whole]
+    assert [r.score for r in halves] == pytest.approx([r.score for r in whole], abs=1e-4)
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_turns_before_the_reply(where: str) -> None:
+    model, encoder = activated(where), ChatEncoder(tiny_tokenizer())
+    local = LocalModel(model, encoder, prompt="multi_turn", decoding="free", max_new_tokens=4)
+    said = [m["content"] for m in _talked(local) if m["role"] == "assistant"]
+    base = LocalModel(tiny_model(), encoder, prompt="multi_turn", decoding="free")
+    # up to the reply all is the base's; from the question on it is not
+    assert (said == [m["content"] for m in _talked(base) if m["role"] == "assistant"]) is (
+        where == "reply"
+    )
+
+
+def _talked(local: LocalModel) -> list[dict[str, str]]:
+    messages = local._messages(RECORDS[0])
+    local._talk([[RECORDS[0]]], [[messages]])
+    return messages
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", WHERE)
+def test_the_context_has_the_bases_cache(where: str, dtype: torch.dtype) -> None:
+    model, base = activated(where, dtype=dtype), tiny_model(dtype=dtype)
+    example = paragraphs(where)[0][0]
+    ids, start = example["input_ids"], example["adapter_from"]
+    trees = [TokenTree(model), TokenTree(base)]
+    for tree, acts in zip(trees, (start, None), strict=True):
+        tree.extend([[Branch(None, ids, adapter_from=acts)]])
+    for ours, theirs in zip(trees[0]._cache.layers, trees[1]._cache.layers, strict=True):
+        for name in ("keys", "values"):
+            a, b = (getattr(layer, name) for layer in (ours, theirs))  # type: ignore[attr-defined]
+            assert torch.equal(a[:, :, :start], b[:, :, :start])
+            assert not torch.equal(a[:, :, start:], b[:, :, start:])
+
+
+# Chat ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chat_is_the_bases(dtype: torch.dtype) -> None:
+    model, base = activated("question", dtype=dtype), tiny_model(dtype=dtype)
+    encoder = ChatEncoder(tiny_tokenizer())
+    ids = torch.tensor(encoder.encode_prompts([CHAT]))
+    model(**{k: v for k, v in collator()([paragraphs("question")[0][0]]).items() if k != "labels"})
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, base(ids).logits)
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(
+            model.generate(input_ids=ids, **options), base.generate(input_ids=ids, **options)
+        )
+
+
+def test_the_demo(tmp_path: Path) -> None:
+    encoder, args = ChatEncoder(tiny_tokenizer()), AppArguments(max_new_tokens=6)
+    record = {"context": RECORDS[0]["context"], "question": RECORDS[0]["question"]}
+    for where in WHERE:
+        model = activated(where)
+        ours, base = (ChatSession(m, encoder, args) for m in (model, tiny_model()))
+        *_, free = ours.converse([], ["Hello, who are you?"])
+        *_, expected = base.converse([], ["Hello, who are you?"])
+        assert free == expected
+        *_, asked = ours.ask(**record)
+        local = LocalModel(model, encoder, decoding="free", max_new_tokens=6)
+        reply = local.answer([[{**record, "id": "1"}]])[0].reply
+        assert asked[-1]["content"] == reply.completion.strip()
+        *_, expected = base.ask(**record)
+        assert asked != expected
+
+
+# The stages ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], str]:
+    """Train an adapter that acts from the question on; return the flags and its folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags = [
+        "--model_name", model_folder(tmp_path), "--no_quantize", "--report_to", "none",
+        "--dataset_name", dataset_folder(tmp_path, make_records(6, [2, 3]), RECORDS[:3]),
+        "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2", "--learning_rate", "2e-2",
+        "--lora_r", "4", "--lora_dropout", "0.1", "--disable_tqdm", "True",
+        "--alora_from", "question",
+    ]  # fmt: skip
+    train_llama_squad.main(flags)
+    return flags, str(tmp_path / "results" / "final_checkpoints")
+
+
+def test_trained_saved_and_loaded(trained: tuple[list[str], str], tmp_path: Path) -> None:
+    flags, folder = trained
+    assert weights.acts_from(folder) == "question"
+    model_args = ModelArguments(model_name=str(tmp_path / "model"))
+    model: Any = modeling.load_model(model_args, adapter_name=folder)
+    activation = activation_of(model)
+    assert activation is not None
+    assert activation.where == "question"
+    reader, base = Reader(folder), Reader(str(tmp_path / "model"))
+    assert reader.chat(CHAT) == base.chat(CHAT)
+    again = Reader(folder)
+    asked = [(r["question"], r["context"]) for r in RECORDS]
+    readings = [reader(*pair) for pair in asked]
+    assert readings == [again(*pair) for pair in asked]
+    assert readings != [base(*pair) for pair in asked]
+    # the checkpoint of step 2, gone on with, gives the same adapter
+    whole = Path(folder, "adapter_model.safetensors").read_bytes()
+    train_llama_squad.main([*flags, "--resume_from_checkpoint", "results/checkpoint-2"])
+    from safetensors.torch import load
+
+    resumed = load(Path(folder, "adapter_model.safetensors").read_bytes())
+    for name, weight in load(whole).items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=1e-7)
+
+
+def test_it_is_not_merged(trained: tuple[list[str], str], tmp_path: Path) -> None:
+    flags, folder = trained
+    model = modeling.load_model(
+        ModelArguments(model_name=str(tmp_path / "model")), adapter_name=folder
+    )
+    with pytest.raises(ValueError, match="acts from the question on cannot be merged, because"):
+        merge(model, torch.float32)
+    for more, message in (
+        (["--merge_and_push"], "cannot be merged, because"),
+        (["--use_dora"], "--use_dora scales"),
+        (["--full_parameters"], "--alora_from would do nothing"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            train_llama_squad.main([*flags, *more])
+
+
+def test_given_texts_are_the_bases(
+    trained: tuple[list[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    _, folder = trained
+    asked = []
+
+    def harness(arguments: Sequence[str], log: Path) -> None:
+        asked.append(arguments)
+        out = Path(arguments[arguments.index("--output_path") + 1])
+        content = {
+            "results": {"t": {"alias": "t", "acc,none": 0.5}},
+            "configs": {},
+            "n-samples": {},
+        }
+        (out / "results_1.json").write_text(json.dumps(content))
+
+    monkeypatch.setattr(forgetting, "run_harness", harness)
+    monkeypatch.setattr("sys.argv", ["eval.sh"])
+    out = tmp_path / "eval"
+    forgetting.main([folder, "--output_path", str(out), "--device", "cpu"])
+    said = capsys.readouterr()
+    assert "the base's run stands for both" in said.err
+    assert len(asked) == 1
+    assert "peft" not in asked[0][asked[0].index("--model_args") + 1]
+    replies = [
+        json.loads(path.read_text())["replies"]
+        for path in (next(out.glob("chat-base-*.json")), out / "chat-tuned.json")
+    ]
+    assert [r["text"] for r in replies[0]] == [r["text"] for r in replies[1]]
+
+
+def test_an_adapter_that_says_nothing_acts_everywhere(trained: tuple[list[str], str]) -> None:
+    _, folder = trained
+    Path(folder, RUN_CONFIG).unlink()
+    assert weights.acts_from(folder) == "start"
