@@ -26,7 +26,7 @@ NO_READING = card(ANSWER_TITLE, note="stands here, and is marked in the text, on
 NO_GOLDS = ""
 NAME = "ask-text"
 PROMPT_SHOWN = 20_000
-"""Characters of a prompt to show: a longer one is a long text read in windows."""
+"""Characters of a text to show in its prompt."""
 
 EXAMPLES = {
     "A year": (
@@ -200,6 +200,8 @@ class AskTab:
         try:
             asked = read(self.desk, context, question, compare)
             prompt = self.desk.prompt_text(context[:PROMPT_SHOWN], question)
+            if len(context) > PROMPT_SHOWN:
+                prompt += f"\n\n(Here with the first {PROMPT_SHOWN:,} characters of the text.)"
         except Exception as error:  # whatever failed, the page goes on
             talk.failed(error)
             return tuple([gr.skip()] * 7)

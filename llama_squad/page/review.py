@@ -191,8 +191,9 @@ class ReviewTab:
         return (seat, *show(seat), "", f'<p class="keys">{progress}</p>')
 
 
-def _sign(request: gr.Request) -> str:
-    return signature(request)
+def _sign(request: gr.Request) -> Any:
+    """Fill in who reviews; whoever logged in stays who they are."""
+    return gr.update(value=signature(request), interactive=not request.username)
 
 
 def show(seat: Seat) -> tuple[Any, ...]:
