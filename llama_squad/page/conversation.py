@@ -41,11 +41,13 @@ class Conversation:
             value="tuned", label="Who speaks", visible=self.desk.has_adapter,
         )  # fmt: skip
         self.speak = gr.Button("Let the model speak freely", size="md")
+        first = "The tuned model" if self.desk.has_adapter else "Conversation"
         with gr.Row():
             self.chats = [
                 gr.Chatbot(
                     label=label,
                     height=360,
+                    min_width=320,
                     buttons=["copy", "copy_all"],
                     elem_classes="chat",
                     render_markdown=False,
@@ -53,7 +55,7 @@ class Conversation:
                     visible=visible,
                     placeholder="Let it answer the question, or just chat.",
                 )
-                for label, visible in (("Conversation", True), ("The base model", False))
+                for label, visible in ((first, True), ("The base model", False))
             ]
         self.message = gr.Textbox(
             show_label=False, label="Message", placeholder="Write a message", submit_btn="Send",

@@ -119,7 +119,10 @@ class ReviewTab:
             button.click(partial(self.on_give, kind), said, shown, **options)
         self.bars.select(self.on_pick, said, shown, **options)
         self.undo.click(self.on_undo, self.seat, shown, **options)
-        self.text.select(self.on_mark, self.seat, [self.seat, self.marked], **PRIVATE)
+        self.text.select(
+            self.on_mark, self.seat, [self.seat, self.marked], **PRIVATE,
+            trigger_mode="always_last",  # arrow keys come faster than answers to them
+        )  # fmt: skip
         self.own.upload(self.on_upload, self.own, [self.source, self.said], **PRIVATE)
         self.take_in.upload(self.on_import, [self.take_in, self.reviewer], self.said, **PRIVATE)
         self.export.click(self.on_export, None, [self.exported, self.said], **PRIVATE)

@@ -60,7 +60,7 @@ class Review:
         if not source:
             raise ValueError(
                 "There is nothing to review yet: upload a file of questions, start the page with "
-                "--review, or build a dataset with python create_squad_dataset.py."
+                "--review, or build a dataset with `python create_squad_dataset.py`."
             )
         seen = self.sources.feedback.read().seen()
         item = self.sources.get(source).next(seat.window, seen, again)

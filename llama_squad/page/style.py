@@ -7,7 +7,8 @@ from typing import Any
 CSS = """
 .gradio-container { width: 100%; max-width: 1280px !important; margin: 0 auto !important; }
 .html-container { padding: 0 !important; }
-gradio-app, :root { --faint: color-mix(in srgb, var(--body-text-color) 72%, transparent); }
+body { --faint: color-mix(in srgb, var(--body-text-color) 72%, transparent);
+  --block-info-text-color: var(--faint); --body-text-color-subdued: var(--faint); }
 :root { --answer: #fde68a; --answer-ink: #1c1917; --base: #bfdbfe; --lit: #fdba74; }
 .dark { --answer: #a16207; --answer-ink: #fefce8; --base: #1d4ed8; --lit: #c2410c; }
 #title h1 { font-size: 1.4rem; margin: 0; }
@@ -16,6 +17,7 @@ gradio-app, :root { --faint: color-mix(in srgb, var(--body-text-color) 72%, tran
 .card { --tone: #71717a; border-left: 4px solid var(--tone); border-radius: 4px;
   background: color-mix(in srgb, var(--tone) 9%, transparent);
   padding: .6rem .9rem .7rem; overflow-wrap: anywhere; }
+.card + .card { margin-top: .5rem; }
 .card h2 { font-size: .85rem; font-weight: 500; margin: 0; color: var(--faint); }
 .card p { margin: .25rem 0 0; }
 .card .span { font-size: 1.1rem; font-weight: 600; white-space: pre-wrap; }
