@@ -1,6 +1,5 @@
 """What is reviewed, in which order, and what a window does: without a browser."""
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -175,7 +174,7 @@ def test_a_window_judges_undoes_and_says_how_far_it_is(tmp_path: Path) -> None:
     while seat.item is not None:
         judged.append(seat.item.key)
         kind: Any = "marked" if len(judged) == 1 else "right"
-        seat = review.give(dataclasses.replace(seat, marked=(2, 7)), kind, "  ", " Ada ")
+        seat = review.give(seat, kind, "  ", " Ada ", marked=[2, 7])
     assert sorted(judged) == sorted((r["id"], r["context"], r["question"]) for r in RECORDS[:6])
     assert review.progress(seat).startswith(
         "6 of 6 judged here, 6 in all · the model is right in 5 of 6"

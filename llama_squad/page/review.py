@@ -3,7 +3,7 @@
 Each verdict is on disk, in ``data/feedback.jsonl``, when the next question shows.
 """
 
-import dataclasses
+import json
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -17,11 +17,12 @@ from llama_squad.feedback.verdicts import Kind
 from llama_squad.page.ask import answer_card
 from llama_squad.page.conversation import PRIVATE
 from llama_squad.page.desk import Desk
-from llama_squad.page.seat import HOW_TO_MARK, Review, Seat, new_seat
+from llama_squad.page.seat import Review, Seat, new_seat
 from llama_squad.page.sources import Sources, signature
 from llama_squad.page.style import card
 from llama_squad.page.talk import failed, show_golds
 from llama_squad.page.text import (
+    MARKED_JS,
     bars_element,
     bars_value,
     keys_element,
@@ -59,14 +60,16 @@ class ReviewTab:
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
                 self.question = gr.HTML(card("Question", note="Press Start."))
-                self.text = text_element(NAME, "Text: select the right words, if others are right")
-                self.marked = gr.HTML(_marked(None))
+                self.text = text_element(
+                    NAME, "Text: select the right words, if others are right", selectable=True
+                )
                 self.note = gr.Textbox(label="Note, kept with the verdict", max_lines=2)
                 with gr.Accordion("The dataset's answer", open=False):
                     self.golds = gr.HTML("")
             with gr.Column(scale=2, min_width=320):
                 self._verdict_side()
         self.progress = gr.HTML("")
+        self.marked = gr.Textbox(visible=False)  # filled by MARKED_JS
         with gr.Accordion("Files: your own questions, export, import", open=False):
             self._files_side()
         self._wire(page)
@@ -103,7 +106,7 @@ class ReviewTab:
         self.said = gr.HTML("")
 
     def _wire(self, page: Any) -> None:
-        shown = [self.seat, self.question, self.text, self.marked, self.card, self.bars, self.golds,
+        shown = [self.seat, self.question, self.text, self.card, self.bars, self.golds,
                  self.note, self.progress]  # fmt: skip
         options: dict[str, Any] = {
             "show_progress": "minimal", "show_progress_on": [self.question],
@@ -116,13 +119,12 @@ class ReviewTab:
         )  # fmt: skip
         said = [self.seat, self.note, self.reviewer]
         for kind, button in self.buttons.items():
-            button.click(partial(self.on_give, kind), said, shown, **options)
+            if kind == "marked":
+                button.click(self.on_marked, [self.marked, *said], shown, js=MARKED_JS, **options)
+            else:
+                button.click(partial(self.on_give, kind), said, shown, **options)
         self.bars.select(self.on_pick, said, shown, **options)
         self.undo.click(self.on_undo, self.seat, shown, **options)
-        self.text.select(
-            self.on_mark, self.seat, [self.seat, self.marked], **PRIVATE,
-            trigger_mode="always_last",  # arrow keys come faster than answers to them
-        )  # fmt: skip
         self.own.upload(self.on_upload, self.own, [self.source, self.said], **PRIVATE)
         self.take_in.upload(self.on_import, [self.take_in, self.reviewer], self.said, **PRIVATE)
         self.export.click(self.on_export, None, [self.exported, self.said], **PRIVATE)
@@ -137,21 +139,19 @@ class ReviewTab:
         """Keep a verdict, and show the next question."""
         return self._do(lambda: self.review.give(seat, kind, note, reviewer))
 
+    def on_marked(self, marked: str, seat: Seat, note: str, reviewer: str) -> tuple[Any, ...]:
+        """Keep that the marked words are right."""
+        span = json.loads(marked or "null")
+        return self._do(lambda: self.review.give(seat, "marked", note, reviewer, marked=span))
+
     def on_pick(self, seat: Seat, note: str, reviewer: str, event: gr.EventData) -> tuple[Any, ...]:
         """Keep that another of the model's spans is right."""
         rank = int(event._data["rank"])
-        return self._do(lambda: self.review.give(seat, "picked", note, reviewer, rank))
+        return self._do(lambda: self.review.give(seat, "picked", note, reviewer, rank=rank))
 
     def on_undo(self, seat: Seat) -> tuple[Any, ...]:
         """Take the last verdict back."""
         return self._do(lambda: self.review.undo(seat))
-
-    def on_mark(self, seat: Seat, event: gr.EventData) -> tuple[Any, ...]:
-        """Note which characters of the text are marked."""
-        start, end = int(event._data["start"]), int(event._data["end"])
-        seat = dataclasses.replace(seat, marked=(start, end))
-        text = seat.item.record["context"][start:end] if seat.item else ""
-        return seat, _marked(text)
 
     def on_upload(self, path: str) -> tuple[Any, ...]:
         """Add a file of the reviewer's own to what can be reviewed."""
@@ -190,7 +190,7 @@ class ReviewTab:
             progress = self.review.progress(seat)
         except Exception as error:  # whatever failed, the page goes on
             failed(error)
-            return tuple([gr.skip()] * 9)
+            return tuple([gr.skip()] * 8)
         return (seat, *show(seat), "", f'<p class="keys">{progress}</p>')
 
 
@@ -200,17 +200,16 @@ def _sign(request: gr.Request) -> Any:
 
 
 def show(seat: Seat) -> tuple[Any, ...]:
-    """Return question, text, what is marked, answer, bars and the dataset's answer."""
+    """Return question, text, answer, bars and the dataset's answer."""
     if seat.item is None or seat.reading is None or seat.answer is None:
         nothing = card("Question", note=NOTHING_LEFT)
-        return nothing, text_value(NAME, ""), _marked(None), "", {"name": NAME, "bars": []}, ""
+        return nothing, text_value(NAME, ""), "", {"name": NAME, "bars": []}, ""
     record, answer = seat.item.record, seat.answer
     golds = record.get("answers")
     known = show_golds(golds["text"]) if golds else card("", note="The file gives none.")
     return (
         card(record["title"] or "Question", [record["question"]], f"Here because {_why(seat)}."),
         text_value(NAME, record["context"], mark(answer), selectable=True),
-        _marked(None),
         answer_card(answer, None, "The model's answer"),
         bars_value(NAME, seat.reading, answer, pick=True),
         known,
@@ -220,9 +219,3 @@ def show(seat: Seat) -> tuple[Any, ...]:
 def _why(seat: Seat) -> str:
     assert seat.item is not None
     return seat.item.doubt.why or "it comes next"
-
-
-def _marked(text: str | None) -> str:
-    if text is None:
-        return card("Marked", note=f"nothing yet. {HOW_TO_MARK}")
-    return card("Marked", [text], "M keeps it as the right answer.", "good")

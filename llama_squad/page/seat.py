@@ -2,6 +2,7 @@
 
 import dataclasses
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,8 @@ from llama_squad.feedback.queue import Item
 from llama_squad.feedback.verdicts import Key, Kind, Verdict
 from llama_squad.page.desk import Desk, decide
 from llama_squad.page.sources import Sources
+from llama_squad.page.text import HOW_TO_MARK
 from llama_squad.reader import Reading, SpanAnswer
-
-HOW_TO_MARK = "Select words in the text, or go to it with Tab and use ← → and Shift."
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ class Seat:
         item: the question that it shows; None where there is none.
         reading: what the model reads there, never abstaining.
         answer: what it answers, at the page's threshold.
-        marked: the characters that are marked.
         given: the verdicts that it gave, to be undone.
     """
 
@@ -34,7 +33,6 @@ class Seat:
     item: Item | None = None
     reading: Reading | None = None
     answer: Reading | None = None
-    marked: tuple[int, int] | None = None
     given: tuple[Verdict, ...] = ()
 
 
@@ -64,9 +62,7 @@ class Review:
             )
         seen = self.sources.feedback.read().seen()
         item = self.sources.get(source).next(seat.window, seen, again)
-        seat = dataclasses.replace(
-            seat, source=source, item=item, reading=None, answer=None, marked=None
-        )
+        seat = dataclasses.replace(seat, source=source, item=item, reading=None, answer=None)
         if item is None:
             return seat
         (reading,) = self.desk.read([item.record])
@@ -74,8 +70,19 @@ class Review:
             seat, reading=reading, answer=decide(reading, self.desk.threshold)
         )
 
-    def give(self, seat: Seat, kind: Kind, note: str, reviewer: str, rank: int = 0) -> Seat:
+    def give(
+        self, seat: Seat, kind: Kind, note: str, reviewer: str, *, rank: int = 0,
+        marked: Sequence[int] | None = None,
+    ) -> Seat:  # fmt: skip
         """Keep a verdict on the question that is shown, and show the next one.
+
+        Args:
+            seat: the window's.
+            kind: the verdict.
+            note: the reviewer's own words.
+            reviewer: who says so.
+            rank: of the model's span that is right, where one is picked.
+            marked: first character and end of the words that are marked.
 
         Raises:
             ValueError: nothing is shown or marked, or the verdict cannot be written.
@@ -83,7 +90,7 @@ class Review:
         if seat.item is None or seat.reading is None or seat.answer is None:
             raise ValueError("No question is shown: choose a source first.")
         record = seat.item.record
-        span = self._corrected(seat, kind, rank)
+        span = self._corrected(seat, kind, rank, marked)
         by = self.desk.answering
         verdict = Verdict(
             id=record["id"], title=record["title"], context=record["context"],
@@ -97,7 +104,9 @@ class Review:
         return self.next(seat, seat.source)
 
     @staticmethod
-    def _corrected(seat: Seat, kind: Kind, rank: int) -> tuple[str, int] | None:
+    def _corrected(
+        seat: Seat, kind: Kind, rank: int, marked: Sequence[int] | None
+    ) -> tuple[str, int] | None:
         """Return the right answer and its offset, as a verdict of a kind says it."""
         assert seat.item is not None and seat.reading is not None and seat.answer is not None
         if kind == "right" and seat.answer.answer is not None:
@@ -107,9 +116,9 @@ class Review:
             span: SpanAnswer = seat.reading.n_best[rank]
             return span.text, span.start
         if kind == "marked":
-            if seat.marked is None:
+            if not marked:
                 raise ValueError(f"Mark the right words first. {HOW_TO_MARK}")
-            start, end = seat.marked
+            start, end = marked
             return seat.item.record["context"][start:end], start
         return None
 

@@ -17,7 +17,8 @@ body { --faint: color-mix(in srgb, var(--body-text-color) 72%, transparent);
 .card { --tone: #71717a; border-left: 4px solid var(--tone); border-radius: 4px;
   background: color-mix(in srgb, var(--tone) 9%, transparent);
   padding: .6rem .9rem .7rem; overflow-wrap: anywhere; }
-.card + .card { margin-top: .5rem; }
+.card + .card, .marked { margin-top: .5rem; }
+.card .span:empty { display: none; }
 .card h2 { font-size: .85rem; font-weight: 500; margin: 0; color: var(--faint); }
 .card p { margin: .25rem 0 0; }
 .card .span { font-size: 1.1rem; font-weight: 600; white-space: pre-wrap; }

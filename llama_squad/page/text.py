@@ -48,6 +48,7 @@ function draw(scroll) {
     mark.textContent = piece;
     pieces.push(mark);
   }
+  if (value().selectable) tell();
   const top = box().scrollTop;
   box().replaceChildren(...pieces);
   box().scrollTop = top;
@@ -67,7 +68,16 @@ function pick(start, end) {
   if (start >= end) return;
   picked = [start, end];
   draw(false);
-  trigger('select', {start: start, end: end});
+}
+
+function tell() {
+  // what is marked is told, and kept for the button, here: keys come faster than servers answer
+  window.spanMarked = picked;
+  const told = element.querySelector('.marked');
+  if (!told) return;
+  told.className = 'marked card' + (picked ? ' good' : '');
+  told.querySelector('.span').textContent = picked ? chars.slice(...picked).join('') : '';
+  told.querySelector('.note').textContent = picked ? told.dataset.keep : told.dataset.how;
 }
 
 function offset(node, at) {
@@ -168,12 +178,27 @@ document.addEventListener('keydown', (event) => {
 """Presses the button ``#key-r`` for R and ``#pick-1`` for 1, while the keys' line is in sight."""
 
 
-def text_element(name: str, label: str, **options: Any) -> Any:
-    """Return the element that shows a text; see ``text_value``."""
+MARKED_JS = "(at, ...rest) => [JSON.stringify(window.spanMarked || null), ...rest]"
+"""Puts what is marked, "[start, end]" or "null", in the place of an event's first input."""
+
+HOW_TO_MARK = "Select words in the text, or go to it with Tab and use ← → and Shift."
+
+
+def text_element(name: str, label: str, selectable: bool = False, **options: Any) -> Any:
+    """Return the element that shows a text; see ``text_value``.
+
+    With ``selectable`` it also tells what is marked in it; ``MARKED_JS`` brings that to an event.
+    """
     template = (
         f'<p class="label">{label}</p><div class="text" tabindex="0" role="document" '
         f'aria-label="{label}"></div>'
     )
+    if selectable:
+        template += (
+            f'<div class="marked card" data-how="nothing yet. {HOW_TO_MARK}" '
+            'data-keep="M keeps it as the right answer."><h2>Marked</h2>'
+            '<p class="span"></p><p class="note"></p></div>'
+        )
     return gr.HTML(
         text_value(name, ""), html_template=template, js_on_load=TEXT_JS, elem_id=name, **options
     )
