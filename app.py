@@ -48,7 +48,7 @@ def check_flags(argv: Sequence[str] | None, parsed: Sequence[Any]) -> None:
     from llama_squad.durable import check_writable
 
     args, model_args = parsed
-    check_at_least(0, args, "reasoning_tokens", "port")
+    check_at_least(0, args, "reasoning_tokens", "filler", "port")
     check_at_least(1, args, "max_new_tokens")
     check_file("--review", args.review)
     check_writable(args.feedback)

@@ -1,7 +1,8 @@
 """Evaluate a model, an adapter, an API or an encoder on a split, and print the row of the table.
 
-Reads the dataset folder and the model; writes ``--output`` (results/results.csv), a row a question
-as it is known, so that a killed run goes on where it stopped. Several processes share the work.
+Reads the dataset folder and the model; writes ``--output`` (results/results.csv), one row per
+question as it is known, so that a killed run goes on where it stopped. Several processes share the
+work.
 
     python test_llama_squad.py --adapter_name=results/final_checkpoints --num_beams 10
     python test_llama_squad.py --model_name meta-llama/Llama-2-7b-chat-hf --decoding free

@@ -81,7 +81,7 @@ def show_mask(args: TrainArguments, model_args: ModelArguments) -> None:
     from llama_squad.data import load_squad
 
     split = load_squad(args.dataset_name)["train"]
-    encoder = modeling.load_encoder(model_args, args.reasoning_tokens)
+    encoder = modeling.load_encoder(model_args, args.reasoning_tokens, filler=args.filler)
     for row in split.select(range(min(args.show_mask, len(split)))):
         (example,) = encoder.encode([row["messages"]])
         print(colour_labels(encoder.tokenizer, example), end="\n\n")

@@ -222,8 +222,8 @@ def methods(
 
 def report(golds: Sequence[str], seconds: dict[str, list[tuple[float, float]]],
            completions: dict[str, list[str]]) -> None:  # fmt: skip
-    """Print questions a second, and how many of the answers are right."""
-    print(f"\n{'':44}{'questions a second':>24}{'CPU s a question':>20}{'right':>8}")
+    """Print questions per second, and how many of the answers are right."""
+    print(f"\n{'':44}{'questions per second':>24}{'CPU s per question':>20}{'right':>8}")
     print(f"{'':44}{'min':>8}{'median':>8}{'max':>8}{'median':>20}")
     for name, pairs in seconds.items():
         rates = sorted(len(golds) / wall for wall, _ in pairs)
@@ -250,7 +250,7 @@ def main() -> None:
     golds = [gold_answer(record) for group in groups for record in group]
     prompts = [ids for group in groups for ids in encode(encoder, group)]
     print(f"{len(golds)} questions of {len(groups)} paragraphs, "
-          f"{sum(map(len, prompts)) / len(prompts):.0f} tokens a prompt")  # fmt: skip
+          f"{sum(map(len, prompts)) / len(prompts):.0f} tokens per prompt")  # fmt: skip
     model = load_model(args, encoder, groups)
     compared = methods(args, model, encoder, groups)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in compared}

@@ -15,7 +15,7 @@ from llama_squad.decoding.boundaries import is_span
 
 
 def main(dataset_name: str) -> None:
-    """Print a line a split: distinct gold answers, and answerable questions, out of reach."""
+    """Print one line per split: distinct gold answers, and answerable questions, out of reach."""
     for name, split in load_squad(dataset_name).items():
         golds = lost = questions = mute = 0
         for row in split.select_columns(["context", "answers"]):

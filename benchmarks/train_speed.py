@@ -76,7 +76,7 @@ def arguments() -> argparse.Namespace:
     add("--questions_per_step", type=int, default=16)
     add("--row_tokens", type=int, nargs="+", help="of shared (default: the stage's own)")
     add("--pack", type=int, nargs="+", default=[1024, 2048], help="lengths of packed")
-    add("--batch", type=int, default=4, help="examples a batch of grouped and original")
+    add("--batch", type=int, default=4, help="examples per batch of grouped and original")
     add("--ways", nargs="+", choices=WAYS, default=WAYS)
     add("--repeats", type=int, default=5)
     add("--threads", type=int, help="CPU threads (default: all)")
@@ -89,7 +89,7 @@ def arguments() -> argparse.Namespace:
 
 
 def encode_sample(args: argparse.Namespace) -> tuple[Any, Any, float]:
-    """Encode random paragraphs; return encoder, dataset, and the questions a paragraph in all."""
+    """Encode random paragraphs; return encoder, dataset, and the questions per paragraph in all."""
     import trl
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -97,7 +97,7 @@ def encode_sample(args: argparse.Namespace) -> tuple[Any, Any, float]:
     from llama_squad.data import read_files
     from llama_squad.encoding import ChatEncoder
     from llama_squad.prompts import build_messages
-    from llama_squad.training.packing import encode_split
+    from llama_squad.training.examples import encode_split
 
     records = read_files([args.train_files])
     members: dict[tuple[str, str], list[dict]] = {}
@@ -402,7 +402,7 @@ def run_once(make: Callable[[], Any]) -> dict[str, float]:
 def model_flops(args: argparse.Namespace, positions: float, supervised: float, vocab: int) -> float:
     """Count the floating-point operations of an epoch that the weights ask for.
 
-    Forward and backward through frozen weights are 2 and 2 operations a weight and position (no
+    Forward and backward through frozen weights are 2 and 2 operations per weight and position (no
     gradient of the weight itself); the adapter's are 6. The vocabulary counts for supervised
     positions. Attention, dequantisation and recomputation are left out, as is usual.
     """

@@ -6,7 +6,7 @@
 
 ``--input`` takes JSON lines with "question" and "context", SQuAD files, with answers or without,
 CSV or parquet. The answers come as JSON lines, as they are known; with ``--output`` the same
-command goes on where it stopped.
+command goes on where it stopped. ``--html FILE`` also writes the texts with their answers marked.
 """
 
 import argparse
@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_squad import answer_page
+from llama_squad.durable import check_writable
 from llama_squad.folders import check_weights
 from llama_squad.stage import if_interrupted, run_stage
 
@@ -25,14 +27,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     try:
         questions = list(_questions(args))
+        for path in filter(None, (args.output, args.html)):
+            check_writable(path)
         done = _done(args.output)
-        todo = [q for q in questions if q["id"] not in done] if args.output else questions
+        _check_same(questions, done, args.output)
+        todo = [q for q in questions if q["id"] not in done]
         if args.output:
             print(f"{len(done)} answers are there, {len(todo)} to come.", file=sys.stderr)
         if todo:
             kept = f"what was answered is kept in {args.output}: the same command goes on"
             with if_interrupted(kept if args.output else "nothing is kept"):
-                _answer(args, todo)
+                done |= _answer(args, todo)
+        if args.html:
+            rows = [{**question, **done[question["id"]]} for question in questions]
+            Path(args.html).write_text(answer_page.render(rows), "utf-8", "xmlcharrefreplace")
     except ValueError as error:
         sys.exit(f"python -m llama_squad: {error}")
 
@@ -49,6 +57,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--context", metavar="FILE", default="-", help="Text file (default: standard input).")
     add("--input", metavar="FILE", help="Questions with their contexts, instead.")
     add("--output", metavar="FILE", help="Append to this file (default: print).")
+    add("--html", metavar="FILE", help="Write the texts with their answers marked, as a page.")
     add("--num_beams", type=int, metavar="N", help="Beams (default: 4).")
     add("--n_best", type=int, metavar="N", default=5, help="Spans to give per question (5).")
     add("--na_prob_thresh", type=float, metavar="X",
@@ -101,25 +110,45 @@ def _read(path: str) -> str:
         raise ValueError(f"cannot read {path}: {error}: give a text file in UTF-8") from error
 
 
-def _done(output: str | None) -> set[str]:
-    """Return the ids that a file of answers holds; a last line that was cut off is dropped."""
+def _done(output: str | None) -> dict[str, dict[str, Any]]:
+    """Return the answers that a file holds, by id; a last line that was cut off is dropped."""
     path = Path(output) if output else None
     if path is None or not path.is_file():
-        return set()
+        return {}
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     try:
-        return {json.loads(line)["id"] for line in whole.splitlines()}
+        answers = map(json.loads, whole.splitlines())
+        return {answer["id"]: answer for answer in answers}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} holds other lines than answers: choose another --output"
         ) from error
 
 
-def _answer(args: argparse.Namespace, questions: Sequence[dict[str, Any]]) -> None:
+def _check_same(
+    questions: Sequence[dict[str, Any]], done: dict[str, dict[str, Any]], output: str | None
+) -> None:
+    """Refuse a file that holds answers about another text, or to another question, by the id."""
+    for question in questions:
+        answer = done.get(question["id"])
+        if answer is None:
+            continue
+        found = question["context"][answer["start"] or 0 : answer["end"] or 0] or None
+        if (answer["question"], answer["answer"]) != (question["question"], found):
+            raise ValueError(
+                f"{output} holds the answer to another question, or about another text, under the "
+                f"id {question['id']}: choose another --output"
+            )
+
+
+def _answer(
+    args: argparse.Namespace, questions: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Answer the questions, write each as it is known, and return the answers by id."""
     from llama_squad.predictors.base import batch_paragraphs
     from llama_squad.reader import Reader, as_json
 
@@ -129,13 +158,17 @@ def _answer(args: argparse.Namespace, questions: Sequence[dict[str, Any]]) -> No
         num_beams=args.num_beams, n_best=args.n_best, na_prob_thresh=args.na_prob_thresh,
         quantize=args.quantize, dtype=args.dtype,
     )  # fmt: skip
+    done: dict[str, dict[str, Any]] = {}
     for batch in batch_paragraphs(questions, 32):
         records = [record for group in batch for record in group]
-        lines = [
-            json.dumps({"id": q["id"], "question": q["question"], **as_json(r)}, ensure_ascii=False)
+        answers = [
+            {"id": q["id"], "question": q["question"], **as_json(r)}
             for q, r in zip(records, reader.read(records), strict=True)
         ]
+        lines = [json.dumps(answer, ensure_ascii=False) for answer in answers]
         _write(args.output, "".join(f"{line}\n" for line in lines))
+        done |= {answer["id"]: answer for answer in answers}
+    return done
 
 
 def _write(output: str | None, text: str) -> None:

@@ -27,7 +27,11 @@ _DATASET_HELP = "Folder of the dataset that create_squad_dataset.py builds."
 
 _SYSTEM_HELP = 'System prompt ("" for none).'
 
-_PROMPT_HELP = "Prompt style: one user turn, or three with the model called turn by turn."
+_PROMPT_HELP = (
+    "Prompt style: one user turn, context before question (single_turn), question before context "
+    "(question_first) or before and after it (question_twice: these share no contexts); or "
+    "multi_turn, three with the model called turn by turn."
+)
 
 _TEMPLATE_HELP = "Jinja file with a chat template, for a tokenizer that has none of its own."
 
@@ -127,6 +131,11 @@ class TrainArguments:
     )
     reasoning_tokens: int = _option(
         0, "Learnable tokens between prompt and answer: room to think (0: none)."
+    )
+    filler: int = _option(
+        0,
+        'Words of filler ("blah") before the answer that no other token attends to: what longer '
+        "prompts alone change.",
     )
     share_context: bool = _option(
         True, "Train the questions of a paragraph in one row that holds its context once."
@@ -240,6 +249,7 @@ class EvalArguments:
     prompt: str = _option("single_turn", _PROMPT_HELP, choices=list(PROMPTS))
     system_prompt: str = _option(SYSTEM_PROMPT, _SYSTEM_HELP)
     reasoning_tokens: int = _option(0, "Learnable tokens before the answer (the adapter knows).")
+    filler: int = _option(0, "Words of filler before the answer (the adapter knows).")
     quantize: bool = _option(False, "Load the model in 4 bits.")
     decoding: Literal["span", "free"] = _option(
         "span", "span: only substrings of the context, or no answer. free: whatever is likeliest."
@@ -310,6 +320,7 @@ class AppArguments:
     prompt: str = _option("single_turn", _PROMPT_HELP, choices=list(PROMPTS))
     system_prompt: str = _option(SYSTEM_PROMPT, _SYSTEM_HELP)
     reasoning_tokens: int = _option(0, "Learnable tokens before the answer (the adapter knows).")
+    filler: int = _option(0, "Words of filler before the answer (the adapter knows).")
     quantize: bool = _option(False, "Load the model in 4 bits.")
     max_new_tokens: int = _option(512, "Length limit of a reply, in tokens.")
     feedback: str = _option("data/feedback.jsonl", "File that verdicts are appended to.")

@@ -64,7 +64,7 @@ def check_above_zero(args: Any, *names: str) -> None:
 
 def check_training_numbers(args: TrainArguments, trainer: TrainerArguments) -> None:
     """Refuse numbers that no training can be run with. Raises ValueError."""
-    check_at_least(0, args, "reasoning_tokens", "eval_samples", "show_mask")
+    check_at_least(0, args, "reasoning_tokens", "filler", "eval_samples", "show_mask")
     check_at_least(1, args, "lora_r", "row_tokens")
     check_above_zero(args, "lora_alpha")
     if not 0 <= args.chat_share < 1:
@@ -180,7 +180,7 @@ def check_eval_flags(args: EvalArguments, model_args: ModelArguments) -> None:
     _check_threshold_flags(args)
     sizes = ("num_beams", "batch_size", "max_new_tokens", "num_samples", "concurrency")
     check_at_least(1, args, *sizes)
-    for name in ("n_best", "reasoning_tokens"):
+    for name in ("n_best", "reasoning_tokens", "filler"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must not be negative: 0 does without")
     if args.sample == "paragraphs" and (args.shuffle or args.num_samples is None):
@@ -198,6 +198,7 @@ def _check_local_flags(args: EvalArguments, model_args: ModelArguments) -> None:
         "--length_penalty": args.length_penalty,
         "--span_boundaries": args.span_boundaries != "word",
         "--reasoning_tokens": args.reasoning_tokens,
+        "--filler": args.filler,
         "--tune_threshold": args.tune_threshold,
         "--n_best": args.n_best,
         "--chat_template": model_args.chat_template,
@@ -206,7 +207,7 @@ def _check_local_flags(args: EvalArguments, model_args: ModelArguments) -> None:
         "--batch_size": args.predictor == "server" and args.batch_size is not None,
         "--dtype": args.predictor == "server" and model_args.dtype != "auto",
         "--decoding free": args.predictor == "encoder" and args.decoding == "free",
-        "--prompt multi_turn": args.predictor == "encoder" and args.prompt == "multi_turn",
+        f"--prompt {args.prompt}": args.predictor == "encoder" and args.prompt != "single_turn",
     }
     for flag, given in needs_local.items():
         if given and args.predictor != "local":

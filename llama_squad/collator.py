@@ -67,7 +67,7 @@ class SquadDataCollator(DataCollatorForLanguageModeling):
     - ``{"paragraphs": [[example, ...], ...]}``, a row: gives ``input_ids``, ``labels`` and
       ``position_ids`` of shape (rows, length) and ``attention_mask``, bool, of shape
       (rows, 1, length, length), of which ``tree.make_masks`` makes what a model takes. Rows of one
-      example each are collated as that example.
+      example each are collated as that example, unless it holds filler, which takes a mask.
 
     Examples of an activated adapter, which hold ``adapter_from``, also give ``adapter_mask``: where
     it acts, bool, of shape (rows, length).
@@ -85,7 +85,7 @@ class SquadDataCollator(DataCollatorForLanguageModeling):
         """Collate; see the class."""
         rows = [example.get("paragraphs", [[example]]) for example in examples]
         lengths = [[len(e["input_ids"]) for group in row for e in group] for row in rows]
-        if max(map(len, lengths)) > 1:
+        if max(map(len, lengths)) > 1 or "hidden" in rows[0][0][0]:
             trees = [Tree.build(row) for row in rows]
             batch = dict(batch_rows(trees, self.pad_token_id, self.pad_to_multiple_of))
             tokens = [len(tree.input_ids) for tree in trees]

@@ -3,6 +3,8 @@
 Knows tokenizers and templates, and nothing of batches, models or SQuAD.
 """
 
+# Long: it is one class, and what it renders, tokenizes and labels hangs by the same offsets.
+
 import functools
 import json
 import re
@@ -22,7 +24,11 @@ IGNORE = -100
 
 Encoded = dict[str, Any]
 """An example: lists of its ``input_ids`` and ``labels``. Of an activated adapter also
-``adapter_from``: the index of the first token that it acts on."""
+``adapter_from``: the index of the first token that it acts on. With filler also ``hidden``: the
+first and last-plus-one index of the tokens that no other attends to."""
+
+FILLER = " blah"
+"""A word of filler."""
 
 Place = tuple[int, int]
 """A message of a conversation, and a character of its content."""
@@ -74,6 +80,7 @@ class ChatEncoder:
         tokenizer: a fast tokenizer with a chat template.
         reasoning_token: id of the token that stands before the last reply, and
         reasoning_tokens: how many of it do (unsupervised).
+        filler: how many words of filler stand before those, which no other token attends to.
 
     Raises:
         ValueError: the tokenizer has no chat template, or is not a fast one.
@@ -84,6 +91,7 @@ class ChatEncoder:
         tokenizer: PreTrainedTokenizerBase,
         reasoning_tokens: int = 0,
         reasoning_token: int | None = None,
+        filler: int = 0,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
@@ -100,6 +108,9 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         tokens = [] if reasoning_token is None else [reasoning_token]
         self.reasoning_ids = tokens * reasoning_tokens
+        plain = tokenizer.backend_tokenizer.encode(FILLER * filler, add_special_tokens=False)
+        self.filler_ids: list[int] = plain.ids
+        self._before_reply = self.filler_ids + self.reasoning_ids
         self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
         self._control = frozenset(
             token_id
@@ -124,10 +135,12 @@ class ChatEncoder:
             start, end = self._supervised(ids, offsets, item)
             if end < 0:  # a template without an end of turn: the reply must end all the same
                 ids, end = [*ids, self._eos()], len(ids) + 1
-            labels = [IGNORE] * (start + len(self.reasoning_ids)) + ids[start:end]
-            ids = ids[:start] + self.reasoning_ids + ids[start:]
+            labels = [IGNORE] * (start + len(self._before_reply)) + ids[start:end]
+            ids = ids[:start] + self._before_reply + ids[start:]
             labels += [IGNORE] * (len(ids) - len(labels))
             encoded.append({"input_ids": ids, "labels": labels})
+            if self.filler_ids:
+                encoded[-1]["hidden"] = [start, start + len(self.filler_ids)]
             if item.place is not None:
                 encoded[-1]["adapter_from"] = _first_from(item.place, offsets[:start])
         return encoded
@@ -139,7 +152,7 @@ class ChatEncoder:
 
         The ids are those that precede the supervised tokens of the same conversation in ``encode``,
         by construction: a reply is encoded too, and cut off.
-        ``final`` is False where a further turn of the prompt follows (no reasoning).
+        ``final`` is False where a further turn of the prompt follows (no reasoning, no filler).
         """
         return [ids for ids, _ in self._encode_prompts(conversations, None, final)]
 
@@ -165,11 +178,16 @@ class ChatEncoder:
     ) -> Iterator[tuple[list[int], int | None]]:
         reply = {"role": "assistant", "content": format_answer(NO_ANSWER)}
         rendered = self._render_all([[*messages, reply] for messages in conversations], places)
-        reasoning = self.reasoning_ids if final else []
+        before_reply = self._before_reply if final else []
         for item, (ids, offsets) in zip(rendered, self._tokenize(rendered), strict=True):
             end = self._supervised(ids, offsets, item)[0]
             acts = None if item.place is None else _first_from(item.place, offsets[:end])
-            yield ids[:end] + reasoning, acts
+            yield ids[:end] + before_reply, acts
+
+    def filler_of(self, prompt: Sequence[int]) -> range:
+        """Return which tokens of a prompt, encoded as final, are filler."""
+        stop = len(prompt) - len(self.reasoning_ids)
+        return range(stop - len(self.filler_ids), stop)
 
     def _eos(self) -> int:
         if self.tokenizer.eos_token_id is None:

@@ -271,7 +271,7 @@ def _progress(
     batches: Sequence[Batch],
     done: set[str],
 ) -> Iterator[list[Prediction]]:
-    """Answer batches, with a bar: questions a second, time left, running exact match."""
+    """Answer batches, with a bar: questions per second, time left, running exact match."""
     total, answers = _answers(model, batches, done)
     first = this_process().is_main_process
     if done and first:

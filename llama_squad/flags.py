@@ -27,10 +27,10 @@ _GROUPS = {
         *("model_name", "adapter_name", "predictor", "base_url", "chat_template", "dtype"),
         *("attn_implementation", "quantize", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
     ),
-    "prompt": ("prompt", "system_prompt", "reasoning_tokens"),
+    "prompt": ("prompt", "system_prompt", "reasoning_tokens", "filler"),
     "adapter": (
         *("full_parameters", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
-        *("use_rslora", "use_dora"),
+        *("use_rslora", "use_dora", "alora_from"),
     ),
     "training": (
         *("num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size"),

@@ -107,7 +107,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--chat_prompts",
         type=Path,
         metavar="FILE",
-        help="prompts, one a line (default: 40 of ours)",
+        help="prompts, one per line (default: 40 of ours)",
     )
     chat.add_argument("--no_chat", action="store_true", help="only run lm_eval")
     return _resolve(parser.parse_args(arguments))

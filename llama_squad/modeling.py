@@ -75,7 +75,10 @@ def _cannot_load(what: str, source: str, error: Exception) -> str:
 
 
 def load_encoder(
-    args: ModelArguments, reasoning_tokens: int = 0, adapter_name: str | None = None
+    args: ModelArguments,
+    reasoning_tokens: int = 0,
+    adapter_name: str | None = None,
+    filler: int = 0,
 ) -> ChatEncoder:
     """Load the tokenizer and return its encoder, with a reasoning token where there are any.
 
@@ -85,7 +88,7 @@ def load_encoder(
     loaded = _loaded(args, adapter_name)
     tokenizer = load_tokenizer(args, adapter_name)
     token = reasoning_token_id(tokenizer, vocab_size(loaded)) if reasoning_tokens else None
-    return ChatEncoder(tokenizer, reasoning_tokens, token)
+    return ChatEncoder(tokenizer, reasoning_tokens, token, filler)
 
 
 def reasoning_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:

@@ -1,8 +1,10 @@
 """Prompt styles: from a SQuAD record to chat messages.
 
-The context stands before the question in every style, which lets the questions of one paragraph
-share everything up to the question (see ``llama_squad.tree``). Contexts and questions are data:
-they are joined in, never formatted in, so braces in them mean nothing.
+The context stands before the question, which lets the questions of one paragraph share everything
+up to the question (see ``llama_squad.tree``). The styles that ask first, so that the context is
+read with the question in mind, share the instruction alone: several times the tokens.
+Contexts and questions are data: they are joined in, never formatted in, so braces in them mean
+nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,27 +24,38 @@ SYSTEM_PROMPT = (
 
 _FORMAT = ANSWER_HEADER + "..." + ANSWER_FOOTER
 _ABSTAIN = f'If the context does not hold the answer, the answer is "{NO_ANSWER}".'
+_INSTRUCTION = (
+    "Find the shortest span of the context that answers the question, and copy it word for word. "
+    f"You may think it through first. Then give the answer as JSON, like this:\n{_FORMAT}\n"
+    f"{_ABSTAIN}"
+)
 
 
-def _passage(record: Mapping[str, Any]) -> str:
-    return "\nContext: " + record["context"] + "\nQuestion: " + record["question"].strip()
+def _context(record: Mapping[str, Any]) -> str:
+    return "\nContext: " + record["context"]
+
+
+def _question(record: Mapping[str, Any]) -> str:
+    return "\nQuestion: " + record["question"].strip()
 
 
 def _single_turn(record: Mapping[str, Any]) -> list[str]:
-    return [
-        "Find the shortest span of the context that answers the question, and copy it word for "
-        "word. You may think it through first. Then give the answer as JSON, like this:\n"
-        + _FORMAT
-        + "\n"
-        + _ABSTAIN
-        + _passage(record)
-    ]
+    return [_INSTRUCTION + _context(record) + _question(record)]
+
+
+def _question_first(record: Mapping[str, Any]) -> list[str]:
+    return [_INSTRUCTION + _question(record) + _context(record)]
+
+
+def _question_twice(record: Mapping[str, Any]) -> list[str]:
+    return [_INSTRUCTION + _question(record) + _context(record) + _question(record)]
 
 
 def _multi_turn(record: Mapping[str, Any]) -> list[str]:
     return [
         "Use the following context to answer the question. You may think it through first."
-        + _passage(record),
+        + _context(record)
+        + _question(record),
         "Extract the shortest span of the context that answers the question, word for word.",
         "Now give the answer as JSON, like this:\n" + _FORMAT + "\n" + _ABSTAIN,
     ]
@@ -51,6 +64,8 @@ def _multi_turn(record: Mapping[str, Any]) -> list[str]:
 PROMPTS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "single_turn": _single_turn,
     "multi_turn": _multi_turn,
+    "question_first": _question_first,
+    "question_twice": _question_twice,
 }
 """Name of a style → builder of its user turns, in order."""
 

@@ -96,8 +96,8 @@ class Reader:
         settings = weights.saved_settings(adapter, None if adapter else name)
         base = model_name or (settings["model_name"] if adapter else name)
         model_args = ModelArguments(model_name=base, dtype=dtype)
-        brought = {key: settings[key] for key in ("prompt", "system_prompt", "reasoning_tokens")
-                   if key in settings}  # fmt: skip
+        keys = ("prompt", "system_prompt", "reasoning_tokens", "filler")
+        brought = {key: settings[key] for key in keys if key in settings}
         args = resolve_decoding(
             EvalArguments(
                 adapter_name=adapter, num_beams=num_beams, na_prob_thresh=na_prob_thresh,
@@ -106,7 +106,7 @@ class Reader:
             )
         )  # fmt: skip
         threshold = load_threshold(args, model_args)
-        encoder = modeling.load_encoder(model_args, args.reasoning_tokens, adapter)
+        encoder = modeling.load_encoder(model_args, args.reasoning_tokens, adapter, args.filler)
         model = modeling.load_model(model_args, quantize, adapter).eval()
         self._set_up(model, encoder, dataclasses.replace(args, na_prob_thresh=threshold))
 
@@ -186,7 +186,7 @@ class Reader:
             raise ValueError("the conversation must end with a user turn")
         from llama_squad.decoding.replies import Paragraph
 
-        prompt = self._encoder.encode_prompts([messages])[0]
+        prompt = self._encoder.encode_prompts([messages], final=False)[0]
         return self._speaker.reply([Paragraph("", [prompt])])[0][0].completion.strip()
 
 

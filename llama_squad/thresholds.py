@@ -31,7 +31,8 @@ DEFAULT_THRESHOLD = 0.5
 
 # What a tuned threshold is good for: these move na_prob, or which span it is compared with.
 _TUNED_FOR = ("decoding", "num_beams", "dtype", "quantize", "bnb_4bit_quant_type", "prompt",
-              "system_prompt", "reasoning_tokens", "chat_template", "span_boundaries")  # fmt: skip
+              "system_prompt", "reasoning_tokens", "filler", "chat_template",
+              "span_boundaries")  # fmt: skip
 
 
 def _tuning_settings(args: EvalArguments, model_args: ModelArguments) -> dict[str, Any]:

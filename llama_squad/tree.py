@@ -6,16 +6,12 @@ for sdpa and eager attention and for layers that see a window. Whether a model m
 at all is asked in ``llama_squad.tree_check``.
 """
 
-import contextlib
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import PreTrainedModel
 
 from llama_squad.activation import ADAPTER_MASK
 from llama_squad.attention import mark_blocks
@@ -78,6 +74,10 @@ class Tree:
         self.labels += example["labels"][start:stop]
         self.position_ids += range(start, stop)
         self.ends += [len(self.input_ids)] * (stop - start)
+        for index in range(*example.get("hidden", (0, 0))):
+            if start <= index < stop:
+                column = len(self.ends) - stop + index
+                self.ends[column] = column + 1  # it sees, and is seen by itself alone
         if "adapter_from" in example:
             self.adapted += [index >= example["adapter_from"] for index in range(start, stop)]
 
@@ -86,6 +86,7 @@ def shareable_prefix(examples: Sequence[Encoded]) -> int:
     """Return how many leading tokens the examples may hold once."""
     prompt = min(_prompt_length(example) for example in examples)
     shared = min(prompt - 1, common_prefix([example["input_ids"] for example in examples]))
+    shared = min([shared, *(e["hidden"][0] for e in examples if "hidden" in e)])
     return adapted_alike(shared, [e["adapter_from"] for e in examples if "adapter_from" in e])
 
 
@@ -132,14 +133,26 @@ def batch_rows(
 def answer_logits(
     model: Any, inputs: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits that predict the supervised tokens, in order, and these tokens."""
+    """Return the logits that predict the supervised tokens, row by row, and these tokens.
+
+    Args:
+        model: causal language model.
+        inputs: a batch of ``SquadDataCollator``: "input_ids" and "labels" of shape (rows, length),
+            and what the model takes beside them.
+
+    Returns:
+        Logits of shape (supervised tokens, vocabulary), and ids of shape (supervised tokens,).
+    """
     targets = F.pad(inputs["labels"], (0, 1), value=IGNORE)[:, 1:]
     keep = targets != IGNORE
     return kept_logits(model, inputs, keep), targets[keep]
 
 
 def kept_logits(model: Any, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
-    """Run a batch; return the logits at the tokens that ``keep`` marks, at least in float32."""
+    """Run a batch; return the logits at the tokens that ``keep`` marks, at least in float32.
+
+    ``keep`` is bool, of shape (rows, length); the logits are of shape (kept tokens, vocabulary).
+    """
     features: dict[str, Any] = {k: v for k, v in inputs.items() if k not in ("labels", "counts")}
     mask, positions = features.get("attention_mask"), features.get("position_ids")
     if mask is not None and mask.dim() == 4 and positions is not None:
@@ -197,6 +210,10 @@ def make_masks(
         positions: of the queries in their own sequences, of shape (rows, queries).
         depths: the same of the keys, of shape (rows, keys).
         apart: give each kind of layer its mask also where no window is felt.
+
+    Returns:
+        A mask of the shape of ``visible``: bool for sdpa, numbers to add for eager attention; or
+        one by the name of each kind of layer.
 
     Raises:
         ValueError: an attention that takes no such mask.
@@ -270,57 +287,6 @@ def _takes_masks_apart(model: Any) -> bool:
             raise
         return False
     return torch.equal(one, each)
-
-
-HEAD_ROWS = 8192
-"""So many rows of a 16-bit head are turned to float32 at once on a GPU."""
-
-_WIDE: "weakref.WeakKeyDictionary[nn.Module, tuple[int, torch.Tensor]]" = (
-    weakref.WeakKeyDictionary()
-)
-"""Heads on a CPU, in float32: to convert one takes longer than its product with a few tokens."""
-
-
-@contextlib.contextmanager
-def exact_head(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model with 16-bit weights give its logits in float32, in the body of ``with``.
-
-    A logit of 20 is rounded to the next 0.125 in bfloat16: that is the coarsest rounding of all,
-    and it falls on what is compared. Heads of other kinds (quantised, adapted) stay as they are.
-    """
-    head = cast(Any, model.get_output_embeddings())
-    kinds = (torch.bfloat16, torch.float16)
-    if type(head) is not nn.Linear or head.weight.dtype not in kinds or hasattr(head, "_hf_hook"):
-        yield
-        return
-
-    def product(hidden: torch.Tensor) -> torch.Tensor:
-        wide = hidden.float()
-        if hidden.device.type == "cpu":
-            logits = F.linear(wide, _wide_weight(head))
-        else:
-            parts = [F.linear(wide, rows.float()) for rows in head.weight.split(HEAD_ROWS)]
-            logits = torch.cat(parts, dim=-1)
-        return logits if head.bias is None else logits + head.bias.float()
-
-    own = head.__dict__.get("forward")
-    head.forward = product  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        if own is None:
-            del head.forward
-        else:
-            head.forward = own  # type: ignore[method-assign]
-
-
-def _wide_weight(head: nn.Linear) -> torch.Tensor:
-    """Return a head's weight in float32, kept until it changes or the model is dropped."""
-    version = head.weight._version
-    kept = _WIDE.get(head)
-    if kept is None or kept[0] != version:
-        kept = _WIDE[head] = (version, head.weight.detach().float())
-    return kept[1]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

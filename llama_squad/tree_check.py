@@ -12,10 +12,11 @@ from torch import nn
 
 from llama_squad.activation import ADAPTER_MASK
 from llama_squad.encoding import IGNORE, Encoded
+from llama_squad.head import exact_head
 from llama_squad.tree import (
     Tree,
     _other_attention,
-    exact_head,
+    batch_rows,
     is_out_of_memory,
     kept_logits,
     layer_kinds,
@@ -178,7 +179,7 @@ def why_not_shared(model: Any, probe: Probe, row: "RowProbe | None" = None) -> s
     Args:
         model: in any state; it is put back into it.
         probe: what is run.
-        row: the same as a row, to take gradients of; only asked where ``probe`` is none.
+        row: the same as a row, to take gradients of; only used where ``probe`` is None.
     """
     carried = recurrent_layers(model.config)
     if carried:
@@ -243,6 +244,9 @@ def _run_last_alone(model: Any, probe: Probe) -> torch.Tensor:
     if "adapter_from" in example:
         place = torch.arange(ids.shape[1], device=model.device)[None]
         batch[ADAPTER_MASK] = place >= example["adapter_from"]
+    if "hidden" in example:
+        batch = batch_rows([Tree.build([[example]])], 0)
+        batch = {key: value.to(model.device) for key, value in batch.items()}
     keep = torch.zeros(ids.shape, dtype=torch.bool, device=model.device)
     keep[0, list(probe.watched[-1])] = True
     with exact_head(model):

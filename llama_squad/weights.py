@@ -152,6 +152,7 @@ def _training_settings(source: str) -> dict[str, Any]:
     settings: dict[str, Any] = {k: saved[k] for k in ("prompt", "system_prompt") if k in saved}
     if "train" in saved:
         settings["reasoning_tokens"] = saved["train"]["reasoning_tokens"]
+        settings["filler"] = saved["train"].get("filler", 0)
     return settings
 
 

@@ -179,7 +179,7 @@ def make_row(rng: random.Random, taken: set[str], binding: float) -> Row:
     if kind < 0.25:
         pairs.append(("What is the text about?", subject(paragraph)))
     if kind < 0.5:
-        style = rng.choice(list(PROMPTS.values()))
+        style = rng.choice([PROMPTS["single_turn"], PROMPTS["multi_turn"]])
         exact = style({"context": paragraph.context, "question": ""})[0]
         return _row(prefix + exact, pairs)
     lead = rng.choice(("", *INSTRUCTIONS))
@@ -224,7 +224,7 @@ def row_text(row: Row) -> str:
 
 
 def make_tokenizer(seed: int, taken: set[str]) -> PreTrainedTokenizerFast:
-    """Make a lossless byte-level tokenizer: a token a word of our world, bytes for the rest."""
+    """Make a lossless byte-level tokenizer: one token per word of our world, bytes for the rest."""
     rng = random.Random(seed)
     words = split_words()
     count: Counter[str] = Counter()
@@ -549,7 +549,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--simple_steps", type=int, default=100, help="all paragraphs simple")
     parser.add_argument("--binding", type=float, default=0.3, help="share of simple paragraphs")
-    parser.add_argument("--rows", type=int, default=8, help="paragraphs a step")
+    parser.add_argument("--rows", type=int, default=8, help="paragraphs per step")
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--start", type=Path, help="go on from this folder")

@@ -7,11 +7,12 @@ kinds, with the same templates, and the real ones beside them only where that fo
 import functools
 import json
 import random
-import sys
 from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import check_masks
 import pytest
 import torch
 from tokenizers import (
@@ -34,14 +35,12 @@ from llama_squad.data import write_dataset
 from llama_squad.encoding import ChatEncoder
 from llama_squad.prompts import build_messages
 from llama_squad.training.arguments import SquadSFTConfig
-from llama_squad.training.packing import encode_split
+from llama_squad.training.examples import encode_split
 from llama_squad.training.trainer import SquadTrainer, answer_loss
 from llama_squad.tree import answer_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import check_masks  # noqa: E402
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
@@ -261,7 +260,7 @@ def _sentencepiece(kind: str) -> Tokenizer:
 
 
 def word_tokenizer(template: str = LLAMA3, **special: str) -> PreTrainedTokenizerFast:
-    """Make a tokenizer for literal ids: one a word or mark, in the order of the list below."""
+    """Make a tokenizer for literal ids: one per word or mark, in the order of the list below."""
     words = ["<unk>", "<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     words += ["\n\n", "\n", " ", "user", "assistant", "system", "Who", "?", "Ada", "be", "brief"]
     vocabulary = {word: index for index, word in enumerate(words)}
@@ -273,6 +272,70 @@ def word_tokenizer(template: str = LLAMA3, **special: str) -> PreTrainedTokenize
     )  # fmt: skip
     tokenizer.chat_template = template
     return tokenizer
+
+
+class Page(HTMLParser):
+    """What a reader of ``answer_page.render``'s document sees.
+
+    Attributes:
+        texts: each text, without the numbers that stand behind its answers.
+        marks: by "text-question", what is coloured between the anchor of a question and its number.
+        items: the questions, with what is said of each.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.title = ""
+        self.texts: list[str] = []
+        self.items: list[str] = []
+        self.marks: dict[str, str] = {}
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+        self._open: list[str] = []
+        self._marking: list[str] = []
+
+    @classmethod
+    def of(cls, text: str) -> "Page":
+        """Read a document."""
+        page = cls()
+        page.feed(text)
+        page.close()
+        assert not page._open, page._open
+        assert not page._marking, page._marking
+        return page
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note a tag, the beginning of a text, a question or a mark."""
+        given = {name: value or "" for name, value in attrs}
+        self.tags.add(tag)
+        if tag != "meta":
+            self._open.append(tag)
+        if "href" in given:
+            self.addresses.append(given["href"])
+        if given.get("class") == "text":
+            self.texts.append("")
+        if tag == "li":
+            self.items.append("")
+        if tag == "span" and given.get("id", "").startswith("a"):
+            self._marking.append(given["id"][1:])
+            self.marks[given["id"][1:]] = ""
+        if tag == "a" and "sup" in self._open:
+            self._marking.remove(given["href"].removeprefix("#q"))
+
+    def handle_endtag(self, tag: str) -> None:
+        """Close a tag, which must be the last one that was opened."""
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        """Add text to what is open."""
+        if "title" in self._open:
+            self.title += data
+        elif "li" in self._open:
+            self.items[-1] += data
+        elif "div" in self._open and "sup" not in self._open:
+            self.texts[-1] += data
+            for name in self._marking if "mark" in self._open else ():
+                self.marks[name] += data
 
 
 # Models ------------------------------------------------------------------------------------------

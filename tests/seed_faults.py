@@ -102,8 +102,8 @@ FAULTS = [
     Fault(
         "training's tree: a branch lacks what predicts its first label",
         "llama_squad/tree.py",
-        "return min(prompt - 1, common_prefix",
-        "return min(prompt, common_prefix",
+        "shared = min(prompt - 1, common_prefix",
+        "shared = min(prompt, common_prefix",
         f"{COLLATOR} -k identical_prompts",
     ),
     Fault(
@@ -116,7 +116,7 @@ FAULTS = [
     Fault(
         "decoding's tree: positions run on from branch to branch",
         "llama_squad/decoding/cache.py",
-        "positions[r, new] = len(stem) + np.arange(len(new))",
+        "positions[r, new] = np.arange(depth, branch.depth)",
         "positions[r, new] = past + new",
         f"{DECODING} -k no_answer_probability",
     ),
@@ -163,8 +163,22 @@ FAULTS = [
         f"{DECODING} -k best_of_all",
     ),
     Fault(
+        "search: what was run ahead goes to another token",
+        "llama_squad/decoding/lookahead.py",
+        "and child.ids[-1] == token",
+        "and child.ids[-1] != token",
+        "tests/test_lookahead.py",
+    ),
+    Fault(
+        "attention: a block misses its first key",
+        "llama_squad/attention.py",
+        "first, stop = int(index[0])",
+        "first, stop = int(index[1])",
+        "tests/test_attention.py",
+    ),
+    Fault(
         "search: probabilities are not normalised",
-        "llama_squad/decoding/batch.py",
+        "llama_squad/decoding/scores.py",
         "return logits.logsumexp(-1, keepdim=True)",
         "return logits.amax(-1, keepdim=True)",
         f"{DECODING} -k best_of_all",

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +17,14 @@ from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph, Reply, Span
 from llama_squad.encoding import ChatEncoder
 from llama_squad.evaluation import _note_if_mixed, begun_with
+from llama_squad.head import exact_head
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
 from llama_squad.results import config_path
-from llama_squad.tree import exact_head
 
 
 @pytest.mark.parametrize("size", [1, 4, 32])
-def test_the_batch_size_parts_no_paragraph(size):
+def test_the_batch_size_parts_no_paragraph(size: Any) -> None:
     records = make_records(5, [3, 1, 7])
     parts = [
         [record["id"] for record in group]
@@ -34,21 +36,23 @@ def test_the_batch_size_parts_no_paragraph(size):
     assert max(sum(map(len, batch)) for batch in batch_paragraphs(records, size)) <= max(size, 7)
 
 
-def test_a_very_long_paragraph_is_parted_in_one_way():
+def test_a_very_long_paragraph_is_parted_in_one_way() -> None:
     records = make_records(1, [150])
     for size in (1, 64, 500):
         batches = list(batch_paragraphs(records, size))
         assert [len(group) for batch in batches for group in batch] == [64, 64, 22]
 
 
-def test_prompts_are_run_in_the_same_shapes_alone_and_beside_others(monkeypatch):
+def test_prompts_are_run_in_the_same_shapes_alone_and_beside_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     records = make_records(3, [3, 5, 2])
     model = tiny_model(dtype=torch.bfloat16)
     local = LocalModel(model, ChatEncoder(tiny_tokenizer()))
     shapes = []
     forward = type(model).forward
 
-    def watched(self, **kwargs):
+    def watched(self: Any, **kwargs: Any) -> Any:
         if kwargs["past_key_values"].get_seq_length() == 0:
             shapes.append((kwargs["input_ids"].shape, kwargs["attention_mask"].shape))
         return forward(self, **kwargs)
@@ -66,7 +70,7 @@ def test_prompts_are_run_in_the_same_shapes_alone_and_beside_others(monkeypatch)
         assert a.reply.no_answer_score == b.reply.no_answer_score
 
 
-def test_logits_of_16_bit_weights_are_float32():
+def test_logits_of_16_bit_weights_are_float32() -> None:
     model = tiny_model(dtype=torch.bfloat16)
     ids = torch.arange(5, 25)[None]
     with torch.inference_mode():
@@ -79,7 +83,7 @@ def test_logits_of_16_bit_weights_are_float32():
     assert not torch.equal(logits, logits.bfloat16().float())
 
 
-def test_default_batch_grows_with_a_gpus_memory(monkeypatch):
+def test_default_batch_grows_with_a_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = ChatEncoder(tiny_tokenizer())
     generator = Generator(tiny_model(), encoder)
     assert generator.batch_size() == 32
@@ -96,15 +100,15 @@ def test_default_batch_grows_with_a_gpus_memory(monkeypatch):
     assert sizes == [32, 64, 128, 256, 512]
 
 
-def audit_of(pairs, monkeypatch):
+def audit_of(pairs: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Audit made-up replies: (ours, the best one's), each of text and log-probability."""
     records = [{"id": str(i), "context": f"c{i}", "question": "?"} for i in range(len(pairs))]
 
     class Fixed:
-        def __init__(self, side):
+        def __init__(self, side: Any) -> None:
             self.side = side
 
-        def answer(self, batch):
+        def answer(self, batch: Any) -> Any:
             found = []
             for group in batch:
                 for record in group:
@@ -117,7 +121,7 @@ def audit_of(pairs, monkeypatch):
     return audit(Fixed(0), Fixed(1), records, 4)
 
 
-def test_audit_compares_against_the_noise(monkeypatch):
+def test_audit_compares_against_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     same = [(("a", -1.0), ("a", -1.02)), (("b", -2.0), ("b", -2.0))]
     near, far = (("c", -1.0), ("d", -0.99)), (("e", -1.0), ("f", -0.9))
     found = audit_of([*same, near, far], monkeypatch)
@@ -129,7 +133,9 @@ def test_audit_compares_against_the_noise(monkeypatch):
     assert "differ" not in str(exact)
 
 
-def test_a_file_of_several_batch_sizes_says_so_in_16_bits(tmp_path, capsys):
+def test_a_file_of_several_batch_sizes_says_so_in_16_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "results.csv"
     config_path(output).write_text('{"batch_size": 8}')
     server = {"predictor": "server"}
@@ -143,7 +149,7 @@ def test_a_file_of_several_batch_sizes_says_so_in_16_bits(tmp_path, capsys):
     assert saved == {"batch_size": 8, "batch_sizes": [8, 32]}
 
 
-def test_a_run_that_goes_on_keeps_its_batch_size(tmp_path):
+def test_a_run_that_goes_on_keeps_its_batch_size(tmp_path: Path) -> None:
     """A GPU with less free memory than before would have another default."""
     args = dataclasses.replace(EvalArguments(), output=str(tmp_path / "results.csv"))
     tuning = dataclasses.replace(args, tune_threshold=True)

@@ -1,5 +1,7 @@
 """The length penalty, as ``generate`` has it; how many beams there are unless told."""
 
+from typing import Any, Never
+
 import pytest
 import torch
 from helpers import make_records, tiny_model, tiny_tokenizer
@@ -11,7 +13,7 @@ from llama_squad.encoding import ChatEncoder
 from llama_squad.prompts import build_messages
 
 
-def ask(generator, encoder):
+def ask(generator: Any, encoder: ChatEncoder) -> Any:
     messages = [build_messages(record, answer=False) for record in make_records(1, [3])]
     prompts = encoder.encode_prompts(messages)
     return prompts, generator.reply([Paragraph("", prompts)])[0]
@@ -19,7 +21,7 @@ def ask(generator, encoder):
 
 @pytest.mark.parametrize("num_beams", [1, 3, 10])
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 0.5, 1.0, 2.0])
-def test_length_penalty_equals_generate(num_beams, length_penalty):
+def test_length_penalty_equals_generate(num_beams: int, length_penalty: float) -> None:
     encoder = ChatEncoder(tiny_tokenizer())
     model = tiny_model(initializer_range=0.4)
     liked = model.lm_head.weight.norm(dim=1).topk(12).indices.tolist()  # replies end at all lengths
@@ -48,7 +50,7 @@ def test_length_penalty_equals_generate(num_beams, length_penalty):
     assert min(ended) < 10 or length_penalty == 2
 
 
-def test_a_penalty_finds_other_replies():
+def test_a_penalty_finds_other_replies() -> None:
     encoder = ChatEncoder(tiny_tokenizer())
     model = tiny_model(initializer_range=0.4)
     model.generation_config.eos_token_id = (
@@ -74,14 +76,14 @@ def test_a_penalty_finds_other_replies():
         ({"predictor": "encoder"}, 1),
     ],
 )
-def test_beams_unless_told(given, num_beams):
+def test_beams_unless_told(given: Any, num_beams: int) -> None:
     assert resolve_decoding(EvalArguments(**given)).num_beams == num_beams
 
 
-def test_no_figure_is_fetched_by_itself(monkeypatch):
+def test_no_figure_is_fetched_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU each ``item`` waits for all that was asked of it."""
 
-    def refuse(tensor):
+    def refuse(tensor: Any) -> Never:
         raise AssertionError("item()")
 
     encoder = ChatEncoder(tiny_tokenizer())

@@ -1,6 +1,7 @@
 """The check that a tuned model still talks: kinds of replies, their measures, base against tuned."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,17 +33,17 @@ from llama_squad.encoding import ChatEncoder
         ("I am a helpful model " * 8, "repetitive"),
     ],
 )
-def test_kinds(text, kind):
+def test_kinds(text: str, kind: str) -> None:
     assert classify_reply(text)[0] == kind
 
 
-def test_measures_of_a_reply():
+def test_measures_of_a_reply() -> None:
     kind, words, repetition = classify_reply("a b c d e a b c d e")
     assert (kind, words) == ("prose", 10)
     assert repetition == pytest.approx(2 / 7)  # of 7 sequences of four words, 2 come again
 
 
-def test_summary_and_comparison():
+def test_summary_and_comparison() -> None:
     prose = ChatReply("p", "It is so and not otherwise.", "prose", 6, 0.0, 2.0)
     lost = ChatReply("p", "", "empty", 0, 0.0, None)
     figures = summarize_chat([prose, prose, prose, lost])
@@ -55,12 +56,12 @@ def test_summary_and_comparison():
     assert "| tuned | 50.0 | 0.0 | 0.0 | 0.0 | 50.0 | 3 |" in table
 
 
-def test_bundled_prompts_ask_for_more_than_a_word():
+def test_bundled_prompts_ask_for_more_than_a_word() -> None:
     prompts = read_prompts(CHAT_PROMPTS)
     assert len(set(prompts)) == 40
 
 
-def test_prompts_that_cannot_be_read(tmp_path):
+def test_prompts_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read the prompts in .*none\.txt"):
         read_prompts(tmp_path / "none.txt")
     (tmp_path / "empty.txt").write_text("\n")
@@ -68,7 +69,7 @@ def test_prompts_that_cannot_be_read(tmp_path):
         read_prompts(tmp_path / "empty.txt")
 
 
-def test_greedy_replies_and_their_perplexity():
+def test_greedy_replies_and_their_perplexity() -> None:
     """A batch gives the replies of the prompts alone, and perplexity is that of their tokens."""
     tokenizer, model = tiny_tokenizer(), tiny_model().eval()
     encoder = ChatEncoder(tokenizer)

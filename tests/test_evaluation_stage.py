@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Never
 
 import pytest
 from audit import AUDIT_BEAMS, LEAST_NOISE, Audit, audit
@@ -39,7 +40,7 @@ PYTHON = sys.executable
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model, a LoRA adapter of it, and a dataset of 15 test questions on 5 paragraphs."""
     from peft import LoraConfig, get_peft_model
 
@@ -67,11 +68,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def run(folder, tmp_path, monkeypatch):
+def run(folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run the stage; returns the rows."""
     monkeypatch.chdir(tmp_path)
 
-    def stage(*flags, model=True):
+    def stage(*flags: str, model: Any = True) -> Any:
         which = [f"--model_name={folder}/model"] if model else []
         test_llama_squad.main([*which, f"--dataset_name={folder}/data", *SMALL, *flags])
         return read_results("results/results.csv")
@@ -82,7 +83,7 @@ def run(folder, tmp_path, monkeypatch):
 SMALL = ("--batch_size=4", "--max_new_tokens=12")
 
 
-def test_rows_hold_spans_or_abstain(run, capsys):
+def test_rows_hold_spans_or_abstain(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = run("--predictions_dir=official", "--n_best=2")
     contexts = {record["id"]: record["context"] for record in make_records(5, [2, 4], seed=3)}
     assert [row["id"] for row in rows] == list(contexts)
@@ -113,25 +114,25 @@ def test_rows_hold_spans_or_abstain(run, capsys):
     assert out.err.count("running on the CPU") <= 1
 
 
-def test_free_decoding_writes_what_the_model_says(run):
+def test_free_decoding_writes_what_the_model_says(run: Any) -> None:
     rows = run("--decoding=free", "--num_samples=5")
     assert len(rows) == 5
     assert {row["na_prob"] for row in rows} == {None}
     assert all(row["score"] < 0 for row in rows)
 
 
-def test_shuffled_sample_is_the_same_for_a_seed(run):
+def test_shuffled_sample_is_the_same_for_a_seed(run: Any) -> None:
     first = {row["id"] for row in run("--shuffle", "--num_samples=5", "--seed=1")}
     again = {row["id"] for row in run("--shuffle", "--num_samples=5", "--seed=1", "--overwrite")}
     other = {row["id"] for row in run("--shuffle", "--num_samples=5", "--seed=2", "--overwrite")}
     assert first == again != other
 
 
-def test_multi_turn_feeds_the_replies_back(run, monkeypatch):
+def test_multi_turn_feeds_the_replies_back(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = []
     real = LocalModel._talk
 
-    def watched(self, batch, conversations):
+    def watched(self: Any, batch: Any, conversations: Any) -> None:
         real(self, batch, conversations)
         turns.extend(messages for group in conversations for messages in group)
 
@@ -145,19 +146,21 @@ def test_multi_turn_feeds_the_replies_back(run, monkeypatch):
         assert all(reply in row["Prompt"] for reply in replies)
 
 
-def test_adapter_brings_its_model_and_prompt(folder, run):
+def test_adapter_brings_its_model_and_prompt(folder: Any, run: Any) -> None:
     rows = run(f"--adapter_name={folder}/adapter", "--num_samples=2", model=False)
     assert all("Only the text counts." in row["Prompt"] for row in rows)
     saved = json.loads(Path("results/results.csv.config.json").read_text())
     assert saved["model_name"] == str(folder / "model")
 
 
-def test_interrupted_run_goes_on_with_the_same_rows(run, monkeypatch, capsys):
+def test_interrupted_run_goes_on_with_the_same_rows(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = run("--n_best=2")
     expected = Path("results/results.csv").read_bytes()
     answer, calls = LocalModel.answer, []
 
-    def stops(self, batch):
+    def stops(self: Any, batch: Any) -> Any:
         calls.append(batch)
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -175,12 +178,12 @@ def test_interrupted_run_goes_on_with_the_same_rows(run, monkeypatch, capsys):
         run("--n_best=2", "--num_beams=3")
 
 
-def command(folder, output, *launcher):
+def command(folder: Any, output: Any, *launcher: str) -> Any:
     return [*(launcher or (PYTHON,)), str(evaluation_script()), f"--model_name={folder}/model",
             f"--dataset_name={folder}/data", f"--output={output}", *SMALL]  # fmt: skip
 
 
-def evaluation_script():
+def evaluation_script() -> Any:
     return os.path.abspath(test_llama_squad.__file__)
 
 
@@ -188,7 +191,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.mark.slow
-def test_killed_and_on_two_processes_the_file_is_the_same(folder, tmp_path):
+def test_killed_and_on_two_processes_the_file_is_the_same(folder: Any, tmp_path: Path) -> None:
     """Kill -9 in the middle, go on with two processes, compare with an undisturbed run."""
     output = tmp_path / "killed.csv"
     process = subprocess.Popen(command(folder, output), env=ENVIRONMENT, cwd=tmp_path)
@@ -214,7 +217,7 @@ def test_killed_and_on_two_processes_the_file_is_the_same(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments_the_files_are_the_same(folder, tmp_path):
+def test_killed_at_ten_random_moments_the_files_are_the_same(folder: Any, tmp_path: Path) -> None:
     """Kill -9 at any moment of a start, then ten times soon after new rows; go on to the end."""
     many = make_records(24, [2, 3], seed=4)
     splits = {"train": make_records(2, [1], seed=1), "val": make_records(2, [1], seed=2)}
@@ -251,7 +254,7 @@ def test_killed_at_ten_random_moments_the_files_are_the_same(folder, tmp_path):
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
-def rows_of(path):
+def rows_of(path: Path) -> Any:
     try:
         with path.open(newline="") as file:
             return sum(1 for _ in csv.reader(file)) - 1
@@ -260,13 +263,15 @@ def rows_of(path):
 
 
 @pytest.fixture
-def adapter(folder, tmp_path):
+def adapter(folder: Any, tmp_path: Path) -> Any:
     """A copy of the adapter, to keep a threshold in."""
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
-def test_threshold_is_tuned_on_validation_and_used_afterwards(adapter, run, capsys):
+def test_threshold_is_tuned_on_validation_and_used_afterwards(
+    adapter: Any, run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = (f"--adapter_name={adapter}",)
     rows = run(*flags, "--tune_threshold", model=False)
     saved = json.loads((adapter / THRESHOLD_FILE).read_text())
@@ -286,14 +291,16 @@ def test_threshold_is_tuned_on_validation_and_used_afterwards(adapter, run, caps
     assert load_yaml(Path("later/results.csv.config.json"))["na_prob_thresh"] == threshold
 
 
-def test_a_threshold_that_was_tuned_for_other_settings_is_not_used(adapter, run, capsys):
+def test_a_threshold_that_was_tuned_for_other_settings_is_not_used(
+    adapter: Any, run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = (f"--adapter_name={adapter}", "--num_samples=2")
     run(*flags, "--tune_threshold", model=False)
     path = adapter / THRESHOLD_FILE
     saved = json.loads(path.read_text())
     path.write_text(json.dumps(saved | {"na_prob_thresh": 0.123}))
 
-    def used(*more):
+    def used(*more: Any) -> Any:
         run(*flags, "--overwrite", *more, model=False)
         threshold = load_yaml(Path("results/results.csv.config.json"))["na_prob_thresh"]
         return threshold, capsys.readouterr().err
@@ -313,7 +320,9 @@ def test_a_threshold_that_was_tuned_for_other_settings_is_not_used(adapter, run,
     assert (threshold, "does not say what it was tuned for" in said) == (0.5, True)
 
 
-def test_tuning_takes_the_sample_and_goes_on_with_its_own_file(adapter, run, monkeypatch):
+def test_tuning_takes_the_sample_and_goes_on_with_its_own_file(
+    adapter: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = (f"--adapter_name={adapter}", "--tune_threshold", "--num_samples=3")
     run(*flags, model=False)
     judged = Path("results/results.csv.val.csv")
@@ -335,7 +344,7 @@ def test_tuning_takes_the_sample_and_goes_on_with_its_own_file(adapter, run, mon
     assert (saved["tune_for"], saved["questions"], "f1" in saved) == ("f1", 3, True)
 
 
-def test_any_file_can_be_thresholded_anew(run):
+def test_any_file_can_be_thresholded_anew(run: Any) -> None:
     """As if another threshold had been given, row by row; best_exact knows no threshold."""
     by_threshold = {
         threshold: run(f"--na_prob_thresh={threshold}", "--overwrite")
@@ -355,11 +364,17 @@ def test_any_file_can_be_thresholded_anew(run):
 
 
 @pytest.mark.parametrize(("gap", "counted"), [(0.0, "2 (100.0 %)"), (1.0, "0 (0.0 %)")])
-def test_audit_from_the_command_line(folder, capsys, monkeypatch, gap, counted):
+def test_audit_from_the_command_line(
+    folder: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    gap: Any,
+    counted: Any,
+) -> None:
     """The wide search finds another span that is as likely as ours, or one that is likelier."""
     answer, beams = LocalModel.answer, []
 
-    def scripted(self, batch):
+    def scripted(self: Any, batch: Any) -> Any:
         generator = self._generator
         beams.append(generator.options.num_beams)
         generator.options.num_beams = 2  # a thousand take long
@@ -381,7 +396,7 @@ def test_audit_from_the_command_line(folder, capsys, monkeypatch, gap, counted):
     assert f"Audit of 2 questions: the search found the best of all spans for {counted}." in out
 
 
-def test_audit_of_a_search_that_is_wide_and_of_one_that_misses():
+def test_audit_of_a_search_that_is_wide_and_of_one_that_misses() -> None:
     """On contexts so short that a wide search proves its answer."""
     encoder = ChatEncoder(tiny_tokenizer())
     records = [
@@ -390,7 +405,7 @@ def test_audit_of_a_search_that_is_wide_and_of_one_that_misses():
     ]
 
     class Misses(LocalModel):
-        def answer(self, batch):
+        def answer(self, batch: Any) -> Any:
             found = super().answer(batch)
             return [
                 replace(item, reply=replace(item.reply, best=Span("?!", item.reply.best.score - 1)))
@@ -403,7 +418,7 @@ def test_audit_of_a_search_that_is_wide_and_of_one_that_misses():
     assert audit(misses, wide, records, 2) == Audit(3, 0, 0, LEAST_NOISE)
 
 
-def test_audit_counts():
+def test_audit_counts() -> None:
     """Found by text, by an equal log-probability, both without a span; missed, and unproven."""
     span = Span
     pairs = [
@@ -413,10 +428,10 @@ def test_audit_counts():
     ]  # fmt: skip
 
     class Fake:
-        def __init__(self, side):
+        def __init__(self, side: Any) -> None:
             self.side = side
 
-        def answer(self, batch):
+        def answer(self, batch: Any) -> Any:
             return [
                 Prediction(r, "", Reply("", [], 0.0, pairs[r["id"]][self.side],
                                         proven_best=pairs[r["id"]][2]))
@@ -429,7 +444,9 @@ def test_audit_counts():
     assert "3 (60.0 %)" in str(found)
 
 
-def test_other_weights_or_questions_under_the_same_name_are_no_resumption(folder, tmp_path):
+def test_other_weights_or_questions_under_the_same_name_are_no_resumption(
+    folder: Any, tmp_path: Path
+) -> None:
     """A retrained adapter, or a dataset built anew, must not be given the old one's rows."""
     adapter = tmp_path / "adapter"
     shutil.copytree(folder / "adapter", adapter)
@@ -451,11 +468,13 @@ def test_other_weights_or_questions_under_the_same_name_are_no_resumption(folder
                                *flags[2:]])  # fmt: skip
 
 
-def test_files_of_others_are_left_alone(folder, tmp_path, monkeypatch):
+def test_files_of_others_are_left_alone(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Files that look a little like a process's shards are neither read nor removed."""
     monkeypatch.chdir(tmp_path)
 
-    def run(output, *flags):
+    def run(output: Any, *flags: str) -> Any:
         test_llama_squad.main([f"--model_name={folder}/model", f"--dataset_name={folder}/data",
                                "--num_samples=3", f"--output={output}", *SMALL, *flags])  # fmt: skip
         return read_results(output)
@@ -476,10 +495,10 @@ def test_files_of_others_are_left_alone(folder, tmp_path, monkeypatch):
 class Answers:
     """Answers all questions with their first word; ``watch`` sees each batch before it is."""
 
-    def __init__(self, watch=lambda batch: None, failing=()):
+    def __init__(self, watch: Any = lambda batch: None, failing: Any = ()) -> None:
         self.watch, self.failing, self.asked = watch, failing, []
 
-    def answer(self, batch):
+    def answer(self, batch: Any) -> Any:
         self.watch(batch)
         records = [record for group in batch for record in group]
         self.asked += [record["id"] for record in records]
@@ -494,7 +513,7 @@ class Answers:
 class AnswersAlone(Answers):
     """The same, one question after the other, from the last to the first."""
 
-    def answer_all(self, records):
+    def answer_all(self, records: Any) -> Any:
         for record in reversed(records):
             yield self.answer([[record]])
 
@@ -502,17 +521,17 @@ class AnswersAlone(Answers):
 RECORDS = make_records(6, [3], seed=5)
 
 
-def evaluated(model, path, **options):
+def evaluated(model: Any, path: Path, **options: Any) -> Any:
     evaluate(model, RECORDS, path, {"seed": 1}, batch_size=4, **options)
     return read_results(path)
 
 
-def test_no_other_run_comes_between(tmp_path):
+def test_no_other_run_comes_between(tmp_path: Path) -> None:
     """From before the first answer to the last row, also while shards are gathered."""
     path = tmp_path / "results.csv"
     tried = []
 
-    def second(batch):
+    def second(batch: Any) -> None:
         with pytest.raises(ValueError, match="another process is writing"):
             evaluate(Answers(), RECORDS, path, {"seed": 1})
         tried.append(batch)
@@ -532,10 +551,12 @@ def test_no_other_run_comes_between(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["results.csv", "results.csv.config.json"]
 
 
-def test_the_figures_are_those_of_a_file_that_no_other_run_can_change(run, monkeypatch):
+def test_the_figures_are_those_of_a_file_that_no_other_run_can_change(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refused = []
 
-    def report(args):
+    def report(args: Any) -> None:
         with (
             pytest.raises(ValueError, match="another process is writing"),
             ResultsFile(args.output, {}, overwrite=True),
@@ -549,11 +570,13 @@ def test_the_figures_are_those_of_a_file_that_no_other_run_can_change(run, monke
 
 
 @pytest.mark.parametrize("kind", ["lost", "doubled"])
-def test_a_file_that_does_not_hold_each_question_once_gives_no_figures(tmp_path, monkeypatch, kind):
+def test_a_file_that_does_not_hold_each_question_once_gives_no_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     path = tmp_path / "results.csv"
     append = ResultsFile.append
 
-    def damage(self, rows):
+    def damage(self: Any, rows: Any) -> None:
         append(self, rows)
         content = path.read_bytes()
         header = content.index(b"\n") + 1
@@ -571,7 +594,7 @@ def test_a_file_that_does_not_hold_each_question_once_gives_no_figures(tmp_path,
 
 
 @pytest.mark.parametrize("kind", [Answers, AnswersAlone])
-def test_failed_questions_are_kept_and_asked_again(tmp_path, kind):
+def test_failed_questions_are_kept_and_asked_again(tmp_path: Path, kind: str) -> None:
     path, failing = tmp_path / "results.csv", [RECORDS[4]["id"], RECORDS[10]["id"]]
     first = evaluated(kind(failing=failing), path)
     assert [row["id"] for row in first] == [record["id"] for record in RECORDS]
@@ -592,7 +615,7 @@ def test_failed_questions_are_kept_and_asked_again(tmp_path, kind):
     assert third == whole
 
 
-def test_pairs_of_simultaneous_starts(tmp_path):
+def test_pairs_of_simultaneous_starts(tmp_path: Path) -> None:
     """Each ends complete or is refused; see benchmarks/simultaneous_starts.py for 200."""
     import simultaneous_starts  # in a folder that ``helpers`` adds to the path
 
@@ -601,8 +624,10 @@ def test_pairs_of_simultaneous_starts(tmp_path):
     assert counts["refused"] > 0
 
 
-def test_what_cannot_be_written_is_said_before_a_model_is_loaded(run, monkeypatch):
-    def load(*_):
+def test_what_cannot_be_written_is_said_before_a_model_is_loaded(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> Never:
         raise AssertionError("loaded")
 
     monkeypatch.setattr(test_llama_squad, "load_predictor", load)
@@ -631,7 +656,9 @@ def test_what_cannot_be_written_is_said_before_a_model_is_loaded(run, monkeypatc
         (["--num_beams=0"], "at least 1"),
     ],
 )
-def test_mistakes_are_explained(run, flags, message, capsys):
+def test_mistakes_are_explained(
+    run: Any, flags: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as error:
         run(*flags)
     said = str(error.value.code) + capsys.readouterr().err

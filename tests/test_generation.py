@@ -4,11 +4,12 @@ import itertools
 import math
 import random
 import unicodedata
+from typing import Any, Never
 
 import pytest
 import torch
-from helpers import TOKENIZERS, load_encoder, read_quickstart
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from helpers import TOKENIZERS, load_encoder, read_quickstart, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llama_squad.answers import NO_ANSWER, extract_answer, format_answer
 from llama_squad.decoding.batch import DecodingBatch
@@ -19,6 +20,7 @@ from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph
 from llama_squad.decoding.search import BestFirstSearch, Hypothesis
 from llama_squad.decoding.spans import SpanGrammar, reply_ids, span_vocabulary
+from llama_squad.encoding import ChatEncoder
 from llama_squad.prompts import build_messages
 
 # Double spaces, line ends, quotes, a backslash, a control character, composed and decomposed
@@ -28,25 +30,21 @@ ODD = ('Née  in 1990s, "Zoë" (é\\n)\n\tsaid: 中文 “ok”?\x07 '
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS[:2], ids="-".join)
-def encoder(request):
+def encoder(request: pytest.FixtureRequest) -> Any:
     """A SentencePiece-like and a byte-level one: what the model's tests need."""
     name, template, _ = request.param
     return load_encoder(name, template)
 
 
 @pytest.fixture(scope="module")
-def model(encoder):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(encoder.tokenizer), hidden_size=32, intermediate_size=64,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        initializer_range=0.4, attn_implementation="sdpa",
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+def model(encoder: ChatEncoder) -> Any:
+    return tiny_model(
+        vocab_size=len(encoder.tokenizer), intermediate_size=64, initializer_range=0.4
+    )
 
 
 @pytest.fixture(scope="module")
-def paragraphs(encoder):
+def paragraphs(encoder: ChatEncoder) -> Any:
     """Three questions each of two paragraphs of different lengths."""
     groups = itertools.groupby(read_quickstart("test"), key=lambda record: record["context"])
     found = [[record["question"] for record in group][:3] for _, group in groups]
@@ -54,14 +52,14 @@ def paragraphs(encoder):
     return [make_paragraph(encoder, contexts[index], found[index]) for index in (0, 1)]
 
 
-def make_paragraph(encoder, context, questions):
+def make_paragraph(encoder: ChatEncoder, context: str, questions: Any) -> Any:
     records = [{"context": context, "question": question} for question in questions]
     messages = [build_messages(record, answer=False) for record in records]
     return Paragraph(context, encoder.encode_prompts(messages))
 
 
 @torch.inference_mode()
-def teacher_force(model, prompt, reply):
+def teacher_force(model: Any, prompt: list[int], reply: list[int]) -> float:
     """Log P(reply | prompt), by one plain pass."""
     ids = torch.tensor([[*prompt, *reply]])
     scores = model(ids).logits[0].float().log_softmax(-1)[len(prompt) - 1 : -1]
@@ -71,7 +69,7 @@ def teacher_force(model, prompt, reply):
 # Free decoding -------------------------------------------------------------------------------
 
 
-def generate(model, prompt, num_beams, length):
+def generate(model: Any, prompt: list[int], num_beams: int, length: int) -> Any:
     more = {"length_penalty": 0.0} if num_beams > 1 else {}
     output = model.generate(
         torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -83,14 +81,21 @@ def generate(model, prompt, num_beams, length):
     return ids[: stop[0] + 1] if stop else ids, output.get("sequences_scores")
 
 
-def stop_list(model):
+def stop_list(model: Any) -> Any:
     eos = model.generation_config.eos_token_id
     return eos if isinstance(eos, list) else [eos]
 
 
 @pytest.mark.parametrize("num_beams", [1, 10])
 @pytest.mark.parametrize("stops", [0, 25], ids=["to the limit", "with ends of turn"])
-def test_free_decoding_equals_generate(model, encoder, paragraphs, num_beams, stops, monkeypatch):
+def test_free_decoding_equals_generate(
+    model: Any,
+    encoder: ChatEncoder,
+    paragraphs: Any,
+    num_beams: int,
+    stops: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     if stops:  # tokens that this model likes, so that replies end, at all lengths and beams
         liked = model.lm_head.weight.norm(dim=1).topk(stops).indices.tolist()
         eos = [*liked, encoder.tokenizer.eos_token_id]
@@ -108,7 +113,9 @@ def test_free_decoding_equals_generate(model, encoder, paragraphs, num_beams, st
     assert ended or not stops
 
 
-def test_free_replies_lose_their_end_of_turn(model, encoder, paragraphs, monkeypatch):
+def test_free_replies_lose_their_end_of_turn(
+    model: Any, encoder: ChatEncoder, paragraphs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = Generator(model, encoder, decoding="free", max_new_tokens=1)
     reply = generator.reply(paragraphs)[0][0]
     assert reply.completion == encoder.tokenizer.decode(reply.token_ids)
@@ -120,7 +127,9 @@ def test_free_replies_lose_their_end_of_turn(model, encoder, paragraphs, monkeyp
 # The tree ------------------------------------------------------------------------------------
 
 
-def test_no_answer_probability_equals_teacher_forcing(model, encoder, paragraphs):
+def test_no_answer_probability_equals_teacher_forcing(
+    model: Any, encoder: ChatEncoder, paragraphs: Any
+) -> None:
     generator = Generator(model, encoder)
     header, tail = span_vocabulary(encoder).header, span_vocabulary(encoder).no_answer
     assert extract_answer(encoder.tokenizer.decode(header + tail)).state == "no_answer"
@@ -135,11 +144,13 @@ def test_no_answer_probability_equals_teacher_forcing(model, encoder, paragraphs
 
 
 @pytest.mark.parametrize("fault", ["position_ids", "attention_mask"])
-def test_tree_needs_its_positions_and_its_mask(model, encoder, paragraphs, fault, monkeypatch):
+def test_tree_needs_its_positions_and_its_mask(
+    model: Any, encoder: ChatEncoder, paragraphs: Any, fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = Generator(model, encoder).reply(paragraphs)
     forward = type(model).forward
 
-    def wrong(self, **kwargs):
+    def wrong(self: Any, **kwargs: Any) -> Any:
         kwargs.pop(fault, None)
         return forward(self, **kwargs)
 
@@ -149,7 +160,9 @@ def test_tree_needs_its_positions_and_its_mask(model, encoder, paragraphs, fault
     assert any(abs(a.no_answer_score - b.no_answer_score) > 1e-3 for a, b in pairs)
 
 
-def test_paragraphs_together_equal_paragraphs_alone(model, encoder, paragraphs):
+def test_paragraphs_together_equal_paragraphs_alone(
+    model: Any, encoder: ChatEncoder, paragraphs: Any
+) -> None:
     generator = Generator(model, encoder, num_beams=3)
     assert len(paragraphs[0].prompts[0]) != len(paragraphs[1].prompts[0])
     together = itertools.chain(*generator.reply(paragraphs))
@@ -164,20 +177,24 @@ def test_paragraphs_together_equal_paragraphs_alone(model, encoder, paragraphs):
         assert a.no_answer_score == pytest.approx(b.no_answer_score, abs=1e-4)
 
 
-def test_eager_attention_gives_the_same(model, encoder, paragraphs, monkeypatch):
+def test_eager_attention_gives_the_same(
+    model: Any, encoder: ChatEncoder, paragraphs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = Generator(model, encoder).reply(paragraphs)
     monkeypatch.setattr(model.config, "_attn_implementation", "eager")
     for a, b in zip(Generator(model, encoder).reply(paragraphs), expected, strict=True):
         assert [reply.token_ids for reply in a] == [reply.token_ids for reply in b]
 
 
-def test_dropping_dead_branches_changes_nothing(model, encoder, paragraphs, monkeypatch):
+def test_dropping_dead_branches_changes_nothing(
+    model: Any, encoder: ChatEncoder, paragraphs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = Generator(model, encoder, decoding="free", num_beams=4, max_new_tokens=12)
     expected = generator.reply(paragraphs)
     lengths = []
     compact = TokenTree.compact
 
-    def watched(tree, branches):
+    def watched(tree: Any, branches: Any) -> None:
         lengths.append(tree.grown)
         compact(tree, branches)
 
@@ -190,11 +207,13 @@ def test_dropping_dead_branches_changes_nothing(model, encoder, paragraphs, monk
         assert a.score == pytest.approx(b.score, abs=1e-4)
 
 
-def test_out_of_memory_halves_the_batch_and_loses_no_row(model, encoder, paragraphs, monkeypatch):
+def test_out_of_memory_halves_the_batch_and_loses_no_row(
+    model: Any, encoder: ChatEncoder, paragraphs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = Generator(model, encoder).reply(paragraphs)
     grow, sizes = TokenTree.extend, []
 
-    def small(tree, rows):
+    def small(tree: Any, rows: Any) -> Any:
         # a question with its header: the abstention and the end of a reply are shorter
         questions = sum(len(branch.tokens) > 9 for row in rows for branch in row)
         sizes.append(questions)
@@ -214,8 +233,10 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(model, encoder, paragra
     assert max(sizes) <= 1 + 2  # it has learned what does not fit
 
 
-def test_other_errors_are_not_taken_for_out_of_memory(model, encoder, paragraphs, monkeypatch):
-    def broken(tree, rows):
+def test_other_errors_are_not_taken_for_out_of_memory(
+    model: Any, encoder: ChatEncoder, paragraphs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(tree: Any, rows: Any) -> Never:
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(TokenTree, "extend", broken)
@@ -226,11 +247,11 @@ def test_other_errors_are_not_taken_for_out_of_memory(model, encoder, paragraphs
 # The grammar ---------------------------------------------------------------------------------
 
 
-def spell_out(grammar, vocabulary, text):
+def spell_out(grammar: Any, vocabulary: Any, text: str) -> Any:
     """Find some tokens that spell the reply that holds ``text``, or None."""
     target = vocabulary.lead_text + format_answer(text).encode().partition(b'": "')[2]
 
-    def walk(state, offset):
+    def walk(state: Any, offset: Any) -> Any:
         found = grammar.successors(state)
         for token_id, following in zip(found.ids, found.targets, strict=True):
             spelled = vocabulary.to_bytes([token_id])
@@ -248,7 +269,9 @@ def spell_out(grammar, vocabulary, text):
 
 @pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
 @pytest.mark.parametrize("boundaries", ["any", "word"])
-def test_every_span_can_be_spelled_and_nothing_else(name, template, end, boundaries):
+def test_every_span_can_be_spelled_and_nothing_else(
+    name: str, template: str, end: Any, boundaries: str
+) -> None:
     encoder = load_encoder(name, template)
     tokenizer, vocabulary = encoder.tokenizer, span_vocabulary(encoder)
     grammar = SpanGrammar(vocabulary, ODD, boundaries)
@@ -269,7 +292,7 @@ def test_every_span_can_be_spelled_and_nothing_else(name, template, end, boundar
 
 
 @pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
-def test_random_walks_give_spans(name, template, end):
+def test_random_walks_give_spans(name: str, template: str, end: Any) -> None:
     encoder = load_encoder(name, template)
     vocabulary, chance = span_vocabulary(encoder), random.Random(0)
     grammar = SpanGrammar(vocabulary, ODD)
@@ -297,7 +320,7 @@ def test_random_walks_give_spans(name, template, end):
 
 
 @pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
-def test_grammar_takes_the_tokens_of_training(name, template, end):
+def test_grammar_takes_the_tokens_of_training(name: str, template: str, end: Any) -> None:
     encoder = load_encoder(name, template)
     vocabulary = span_vocabulary(encoder)
     context = 'The "Beyoncé" tour (1990s, U.S.) grossed $5\\10 — “twice” as much; it\'s 中文.'
@@ -312,7 +335,9 @@ def test_grammar_takes_the_tokens_of_training(name, template, end):
 
 
 @pytest.mark.parametrize("context", ["", " \n ", "?", " ? "])
-def test_a_context_without_spans_is_answered_by_abstaining(model, encoder, context):
+def test_a_context_without_spans_is_answered_by_abstaining(
+    model: Any, encoder: ChatEncoder, context: str
+) -> None:
     reply = Generator(model, encoder).reply([make_paragraph(encoder, context, ["Who?"])])[0][0]
     assert reply.completion == format_answer(NO_ANSWER)
     assert (reply.na_prob, reply.spans) == (1.0, ())
@@ -321,7 +346,7 @@ def test_a_context_without_spans_is_answered_by_abstaining(model, encoder, conte
 # The search ----------------------------------------------------------------------------------
 
 
-def all_replies(grammar, vocabulary):
+def all_replies(grammar: Any, vocabulary: Any) -> Any:
     """Every token sequence that the grammar admits, with the text that it spells."""
     stack = [(grammar.start, ())]
     while stack:
@@ -339,7 +364,9 @@ def all_replies(grammar, vocabulary):
 
 @pytest.mark.parametrize("boundaries", ["word", "any"])
 @pytest.mark.parametrize("context", ["Ab c", "x?", 'a"b'])
-def test_search_finds_the_best_of_all_spans(model, encoder, context, boundaries):
+def test_search_finds_the_best_of_all_spans(
+    model: Any, encoder: ChatEncoder, context: str, boundaries: str
+) -> None:
     paragraph = make_paragraph(encoder, context, ["What is it?", "Who are you?"])
     generator = Generator(model, encoder, num_beams=1000, n_best=1000, span_boundaries=boundaries)
     vocabulary = span_vocabulary(encoder)
@@ -360,7 +387,9 @@ def test_search_finds_the_best_of_all_spans(model, encoder, context, boundaries)
         assert reply.proven_best
 
 
-def test_threshold_decides_between_span_and_abstention(model, encoder, paragraphs):
+def test_threshold_decides_between_span_and_abstention(
+    model: Any, encoder: ChatEncoder, paragraphs: Any
+) -> None:
     low = Generator(model, encoder, na_prob_thresh=0.0).reply(paragraphs)[0][0]
     high = Generator(model, encoder, na_prob_thresh=1.0).reply(paragraphs)[0][0]
     assert low.completion == format_answer(NO_ANSWER)
@@ -370,11 +399,13 @@ def test_threshold_decides_between_span_and_abstention(model, encoder, paragraph
     assert low.na_prob == high.na_prob == pytest.approx(torch.sigmoid(odds).item(), rel=1e-6)
 
 
-def node(log_prob, level, kind="open", text="", children=()):
+def node(
+    log_prob: float, level: str, kind: str = "open", text: str = "", children: Any = ()
+) -> Any:
     return Hypothesis(log_prob, (level,), level, None, kind, text=text, children=[*children])
 
 
-def test_more_spans_than_the_answer_are_found_without_changing_it():
+def test_more_spans_than_the_answer_are_found_without_changing_it() -> None:
     """One beam takes the likelier opening, and misses the likeliest span; the list has it."""
     worse = node(-3.0, 2, "complete", "answer")
     best = node(-1.1, 2, "complete", "missed")
@@ -389,7 +420,7 @@ def test_more_spans_than_the_answer_are_found_without_changing_it():
     assert search.pruned_log_prob == -math.inf
 
 
-def test_n_best_widens_nothing_before_the_answer_is_found(model, encoder):
+def test_n_best_widens_nothing_before_the_answer_is_found(model: Any, encoder: ChatEncoder) -> None:
     paragraph = make_paragraph(encoder, "Ab c, 12 d. Ef gh (ij).", ["When?"])
     first = []
     for n_best in (1, 5):
@@ -401,7 +432,7 @@ def test_n_best_widens_nothing_before_the_answer_is_found(model, encoder):
     assert question.search._spare, "nothing waits"
 
 
-def test_n_best_spans_are_distinct_and_in_order(model, encoder):
+def test_n_best_spans_are_distinct_and_in_order(model: Any, encoder: ChatEncoder) -> None:
     paragraph = make_paragraph(encoder, "Ab c, 12 d.", ["When?", "Who?", "Why?"])
     (alone,) = Generator(model, encoder).reply([paragraph])
     (found,) = Generator(model, encoder, n_best=5).reply([paragraph])
@@ -420,7 +451,7 @@ WINDOWED = {
 
 
 @pytest.mark.parametrize("kind", WINDOWED)
-def test_outgrown_sliding_windows(kind, encoder):
+def test_outgrown_sliding_windows(kind: str, encoder: ChatEncoder) -> None:
     """Prompts longer than the window: each layer's own mask, as in a plain pass."""
     tiny = {"vocab_size": len(encoder.tokenizer), "hidden_size": 32, "intermediate_size": 64,
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -440,7 +471,9 @@ def test_outgrown_sliding_windows(kind, encoder):
 
 
 @pytest.mark.parametrize("kind", ["bloom", "mpt"])
-def test_architectures_that_cannot_share_contexts_are_refused(kind, encoder):
+def test_architectures_that_cannot_share_contexts_are_refused(
+    kind: str, encoder: ChatEncoder
+) -> None:
     config = AutoConfig.for_model(kind, vocab_size=len(encoder.tokenizer))
     for name, value in {"hidden_size": 32, "d_model": 32, "n_layer": 2, "n_layers": 2,
                         "n_head": 4, "n_heads": 4}.items():  # fmt: skip
@@ -453,13 +486,15 @@ def test_architectures_that_cannot_share_contexts_are_refused(kind, encoder):
         Generator(model, encoder).reply([paragraph])
 
 
-def test_a_batch_that_memory_would_not_hold_is_parted(model, encoder, paragraphs, monkeypatch):
+def test_a_batch_that_memory_would_not_hold_is_parted(
+    model: Any, encoder: ChatEncoder, paragraphs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = Generator(model, encoder).reply(paragraphs)
     generator = Generator(model, encoder)
     sizes = []
     batch = DecodingBatch
 
-    def counting(generator, parts):
+    def counting(generator: Any, parts: Any) -> Any:
         sizes.append(sum(len(part.prompts) for part in parts))
         return batch(generator, parts)
 

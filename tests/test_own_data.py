@@ -6,6 +6,7 @@ import re
 import shlex
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -17,11 +18,13 @@ CONTEXT = "Velmor lies on the Ash. It was founded in 1655."
 
 
 @pytest.fixture
-def stage(tmp_path, monkeypatch, capsys):
+def stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Any:
     """Run the stage on a file of the given name and content; return the test split and the output."""
     monkeypatch.chdir(tmp_path)
 
-    def run(content, name: str = "test.json", *flags: str) -> tuple[list[dict], str]:
+    def run(content: str, name: str = "test.json", *flags: str) -> tuple[list[dict], str]:
         if not isinstance(content, bytes):
             text = content if isinstance(content, str) else json.dumps(content)
             content = text.encode()
@@ -48,7 +51,9 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
     return found
 
 
-def test_the_page_is_true(tmp_path, monkeypatch, capsys):
+def test_the_page_is_true(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every file of docs/own-data.md is read by the command below it, with the output below that."""
     monkeypatch.chdir(tmp_path)
     output = ""
@@ -78,14 +83,14 @@ def test_the_page_is_true(tmp_path, monkeypatch, capsys):
 # Forms ---------------------------------------------------------------------------------------
 
 
-def qa(answers, **more) -> dict:
+def qa(answers: Any, **more: Any) -> dict:
     """Make a file of SQuAD's form that holds one question."""
     entry = {"id": "q", "question": "When?", "answers": answers, **more}
     entry = {key: value for key, value in entry.items() if value != "absent"}
     return {"data": [{"title": "Velmor", "paragraphs": [{"context": CONTEXT, "qas": [entry]}]}]}
 
 
-def row(**more) -> dict:
+def row(**more: Any) -> dict:
     return {"id": "q", "title": "t", "context": CONTEXT, "question": "When?", **more}
 
 
@@ -124,14 +129,14 @@ NONE: dict = {"text": [], "answer_start": []}
         (f'context,question,answer\n"{CONTEXT}{" x" * 100_000}",When?,1655\n', "a.csv", YEAR),
     ],
 )  # fmt: skip
-def test_forms(stage, content, name, answers):
+def test_forms(stage: Any, content: str, name: str, answers: Any) -> None:
     records, output = stage(content, name)
     assert records, output
     assert records[0]["answers"] == answers
     assert records[0]["messages"][-1]["content"].count("1655" if answers["text"] else '"?"') == 1
 
 
-def test_parquet_as_the_hub_has_it(stage, tmp_path):
+def test_parquet_as_the_hub_has_it(stage: Any, tmp_path: Path) -> None:
     from datasets import Dataset
 
     rows = [row(answers=YEAR, extra=1), row(id="r", answers=NONE, extra=2)]
@@ -142,7 +147,7 @@ def test_parquet_as_the_hub_has_it(stage, tmp_path):
     assert "is not parquet" in stage(b"PAR1 but no more", "bad.parquet")[1]
 
 
-def test_a_line_end_within_a_context_is_no_line_of_json(stage):
+def test_a_line_end_within_a_context_is_no_line_of_json(stage: Any) -> None:
     text = "One\u2028two \u0085three."
     content = json.dumps({"context": text, "question": "q", "answer": "two"}, ensure_ascii=False)
     records, _ = stage(content, "a.jsonl")
@@ -173,7 +178,7 @@ def test_a_line_end_within_a_context_is_no_line_of_json(stage):
         (row(), "a.jsonl", "no answers, and not marked is_impossible: 1"),
     ],
 )  # fmt: skip
-def test_what_is_refused(stage, content, name, message):
+def test_what_is_refused(stage: Any, content: str, name: str, message: str) -> None:
     records, output = stage(content, name)
     assert not records
     assert re.search(message, output), output
@@ -184,7 +189,7 @@ def test_what_is_refused(stage, content, name, message):
 # Mending -------------------------------------------------------------------------------------
 
 
-def test_ids_and_titles(stage):
+def test_ids_and_titles(stage: Any) -> None:
     content = qa([], id=7)
     del content["data"][0]["title"]
     records, output = stage(content)
@@ -197,7 +202,7 @@ def test_ids_and_titles(stage):
     assert (records[0]["id"], records[0]["title"]) == ("7", "test.json: [0]")
 
 
-def test_two_files_of_one_name_make_different_ids(stage, tmp_path):
+def test_two_files_of_one_name_make_different_ids(stage: Any, tmp_path: Path) -> None:
     table = f"context,question,answer\n{CONTEXT},When?,1655\n"
     Path("other").mkdir()
     Path("other/test.csv").write_text(table.replace("When", "In what year"))
@@ -225,7 +230,9 @@ ACCENT = "Beyoncé met Jay in Orléans.\nOrléans is old, Jay said: “so it is�
         ("in ½ hour", "½", None, (3, "½")),
     ],
 )  # fmt: skip
-def test_what_is_clear_is_mended(stage, context, answer, start, expected):
+def test_what_is_clear_is_mended(
+    stage: Any, context: str, answer: Any, start: int, expected: Any
+) -> None:
     value = {"text": answer, "answer_start": start}
     records, output = stage([row(context=context, answers=[value])])
     assert records, output
@@ -235,7 +242,7 @@ def test_what_is_clear_is_mended(stage, context, answer, start, expected):
     assert ("answer: written as its context has it" in output) == (answer != expected[1])
 
 
-def test_no_half_of_a_character_is_an_answer(stage):
+def test_no_half_of_a_character_is_an_answer(stage: Any) -> None:
     """What folds into several characters is found whole or not at all: no "1" in "½"."""
     _, output = stage([row(context="in ½ hour", answer="1")])
     assert "an answer is not in its context: 1" in output
@@ -257,7 +264,9 @@ PLACES = [match.start() for match in re.finditer("owl", OWLS)]
     ],
     ids=["bytes", "utf-16", "lf", "nfd", "off by one"],
 )
-def test_mend_takes_the_nearest_place_however_offsets_are_counted(stage, place, count):
+def test_mend_takes_the_nearest_place_however_offsets_are_counted(
+    stage: Any, place: Any, count: Any
+) -> None:
     start = count(OWLS[:place])
     content = [row(context=OWLS, answers={"text": ["owl"], "answer_start": [start]})]
     records, output = stage(content)
@@ -267,13 +276,13 @@ def test_mend_takes_the_nearest_place_however_offsets_are_counted(stage, place, 
     assert records[0]["answers"] == {"text": ["owl"], "answer_start": [place]}
 
 
-def test_answers_without_offsets_that_occur_several_times_are_counted(stage):
+def test_answers_without_offsets_that_occur_several_times_are_counted(stage: Any) -> None:
     records, output = stage([row(context=OWLS, answer="owl")])
     assert records[0]["answers"] == {"text": ["owl"], "answer_start": [20]}
     assert "1  answer_start: none, the first of several places taken" in output
 
 
-def test_impossible_with_answers(stage):
+def test_impossible_with_answers(stage: Any) -> None:
     content = qa([{"text": "1655", "answer_start": 42}], is_impossible=True)
     _, output = stage(content)
     assert "is_impossible is true, but there are answers (--mend leaves them out): 1" in output
@@ -283,7 +292,7 @@ def test_impossible_with_answers(stage):
     assert "1  answers: left out, since marked is_impossible (--mend)" in output
 
 
-def test_the_same_id_twice(stage):
+def test_the_same_id_twice(stage: Any) -> None:
     same = [row(answer="1655"), row(answer="in 1655"), row(answer="1655")]
     records, output = stage(same)
     assert [r["answers"]["text"] for r in records] == [["1655", "in 1655"]]
@@ -298,7 +307,7 @@ def test_the_same_id_twice(stage):
     assert "2  id: another question had it, a number added (--mend)" in output
 
 
-def test_train_and_test_with_the_same_ids(stage):
+def test_train_and_test_with_the_same_ids(stage: Any) -> None:
     """Neither file is at fault where both are numbered from 0, or one is given twice."""
     train = [row(id=n, context=f"{n} {CONTEXT}", answer="1655") for n in range(4)]
     test = [row(id=n, context=f"{n} other {CONTEXT}", answer="1655") for n in range(4)]
@@ -320,7 +329,7 @@ def test_train_and_test_with_the_same_ids(stage):
     assert "Left out: 4, listed in data/squad_v2/dropped.csv:" in output
 
 
-def test_skip_bad_lists_what_it_left_out(stage):
+def test_skip_bad_lists_what_it_left_out(stage: Any) -> None:
     content = qa([{"text": "1655", "answer_start": 42}])
     qas = content["data"][0]["paragraphs"][0]["qas"]
     qas += [{**qas[0], "id": 8, "answers": [{"text": "1999", "answer_start": 2}]}]
@@ -370,7 +379,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize("form", FORMS[1:])
-def test_contexts_that_differ_in_form_only_stay_on_one_side(stage, form):
+def test_contexts_that_differ_in_form_only_stay_on_one_side(stage: Any, form: Any) -> None:
     rows = [row(id=f"{n}", title=f"t{n}", context=f"{n}. {CONTEXT}", answer="") for n in range(6)]
     rows += [row(id="a", title="a", context=FORMS[0], answer="")]
     rows += [row(id="b", title="b", context=form, answer="")]
@@ -384,7 +393,9 @@ def test_contexts_that_differ_in_form_only_stay_on_one_side(stage, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_contexts_shared_with_test_are_told_whatever_their_form(stage, capsys, form):
+def test_contexts_shared_with_test_are_told_whatever_their_form(
+    stage: Any, capsys: pytest.CaptureFixture[str], form: Any
+) -> None:
     rows = [row(id="a", context=FORMS[0], answer=""), row(id="b", answer="")]
     Path("train.json").write_text(json.dumps(rows))
     create_squad_dataset.main(["--train_files", "train.json", "--validation_ratio=0"])

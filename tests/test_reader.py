@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import make_records, model_folder
+from helpers import Page, make_records, model_folder
 
 import llama_squad
 from llama_squad import __main__ as shell
@@ -109,8 +109,19 @@ def test_the_shell(
     whole = output.read_text()
     assert [json.loads(line)["id"] for line in whole.splitlines()] == ["q0", "q1"]
     output.write_text(whole[: whole.index("\n") + 20])
-    run(capsys, *asked)
-    assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == ["q0", "q1"]
+    page = tmp_path / "pages" / "answers.html"
+    run(capsys, *asked, "--html", str(page))
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == ["q0", "q1"]
+    # the page also holds what the run found in the file, and texts are marked as it says
+    marked = Page.of(page.read_text())
+    assert marked.texts == [context]
+    assert [marked.marks[f"1-{i + 1}"] for i in range(2)] == [a["answer"] for a in answers]
+    squad.write_text(squad.read_text().replace(qas[0]["question"], "When?"))
+    with pytest.raises(
+        SystemExit, match="another question, or about another text, under the id q0"
+    ):
+        run(capsys, *asked)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -47,7 +48,7 @@ def squad_file(path: Path, records: list[dict]) -> str:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> dict[str, list[str]]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The flags that make each stage tiny."""
     folder = tmp_path_factory.mktemp("tiny")
     train = squad_file(folder / "train.json", make_records(9, [3, 2], seed=1))
@@ -66,7 +67,7 @@ def tiny(tmp_path_factory) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def run_script(tmp_path, tiny, monkeypatch):
+def run_script(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return what runs a script of runs/ in a copy of the repository's top."""
     for name in ("runs", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name)
@@ -117,7 +118,7 @@ def run_script(tmp_path, tiny, monkeypatch):
                              "smollm2_135m/tuned_free.csv", "smollm2_135m/tuned_spans.csv"], 1),
     ],
 )  # fmt: skip
-def test_run(name, files, trainings, run_script, tmp_path):
+def test_run(name: str, files: Any, trainings: Any, run_script: Any, tmp_path: Path) -> None:
     calls = run_script(name)
     assert sum(call[0] == "train_llama_squad.py" for call in calls) == trainings
     written = [path.relative_to(tmp_path / "results") for path in tmp_path.glob("results/*/*.csv")]
@@ -127,7 +128,7 @@ def test_run(name, files, trainings, run_script, tmp_path):
         assert rows >= 6, file  # each question's row begins with its id
 
 
-def test_every_script_is_run():
+def test_every_script_is_run() -> None:
     (cases,) = [mark.args[1] for mark in test_run.pytestmark if mark.name == "parametrize"]
     tested = {name for name, *_ in cases}
     assert {path.name for path in (ROOT / "runs").glob("*.sh")} == tested | {"others.sh"}

@@ -51,7 +51,7 @@ EXACT = {torch.float32: 1e-5, torch.float64: 1e-10}
 def shared_batches(layout: str) -> list[dict[str, torch.Tensor]]:
     """Collate PARAGRAPHS in one of the ways that rows may hold them."""
     collate = collator()
-    if layout == "a paragraph a row":
+    if layout == "one paragraph per row":
         return [collate([{"paragraphs": [p]}]) for p in PARAGRAPHS]
     if layout == "all in a row":  # with the system prompt shared by the paragraphs: nested
         return [collate([{"paragraphs": PARAGRAPHS}])]
@@ -95,7 +95,7 @@ def test_architectures(architecture: str, dtype: torch.dtype) -> None:
     assert_equal(found, EXACT[dtype])
 
 
-@pytest.mark.parametrize("layout", ["a paragraph a row", "all in a row"])
+@pytest.mark.parametrize("layout", ["one paragraph per row", "all in a row"])
 def test_layouts(layout: str) -> None:
     found = difference(tiny_model(), shared_batches(layout), separate_batches())
     assert_equal(found, 1e-5)
@@ -287,7 +287,7 @@ def test_accumulation(lora: bool, tmp_path: Path) -> None:
 
 
 def test_a_step_through_lay_out(tmp_path: Path) -> None:
-    # what the stage does from end to end, with AdamW: 8 questions a step, 2 steps, 2 epochs
+    # what the stage does from end to end, with AdamW: 8 questions per step, 2 steps, 2 epochs
     encoded = encoded_dataset(STEP)
     model = tiny_model()
     train, sft_args = planned(model, encoded, tmp_path, per_device_train_batch_size=8)
@@ -354,7 +354,7 @@ def test_plan(questions: int, processes: int) -> None:
     found = [index for row in plan.rows for group in row for index in group]
     assert sorted(found) == list(range(len(encoded)))
     assert len(plan.rows) % processes == 0
-    # the nearest whole number of paragraphs, at least one a process
+    # the nearest whole number of paragraphs, at least one per process
     mean = len(encoded) / 61
     nearest = max(1, round(questions / mean / processes)) * processes
     assert plan.paragraphs_per_step == nearest
@@ -634,6 +634,7 @@ def epoch(encoded: Any, folder: Path) -> Recorder:
     return seen
 
 
+@pytest.mark.slow
 def test_an_epoch_of_real_questions(tmp_path: Path) -> None:
     encoded = encoded_dataset(real_records(), max_length=None)
     assert len(encoded) == 2000

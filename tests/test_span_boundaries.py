@@ -1,6 +1,7 @@
 """Where spans begin and end."""
 
 import functools
+from typing import Any
 
 import pytest
 from helpers import tiny_model, tiny_tokenizer
@@ -15,11 +16,11 @@ from llama_squad.prompts import build_messages
 
 
 @functools.cache
-def encoder():
+def encoder() -> Any:
     return ChatEncoder(tiny_tokenizer())
 
 
-def ask(context, **options):
+def ask(context: str, **options: Any) -> Any:
     messages = [build_messages({"context": context, "question": "Who?"}, answer=False)]
     paragraph = Paragraph(context, encoder().encode_prompts(messages))
     return Generator(tiny_model(), encoder(), **options).reply([paragraph])[0][0]
@@ -51,11 +52,11 @@ def ask(context, **options):
         ("", "a", -1),
     ],
 )
-def test_spans_begin_and_end_at_word_boundaries(context, text, start):
+def test_spans_begin_and_end_at_word_boundaries(context: str, text: str, start: int) -> None:
     assert find_span(context, text, "word") == start
 
 
-def walk(grammar, vocabulary):
+def walk(grammar: Any, vocabulary: Any) -> Any:
     stack = [(grammar.start, ())]
     while stack:
         state, ids = stack.pop()
@@ -71,7 +72,7 @@ def walk(grammar, vocabulary):
 
 @pytest.mark.parametrize("boundaries", ["word", "any"])
 @pytest.mark.parametrize("context", ["Ab. (c 1x).", "-a?", "é. ", " 中文 "])
-def test_grammar_admits_all_such_spans_and_no_others(context, boundaries):
+def test_grammar_admits_all_such_spans_and_no_others(context: str, boundaries: str) -> None:
     vocabulary = span_vocabulary(encoder())
     texts = {context[i:j] for i in range(len(context)) for j in range(i + 1, len(context) + 1)}
     expected = {text for text in texts if is_span(context, text, boundaries)}
@@ -79,7 +80,7 @@ def test_grammar_admits_all_such_spans_and_no_others(context, boundaries):
     assert set(walk(grammar, vocabulary)) - {"?"} == expected
 
 
-def test_the_rule_holds_for_every_span_of_n_best():
+def test_the_rule_holds_for_every_span_of_n_best() -> None:
     context = "Ka. (lo) mir, 12 ven; -- tu!"
     words = ask(context, n_best=12, num_beams=4)
     assert len(words.spans) == 12
@@ -91,6 +92,6 @@ def test_the_rule_holds_for_every_span_of_n_best():
 
 
 @pytest.mark.parametrize("context", ["...", "(—)", "? !"])
-def test_a_context_without_words_is_answered_by_abstaining(context):
+def test_a_context_without_words_is_answered_by_abstaining(context: str) -> None:
     reply = ask(context)
     assert (reply.best, reply.na_prob) == (None, 1.0)

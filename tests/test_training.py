@@ -38,8 +38,9 @@ from llama_squad.encoding import IGNORE, ChatEncoder
 from llama_squad.prompts import build_messages, gold_answer
 from llama_squad.training import publishing
 from llama_squad.training.arguments import SquadSFTConfig
+from llama_squad.training.examples import encode_dataset
 from llama_squad.training.merge_error import Sample
-from llama_squad.training.packing import encode_dataset, group_paragraphs, row_dataset
+from llama_squad.training.packing import group_paragraphs, row_dataset
 from llama_squad.training.setup import prepare_model
 from llama_squad.training.trainer import SquadTrainer, answer_loss
 

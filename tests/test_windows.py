@@ -2,33 +2,36 @@
 
 import functools
 import itertools
+from typing import Any
 
 import pytest
 from helpers import make_records, tiny_model, tiny_tokenizer
 
+from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Reply, Span
 from llama_squad.decoding.windows import cut_windows, merge_windows
 from llama_squad.encoding import ChatEncoder
 from llama_squad.predictors.local import LocalModel
+from llama_squad.prompts import build_messages
 
 LONG = " ".join(f"Word{i} stands at place {i}." for i in range(60))
 
 
 @functools.cache
-def encoder():
+def encoder() -> Any:
     return ChatEncoder(tiny_tokenizer())
 
 
-def local(positions=512, **options):
+def local(positions: Any = 512, **options: Any) -> Any:
     model = tiny_model(max_position_embeddings=positions)
     return LocalModel(model, encoder(), system_prompt="", **options)
 
 
-def tokens(text):
+def tokens(text: str) -> Any:
     return len(tiny_tokenizer().encode(text, add_special_tokens=False))
 
 
-def test_windows_cover_the_context_and_overlap_at_words():
+def test_windows_cover_the_context_and_overlap_at_words() -> None:
     windows = cut_windows(tiny_tokenizer(), LONG, 100, 30)
     assert windows[0][0] == 0
     assert windows[-1][1] == len(LONG)
@@ -45,13 +48,13 @@ def test_windows_cover_the_context_and_overlap_at_words():
     assert cut_windows(tiny_tokenizer(), blob, 100, 30)[-1][1] == 500
 
 
-def reply(text, log_prob, no_answer, at=3, **more):
+def reply(text: str, log_prob: float, no_answer: Any, at: Any = 3, **more: Any) -> Any:
     span = Span(text, log_prob, at)
     na_prob = 0.5
     return Reply(text, [], log_prob, span, (span,), no_answer, na_prob, **more)
 
 
-def test_the_window_that_is_surest_of_an_answer_gives_it():
+def test_the_window_that_is_surest_of_an_answer_gives_it() -> None:
     replies = [(0, reply("a", -1.0, -0.1)), (50, reply("b", -9.0, -9.5)), (90, reply("c", -2, -2))]
     merged = merge_windows(replies, n_best=2)
     assert merged.best == Span("b", -9.0, 53)
@@ -62,18 +65,21 @@ def test_the_window_that_is_surest_of_an_answer_gives_it():
     assert merge_windows([(0, nothing), (9, nothing)]).best is None
 
 
-def test_a_long_context_is_read_in_windows(monkeypatch):
+def test_a_long_context_is_read_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"id": "1", "context": LONG, "question": "Which?", "answers": {"text": []}}
     short = make_records(1, [2])
     model = local(n_best=3, max_new_tokens=8, na_prob_thresh=1.0)
     asked = []
-    real = model._generator.reply
 
-    def watched(paragraphs):
+    reply = Generator.reply
+    generators = []
+
+    def watched(self: Generator, paragraphs: Any) -> Any:
+        generators.append(self)
         asked.extend(paragraphs)
-        return real(paragraphs)
+        return reply(self, paragraphs)
 
-    monkeypatch.setattr(model._generator, "reply", watched)
+    monkeypatch.setattr(Generator, "reply", watched)
     found = model.answer([short, [record]])
     assert [p.record["id"] for p in found] == [*(r["id"] for r in short), "1"]
     windows = [paragraph for paragraph in asked if paragraph.context in LONG]
@@ -82,7 +88,8 @@ def test_a_long_context_is_read_in_windows(monkeypatch):
     best = found[2].reply.best
     assert not found[2].failure
     assert LONG[best.start : best.start + len(best.text)] == best.text
-    separate = [real([window])[0][0] for window in windows]
+    monkeypatch.undo()
+    separate = [generators[0].reply([window])[0][0] for window in windows]
     odds = [r.no_answer_score - r.best.score for r in separate]
     assert best.text == separate[odds.index(min(odds))].best.text
     alone = local(n_best=3, max_new_tokens=8, na_prob_thresh=1.0).answer([short])
@@ -90,7 +97,7 @@ def test_a_long_context_is_read_in_windows(monkeypatch):
 
 
 @pytest.mark.parametrize("decoding", ["free", "span"])
-def test_what_cannot_be_asked_fails_with_its_reason(decoding):
+def test_what_cannot_be_asked_fails_with_its_reason(decoding: str) -> None:
     record = {"id": "1", "context": LONG, "question": "Which?", "answers": {"text": []}}
     if decoding == "span":
         record |= {"context": "Ka lo.", "question": LONG}
@@ -103,16 +110,16 @@ def test_what_cannot_be_asked_fails_with_its_reason(decoding):
     assert only[0].failure
 
 
-def test_one_long_question_leaves_the_others_of_its_paragraph_alone():
+def test_one_long_question_leaves_the_others_of_its_paragraph_alone() -> None:
     short = make_records(1, [2])
     long = {**short[0], "id": "x", "question": LONG}
     found = local(max_new_tokens=8).answer([[short[0], long, short[1]]])
     assert [bool(p.failure) for p in found] == [False, True, False]
 
 
-def test_replies_end_where_the_positions_do():
+def test_replies_end_where_the_positions_do() -> None:
     record = make_records(1, [1])[0]
     model = local(decoding="free", max_new_tokens=300)
-    (ids,) = encoder().encode_prompts([model._messages(record)])
+    (ids,) = encoder().encode_prompts([build_messages(record, system_prompt="", answer=False)])
     (prediction,) = model.answer([[record]])
     assert len(prediction.reply.token_ids) <= 512 - len(ids)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +10,17 @@ from transformers import PreTrainedModel
 
 from llama_squad.decoding.cache import Branch, TokenTree
 from llama_squad.decoding.constraints import Constraint, Grammar
+from llama_squad.decoding.lookahead import attach, guess, guesses
 from llama_squad.decoding.replies import Paragraph, Reply
-from llama_squad.decoding.search import BeamSearch, BestFirstSearch, Closing, Hypothesis, Successors
+from llama_squad.decoding.scores import complete, likeliest, log_norms, token_scores
+from llama_squad.decoding.search import (
+    Ahead,
+    BeamSearch,
+    BestFirstSearch,
+    Closing,
+    Hypothesis,
+    Successors,
+)
 from llama_squad.tree import adapted_alike, common_prefix
 
 STEM_ALONE = 1024
@@ -19,6 +28,9 @@ STEM_ALONE = 1024
 
 COMPACT_AFTER = 256
 """The tree drops its dead branches when it has grown by so many tokens."""
+
+KEPT_ROWS = 0.75
+"""The tree drops its finished rows when so many are left: a pass runs over all rows that it has."""
 
 
 @dataclass
@@ -65,6 +77,10 @@ class _Question:
     """Log P of the constraint's alternative."""
 
 
+_Wanted = list[tuple[_Question, Hypothesis]]
+"""What a row wants run."""
+
+
 class DecodingBatch:
     """Some paragraphs on their way from prompts to replies."""
 
@@ -74,20 +90,20 @@ class DecodingBatch:
         # shape gives slightly other figures, and what stands beside a paragraph is chance.
         trees = [TokenTree(options.model) for _ in paragraphs]
         pairs = zip(trees, paragraphs, strict=True)
-        self._rows = [self._ask(tree, paragraph) for tree, paragraph in pairs]
+        self._paragraphs = [self._ask(tree, paragraph) for tree, paragraph in pairs]
+        self._rows = self._paragraphs  # of the tree: those that are not finished
         self._tree = TokenTree.join(trees)
 
     def replies(self) -> list[list[Reply]]:
         """Search until every question has its reply."""
         while True:
             wanted = [
-                [(question, node) for question in row for node in question.search.advance()]
+                [(question, node) for question in row for node in self._advance(question)]
                 for row in self._rows
             ]
             if not any(wanted):
-                return [[_finish(question) for question in row] for row in self._rows]
-            self._compact()
-            self._run(wanted)
+                return [[_finish(question) for question in row] for row in self._paragraphs]
+            self._run(self._drop_finished(wanted))
 
     def _ask(self, tree: TokenTree, paragraph: Paragraph) -> list[_Question]:
         """Run a paragraph's questions, and beside each the constraint's alternative and opening.
@@ -96,6 +112,7 @@ class DecodingBatch:
         """
         cut = min(common_prefix(paragraph.prompts), *(len(ids) - 1 for ids in paragraph.prompts))
         cut = adapted_alike(cut, paragraph.adapter_from)
+        cut = min([cut, *(hidden.start for hidden in paragraph.hidden)])
         acts = min(paragraph.adapter_from, default=None)
         branches: list[Branch] = []
         if cut > STEM_ALONE:
@@ -117,9 +134,9 @@ class DecodingBatch:
                 branches.append(openings[-1])
         logits = tree.extend([branches]).unflatten(0, (len(questions), -1))
         roots = [(question, question.root) for question in questions]
-        self._expand(roots, logits[:, 0], _norms(logits[:, 0]))
+        self._expand(roots, logits[:, 0], log_norms(logits[:, 0]))
         if alternative:
-            totals = _score(logits[:, : len(alternative)], alternative).sum(1).tolist()
+            totals = token_scores(logits[:, : len(alternative)], alternative).sum(1).tolist()
             for question, total in zip(questions, totals, strict=True):
                 question.alternative = total
         if openings:
@@ -133,8 +150,10 @@ class DecodingBatch:
         questions = []
         nowhere: Sequence[int | None] = [None] * len(paragraph.prompts)
         starts = paragraph.adapter_from or nowhere
-        for prompt, acts in zip(paragraph.prompts, starts, strict=True):
-            branch = Branch(stem, [*prompt[cut:], *constraint.header], adapter_from=acts)
+        filler = paragraph.hidden or [range(0)] * len(paragraph.prompts)
+        for prompt, acts, hidden in zip(paragraph.prompts, starts, filler, strict=True):
+            tokens = [*prompt[cut:], *constraint.header]
+            branch = Branch(stem, tokens, adapter_from=acts, hidden=hidden)
             root = Hypothesis(0.0, (), 0, stem, state=grammar.start, branch=branch)
             longest = min(options.max_new_tokens, options.room(len(prompt)))
             questions.append(_Question(root, options.search(root), grammar, longest))
@@ -153,30 +172,76 @@ class DecodingBatch:
                     chosen.append(index)
         if opened:
             last = logits[chosen]
-            self._expand(opened, last, _norms(last))
+            self._expand(opened, last, log_norms(last))
 
-    def _run(self, wanted: Sequence[Sequence[tuple[_Question, Hypothesis]]]) -> None:
+    def _advance(self, question: _Question) -> list[Hypothesis]:
+        """Advance a question's search, by what was run ahead too; return what it wants run."""
+        while True:
+            wanted = question.search.advance()
+            known = [node for node in wanted if node.ahead]
+            if not known:
+                return wanted
+            for node in known:
+                first, *rest = node.ahead
+                node.branch, node.ahead = first.branch, ()
+                self._set_children(question, node, first.following, first.likeliest)
+                attach(node, rest)
+
+    def _run(self, wanted: Sequence[_Wanted]) -> None:
         """Run hypotheses, a list of them a row, and find how each may go on."""
         for row in wanted:
             for _, node in row:
                 forced = [*node.ids[-1:], *node.forced_suffix[:-1]]
                 node.branch = Branch(node.stem, forced, max(1, len(node.forced_suffix)))
-        branches = [[node.branch for _, node in row if node.branch] for row in wanted]
-        pairs = [pair for row in wanted for pair in row]
+        room = guesses([sum(len(n.branch.tokens) for _, n in row if n.branch) for row in wanted])
+        branches: list[list[Branch]] = []
+        opened, closing, chains = [], [], []
+        offset = 0
+        for row in wanted:
+            branches.append([])
+            for question, node in row:
+                assert node.branch is not None
+                branches[-1].append(node.branch)
+                if node.kind == "open":
+                    opened.append((question, node, offset))
+                    chain = guess(question.grammar, node, room, question.longest)
+                    branches[-1] += [branch for branch, _ in chain]
+                    chains.append((node, chain, offset + 1))
+                    offset += 1 + len(chain)
+                else:
+                    closing.append((node, offset))
+                    offset += node.branch.wanted
         logits = self._tree.extend(branches)
-        norms = _norms(logits)
-        opened, rows, offset = [], [], 0
-        for question, node in pairs:
-            if node.kind == "open":
-                opened.append((question, node))
-                rows.append(offset)
-            offset += max(1, len(node.forced_suffix))
+        norms = log_norms(logits)
         if opened:
+            rows = [row for _, _, row in opened]
             every = len(rows) == offset
-            self._expand(opened, logits if every else logits[rows],
+            self._expand([(question, node) for question, node, _ in opened],
+                         logits if every else logits[rows],
                          norms if every else norms[rows])  # fmt: skip
-        if len(opened) < len(pairs):
-            _close(pairs, logits, norms)
+        self._keep_ahead(chains, logits, norms)
+        complete(closing, logits, norms)
+
+    def _keep_ahead(
+        self,
+        chains: Sequence[tuple[Hypothesis, list[tuple[Branch, Successors]], int]],
+        logits: torch.Tensor,
+        norms: torch.Tensor,
+    ) -> None:
+        """Keep what guesses gave: of each hypothesis, from a row of the logits on."""
+        rows = [first + i for _, chain, first in chains for i in range(len(chain))]
+        if not rows:
+            return
+        following = [found for _, chain, _ in chains for _, found in chain]
+        found_rows = iter(likeliest(following, logits[rows], norms[rows], self._most))
+        for node, chain, _ in chains:
+            attach(node, [Ahead(branch, found, next(found_rows)) for branch, found in chain])
+
+    @property
+    def _most(self) -> int | None:
+        """How many continuations of a hypothesis are looked at; None: all."""
+        options = self._options
+        return self._constraint.width(options.num_beams) if options.n_best == 1 else None
 
     def _expand(
         self,
@@ -184,21 +249,33 @@ class DecodingBatch:
         logits: torch.Tensor,
         norms: torch.Tensor,
     ) -> None:
-        """Find the likeliest tokens that may follow each hypothesis, given its logits, a row each.
+        """Find the likeliest tokens that may follow each hypothesis, given its logits.
 
-        ``norms`` are the rows' log-sums of exponentials, of shape (hypotheses, 1).
+        Args:
+            nodes: the hypotheses, each with its question.
+            logits: one row per hypothesis, of shape (hypotheses, vocabulary).
+            norms: the rows' log-sums of exponentials, of shape (hypotheses, 1).
         """
-        options = self._options
-        most = self._constraint.width(options.num_beams)
         following = [question.grammar.successors(node.state) for question, node in nodes]
-        rows = _likeliest(following, logits, norms, most if options.n_best == 1 else None)
+        rows = likeliest(following, logits, norms, self._most)
         for (question, node), found, row in zip(nodes, following, rows, strict=True):
-            if found.ids is not None and len(found.ids) > most:
-                question.search.prune(node.log_prob + row[most - 1][0])
-            children = [self._child(question, node, *item) for item in row]
-            # The answer must be the same whatever n_best is: the rest waits until it is found.
-            node.children = [child for child in children[:most] if child is not None]
-            question.search.set_aside([child for child in children[most:] if child is not None])
+            self._set_children(question, node, found, row)
+
+    def _set_children(
+        self,
+        question: _Question,
+        node: Hypothesis,
+        found: Successors,
+        row: Sequence[tuple[float, int, Any]],
+    ) -> None:
+        """Give a hypothesis its children, of the likeliest tokens that may follow."""
+        most = self._constraint.width(self._options.num_beams)
+        if found.ids is not None and len(found.ids) > most:
+            question.search.prune(node.log_prob + row[most - 1][0])
+        children = [self._child(question, node, *item) for item in row]
+        # The answer must be the same whatever n_best is: the rest waits until it is found.
+        node.children = [child for child in children[:most] if child is not None]
+        question.search.set_aside([child for child in children[most:] if child is not None])
 
     def _child(
         self, question: _Question, node: Hypothesis, score: float, token_id: int, target: Any
@@ -221,6 +298,16 @@ class DecodingBatch:
             return None
         return child
 
+    def _drop_finished(self, wanted: list[_Wanted]) -> list[_Wanted]:
+        """Drop rows that want nothing more, and dead branches, where that is much of the tree."""
+        live = [row for row, nodes in enumerate(wanted) if nodes]
+        if len(live) <= KEPT_ROWS * len(wanted):
+            self._tree.keep(live)
+            self._rows = [self._rows[row] for row in live]
+            wanted = [wanted[row] for row in live]
+        self._compact()
+        return wanted
+
     def _compact(self) -> None:
         """Drop what no hypothesis needs any more, where that is most of the tree."""
         if self._tree.grown < COMPACT_AFTER:
@@ -235,70 +322,3 @@ def _finish(question: _Question) -> Reply:
     return question.grammar.read(
         list(search.found.values()), question.alternative, search.pruned_log_prob
     )
-
-
-def _close(
-    pairs: Sequence[tuple[_Question, Hypothesis]], logits: torch.Tensor, norms: torch.Tensor
-) -> None:
-    """Complete the closing ones of some hypotheses: their tails' log-probabilities are added."""
-    # One transfer for all of them; an open hypothesis has one row, of which nothing is read.
-    tails = [node.forced_suffix or (0,) for _, node in pairs]
-    ids = torch.tensor([[i] for tail in tails for i in tail], device=logits.device)
-    scores = (logits.gather(1, ids) - norms).flatten().tolist()
-    offset = 0
-    for (_, node), tail in zip(pairs, tails, strict=True):
-        if node.kind == "closing":
-            total = math.fsum(scores[offset : offset + len(tail)])
-            node.children = [
-                replace(node, log_prob=node.log_prob + total, ids=(*node.ids, *tail),
-                        kind="complete", forced_suffix=())
-            ]  # fmt: skip
-        offset += len(tail)
-
-
-def _likeliest(
-    following: Sequence[Successors],
-    logits: torch.Tensor,
-    norms: torch.Tensor,
-    most: int | None,
-) -> list[list[tuple[float, int, Any]]]:
-    """Return the likeliest of the tokens that may follow: log P, token and target, best first.
-
-    Args:
-        following: of each hypothesis; either all of them admit any token, or none does.
-        logits: of shape (hypotheses, vocabulary), and
-        norms: their log-sums of exponentials, of shape (hypotheses, 1).
-        most: how many of each; None: all.
-    """
-    if following[0].ids is None:
-        top = logits.topk(min(most or logits.shape[-1], logits.shape[-1]))
-        rows = zip((top.values - norms).tolist(), top.indices.tolist(), strict=True)
-        return [[(value, i, None) for value, i in zip(*row, strict=True)] for row in rows]
-    listed = [found.ids or [] for found in following]
-    width = max(map(len, listed))
-    padded = torch.tensor([ids + [-1] * (width - len(ids)) for ids in listed])
-    padded = padded.to(logits.device)
-    allowed = logits.gather(1, padded.clamp(min=0)) - norms
-    allowed.masked_fill_(padded < 0, -math.inf)
-    top = allowed.topk(min(most or width, width))
-    return [
-        [
-            (value, ids[i], found.targets[i])
-            for value, i in zip(values, indices, strict=True)
-            if value > -math.inf
-        ]
-        for found, ids, values, indices in zip(
-            following, listed, top.values.tolist(), top.indices.tolist(), strict=True
-        )
-    ]
-
-
-def _norms(logits: torch.Tensor) -> torch.Tensor:
-    """Return the log-sum of exponentials of each row of logits, of shape (rows, 1)."""
-    return logits.logsumexp(-1, keepdim=True)
-
-
-def _score(logits: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
-    """Return the log-probability of each token, given logits of shape (..., tokens, vocabulary)."""
-    index = torch.tensor(ids, device=logits.device).expand(logits.shape[:-1])
-    return logits.gather(-1, index[..., None]).squeeze(-1) - logits.logsumexp(-1)

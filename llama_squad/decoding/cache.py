@@ -16,7 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from llama_squad.activation import ADAPTER_MASK
 from llama_squad.encoding import IGNORE
-from llama_squad.tree import Tree, batch_rows, exact_head, make_masks
+from llama_squad.head import exact_head
+from llama_squad.tree import Tree, batch_rows, make_masks
 from llama_squad.tree_check import RowProbe, move_back, other_tokens, why_not_shared
 
 
@@ -29,8 +30,12 @@ class Branch:
     wanted: int = 1
     adapter_from: int | None = None
     """The position from which on an activated adapter acts; None: its parent's, or nowhere."""
+    hidden: range = range(0)
+    """The positions of filler among its tokens: no other token sees that."""
     columns: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """Where in the cache its tokens and all their ancestors' are."""
+    """Where in the cache its tokens and all their ancestors' are, but for the filler."""
+    depth: int = 0
+    """The position after its last token, once it has been run."""
 
     def __post_init__(self) -> None:
         """Let the adapter act where it does in the parent."""
@@ -63,7 +68,9 @@ class TokenTree:
             adapted = None if adapter_from is None else self._depths >= adapter_from
             self._forward(ids, logits_to_keep=1, adapted=adapted)
         return [
-            Branch(None, stem, adapter_from=adapter_from, columns=np.arange(len(stem)))
+            Branch(
+                None, stem, adapter_from=adapter_from, columns=np.arange(len(stem)), depth=len(stem)
+            )
             for stem in stems
         ]
 
@@ -95,11 +102,15 @@ class TokenTree:
                                 for i in range(len(branch.tokens))])  # fmt: skip
                 stem = branch.parent.columns if branch.parent else np.empty(0, dtype=np.int64)
                 ids[r, new] = branch.tokens
-                positions[r, new] = len(stem) + np.arange(len(new))
+                depth = branch.parent.depth if branch.parent else 0
+                branch.depth = depth + len(new)
+                positions[r, new] = np.arange(depth, branch.depth)
                 visible[r, 0, new[:, None], stem] = True
-                own = np.tril(np.ones((len(new), len(new)), dtype=bool))
+                seen = ~np.isin(positions[r, new], branch.hidden)
+                own = np.tril(np.ones((len(new), len(new)), dtype=bool)) & seen
+                np.fill_diagonal(own, True)
                 visible[r, 0, new[:, None], past + new] = own
-                branch.columns = np.concatenate([stem, past + new])
+                branch.columns = np.concatenate([stem, past + new[seen]])
                 if adapted is not None and branch.adapter_from is not None:
                     adapted[r, new] = positions[r, new] >= branch.adapter_from
                 chosen += [r * wanted + column - silent for column in new[first_loud:]]
@@ -153,6 +164,14 @@ class TokenTree:
             where = torch.from_numpy(index).to(layer.keys.device)[:, None, :, None]
             layer.keys = layer.keys.take_along_dim(where, dim=2)
             layer.values = layer.values.take_along_dim(where, dim=2)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these."""
+        self._depths = self._depths[list(rows)]
+        for layer in cast(list[Any], self._cache.layers):
+            index = torch.tensor(rows, device=layer.keys.device)
+            layer.keys = layer.keys.index_select(0, index)
+            layer.values = layer.values.index_select(0, index)
 
     @property
     def grown(self) -> int:

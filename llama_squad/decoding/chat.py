@@ -82,12 +82,12 @@ class ChatSession:
             answered = messages
             final = bool(record) and not left
             prompt = self._encode(messages, None if base else record, final)
-            for text in self._reply(*prompt, base):
+            for text in self._reply(*prompt, final, base):
                 answered = [*messages, {"role": "assistant", "content": text}]
                 yield answered
             messages = answered
 
-    def _reply(self, ids: list[int], acts: int | None, base: bool) -> Iterator[str]:
+    def _reply(self, ids: list[int], acts: int | None, final: bool, base: bool) -> Iterator[str]:
         """Yield the greedy reply to a prompt as it grows; see ``_encode``.
 
         Raises:
@@ -102,8 +102,17 @@ class ChatSession:
             )
         reply: list[int] = []
         cache, text, shown = None, "", 0.0
+        hidden = self.encoder.filler_of(ids) if final else range(0)
+        place = None
+        if hidden:  # which no token attends to: so the last one matters alone, and that only here
+            _, cache = self._next_token(ids[: hidden.start], None, acts, base=base)
+            place = hidden.stop if ids[hidden.stop :] else hidden.stop - 1
+            ids, acts = ids[place:], None if acts is None else 0
         for _ in range(min(room, self.args.max_new_tokens)):
-            token, cache = self._next_token(ids, cache, acts, base)
+            token, cache = self._next_token(ids, cache, acts, place, base)
+            if hidden and place == hidden.stop - 1:
+                cache.crop(-1)
+            place = None if place is None else place + len(ids)
             if token in self._stop_ids:
                 break
             reply.append(token)
@@ -131,10 +140,22 @@ class ChatSession:
         return self.encoder.encode_activated_prompts([messages], [place], final)[0]
 
     def _next_token(
-        self, ids: list[int], cache: Any, acts: int | None, base: bool
+        self,
+        ids: list[int],
+        cache: Any,
+        acts: int | None,
+        place: int | None = None,
+        base: bool = False,
     ) -> tuple[int, Any]:
-        """Run tokens, from index ``acts`` on with an activated adapter; None: without."""
+        """Run tokens, from index ``acts`` on with an activated adapter; None: without.
+
+        They stand at position ``place`` and after it; None: behind those of the cache. ``base``:
+        the adapter is switched off.
+        """
         more = {}
+        if place is not None:
+            positions = torch.arange(place, place + len(ids), device=self.model.device)
+            more["position_ids"] = positions[None]
         if acts is not None:
             adapted = torch.arange(len(ids), device=self.model.device) >= acts
             more[ADAPTER_MASK] = adapted[None]

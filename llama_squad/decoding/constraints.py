@@ -32,7 +32,8 @@ class Grammar(Protocol):
     def step(self, ids: Sequence[int], target: Any) -> State | Closing | None:
         """Return where a reply stands after its tokens, of which ``target`` came with the last.
 
-        A ``Closing`` where that token ends what is searched for; None where the reply is none.
+        A ``Closing`` where that token ends what is searched for; None where those tokens are no
+        reply.
         """
 
     def read(

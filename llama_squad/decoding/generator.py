@@ -35,7 +35,7 @@ from llama_squad.encoding import ChatEncoder
 from llama_squad.tree import common_prefix, is_out_of_memory
 
 SEARCHED_TOKENS = 16
-"""About so many tokens a beam and question are in the tree at once, to estimate its memory."""
+"""About so many tokens per beam and question are in the tree at once, to estimate its memory."""
 
 LEAST_QUESTIONS, MOST_QUESTIONS = 32, 512
 """Bounds of the default batch size."""
@@ -110,7 +110,7 @@ class Generator:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         replies = [row for half in halves for row in self.reply(half)]
-        if len(paragraphs) == 1:  # the questions of one paragraph were parted
+        if len(paragraphs) == 1:  # the questions of one paragraph were split
             return [[reply for row in replies for reply in row]]
         return replies
 
@@ -188,7 +188,14 @@ def _halve(paragraphs: Sequence[Paragraph]) -> list[list[Paragraph]]:
     (paragraph,) = paragraphs
     middle = len(paragraph.prompts) // 2
     return [
-        [Paragraph(paragraph.context, paragraph.prompts[part], paragraph.adapter_from[part])]
+        [
+            Paragraph(
+                paragraph.context,
+                paragraph.prompts[part],
+                paragraph.adapter_from[part],
+                paragraph.hidden[part],
+            )
+        ]
         for part in (slice(middle), slice(middle, None))
         if middle
     ]

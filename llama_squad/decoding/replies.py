@@ -57,3 +57,5 @@ class Paragraph:
     adapter_from: Sequence[int] = ()
     """The first token of each prompt that an activated adapter acts on; empty where that acts on
     none of them."""
+    hidden: Sequence[range] = ()
+    """Which tokens of each prompt are filler; empty where there is none."""

@@ -34,11 +34,13 @@ State = tuple[int, ...]
 class Successors:
     """The tokens that may follow (None: any): the i-th comes with ``targets[i]``.
 
-    A target is what the grammar's ``step`` is told beside the token.
+    A target is what the grammar's ``step`` is told beside the token. ``guess`` is the place of the
+    token that most probably follows, if the grammar can tell: it is run ahead of need.
     """
 
     ids: list[int] | None
     targets: Sequence[Any] = ()
+    guess: int | None = None
 
 
 class Closing(NamedTuple):
@@ -49,6 +51,14 @@ class Closing(NamedTuple):
 
     tail: Sequence[int] = ()
     text: str = ""
+
+
+class Ahead(NamedTuple):
+    """What a guessed token's run gave, kept until the search wants it."""
+
+    branch: Branch
+    following: Successors
+    likeliest: list[tuple[float, int, Any]]
 
 
 @dataclass
@@ -65,6 +75,7 @@ class Hypothesis:
     text: str = ""  # the span (closing, complete)
     branch: Branch | None = None  # once it was run
     children: "list[Hypothesis] | None" = None
+    ahead: Sequence[Ahead] = ()  # of this one and of the guesses that follow it, where it was run
 
 
 class BestFirstSearch:
@@ -124,7 +135,11 @@ class BestFirstSearch:
     def branches(self) -> list[Branch]:
         """The branches that may yet grow."""
         nodes = [*self._spare, *(node for _, _, node in self._queue)]
-        return [node.branch or node.stem for node in nodes]
+        guessed = (one for node in nodes for one in (node, *(node.children or ())))
+        return [
+            *(node.branch or node.stem for node in nodes),
+            *(ahead.branch for node in guessed for ahead in node.ahead),
+        ]
 
     def _widen(self) -> None:
         self._beams = max(self._beams, N_BEST_BEAMS * self._n_best)

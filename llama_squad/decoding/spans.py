@@ -297,6 +297,10 @@ class SpanGrammar:
             bare = state[0] == _BARE
             offsets = state[1:] if bare else state
             self._match(self._vocabulary.plain, offsets, bare, inside, closing)
+            # A span that has begun mostly goes on, and a tokenizer mostly takes what is longest.
+            longest = max(inside.items(), key=lambda item: item[1][-1], default=None)
+            guess = None if longest is None else list(inside).index(longest[0])
+            return Successors([*inside, *closing], [*inside.values(), *closing.values()], guess)
         return Successors([*inside, *closing], [*inside.values(), *closing.values()])
 
     def _match(

@@ -116,10 +116,13 @@ def load(
     modeling.say_device()
     asking = resolve_decoding(EvalArguments(
         adapter_name=args.adapter_name, prompt=args.prompt, system_prompt=args.system_prompt,
-        reasoning_tokens=args.reasoning_tokens, quantize=args.quantize, n_best=SPANS,
+        reasoning_tokens=args.reasoning_tokens, filler=args.filler, quantize=args.quantize,
+        n_best=SPANS,
     ))  # fmt: skip
     threshold = load_threshold(asking, model_args)
-    encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)
+    encoder = modeling.load_encoder(
+        model_args, args.reasoning_tokens, args.adapter_name, args.filler
+    )
     model: Any = modeling.load_model(model_args, args.quantize, args.adapter_name, merge=False)
     model.eval()
     lock = threading.Lock()

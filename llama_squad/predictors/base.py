@@ -68,7 +68,7 @@ Batch = list[list[Record]]
 
 
 PARAGRAPH_QUESTIONS = 64
-"""A paragraph of more questions is parted, whatever the batch size."""
+"""A paragraph of more questions is split, whatever the batch size."""
 
 
 def batch_paragraphs(records: Sequence[Record], batch_size: int) -> Iterator[Batch]:

@@ -46,7 +46,9 @@ def load_predictor(args: EvalArguments, model_args: ModelArguments) -> "Callable
     if args.predictor == "encoder":
         reader, tokenizer = modeling.load_reader(model_args)
         return lambda na_prob_thresh, **_: ExtractiveModel(reader, tokenizer, na_prob_thresh)
-    encoder = modeling.load_encoder(model_args, args.reasoning_tokens, args.adapter_name)
+    encoder = modeling.load_encoder(
+        model_args, args.reasoning_tokens, args.adapter_name, args.filler
+    )
     weights = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
     return partial(
         LocalModel, weights, encoder, decoding=args.decoding, num_beams=args.num_beams,

@@ -222,5 +222,7 @@ class LocalModel:
                 places = [adapter_start(m, r, self._prompt, self._acts_from) for m, r in pairs]
                 encoded = self._encoder.encode_activated_prompts(group, places, final)
                 prompts, starts = [ids for ids, _ in encoded], [start for _, start in encoded]
-            paragraphs.append(Paragraph(records[0]["context"], prompts, starts))
+            filler = self._encoder.filler_ids if final else []
+            hidden = [self._encoder.filler_of(ids) for ids in prompts] if filler else []
+            paragraphs.append(Paragraph(records[0]["context"], prompts, starts, hidden))
         return paragraphs

@@ -1,104 +1,22 @@
-"""From a split of the dataset to rows that share contexts, and to what an optimizer step holds."""
+"""From encoded examples to rows that share contexts, and to what an optimizer step holds."""
 
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama_squad.data import paragraph_key
-from llama_squad.encoding import ChatEncoder, Encoded
-from llama_squad.prompts import ActsFrom, adapter_start
+from llama_squad.encoding import Encoded
 from llama_squad.tree import shareable_prefix
-
-
-def encode_split(
-    split: Any,
-    encoder: ChatEncoder,
-    max_length: int | None,
-    name: str,
-    *,
-    prompt: str = "single_turn",
-    adapter_from: ActsFrom = "start",
-) -> tuple[Any, int]:
-    """Encode a split's messages: a dataset with input_ids, labels and group; and how many dropped.
-
-    An example longer than ``max_length`` tokens is left out. ``group`` numbers the paragraphs. With
-    an activated adapter, one that acts from the question or the reply of the ``prompt`` on, there
-    is "adapter_from", too: the first token that it acts on.
-
-    Results are cached on disk, keyed by the data, the tokenizer and the template.
-    """
-    from datasets.fingerprint import Hasher
-
-    def encode(batch: Mapping[str, list]) -> dict[str, list]:
-        out: dict[str, list] = {"input_ids": [], "labels": [], "paragraph": [], "length": []}
-        places = None
-        if adapter_from != "start":
-            out["adapter_from"] = []
-            rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-            places = [adapter_start(r["messages"], r, prompt, adapter_from) for r in rows]
-        encoded = encoder.encode(batch["messages"], places)
-        for example, title, context in zip(encoded, batch["title"], batch["context"], strict=True):
-            if max_length is None or len(example["input_ids"]) <= max_length:
-                out["input_ids"].append(example["input_ids"])
-                out["labels"].append(example["labels"])
-                out["paragraph"].append(paragraph_key(title, context))
-                out["length"].append(len(example["input_ids"]))
-                if places:
-                    out["adapter_from"].append(example["adapter_from"])
-        return out
-
-    backend = encoder.tokenizer.backend_tokenizer.to_str()
-    template, reasoning = encoder.tokenizer.chat_template, encoder.reasoning_ids
-    key = (split._fingerprint, backend, template, reasoning, max_length, adapter_from, prompt)
-    dataset = split.map(
-        encode,
-        batched=True,
-        batch_size=500,
-        remove_columns=split.column_names,
-        new_fingerprint=Hasher.hash((_ENCODING_VERSION, *key)),
-        desc=f"Encoding {name}",
-    )
-    return dataset, len(split) - len(dataset)
-
-
-def encode_dataset(
-    dataset: Any, encoder: ChatEncoder, max_length: int | None, **options: Any
-) -> dict[str, Any]:
-    """Encode the train and val splits, and say how many examples had to be left out.
-
-    ``options`` are those of ``encode_split``.
-
-    Raises:
-        ValueError: nothing is left of a split.
-    """
-    encoded = {}
-    for name in ("train", "val"):
-        if name not in dataset:
-            continue
-        encoded[name], dropped = encode_split(dataset[name], encoder, max_length, name, **options)
-        if dropped:
-            print(
-                f"{name}: {dropped:,} of {len(dataset[name]):,} examples are longer than "
-                f"{max_length} tokens and were left out (raise --max_seq_length to keep them)."
-            )
-        if not len(encoded[name]):
-            raise ValueError(f"no example of the {name} split fits in {max_length} tokens")
-    if "train" not in encoded:
-        raise ValueError("the dataset has no train split: build it with --train_files")
-    return encoded
-
-
-_ENCODING_VERSION = 1
-"""Raised when ``ChatEncoder`` changes what it gives, so that no stale cache is read."""
 
 
 def row_dataset(examples: Any, rows: Sequence[Sequence[Sequence[int]]]) -> Any:
     """Return a dataset of ``{"paragraphs": [[example, ...], ...]}``, read when it is asked for."""
     from datasets import Dataset
 
-    columns = [c for c in ("input_ids", "labels", "adapter_from") if c in examples.column_names]
+    columns = [
+        c for c in ("input_ids", "labels", "adapter_from", "hidden") if c in examples.column_names
+    ]
     examples = examples.select_columns(columns)
 
     def read(batch: dict[str, list[list[list[int]]]]) -> dict[str, list[list[list[Encoded]]]]:
@@ -166,7 +84,7 @@ class Plan:
         if self.steps == 1:
             rest = ": all that there are"
         text = (
-            f"Shared contexts: {self.tokens:,} tokens an epoch instead of {self.plain_tokens:,} "
+            f"Shared contexts: {self.tokens:,} tokens per epoch instead of {self.plain_tokens:,} "
             f"({saved:.0%} saved). A step holds {self.paragraphs_per_step} paragraphs, "
             f"{self.questions_per_step:.1f} questions on average{rest}."
         )
@@ -219,7 +137,7 @@ def plan_rows(
 ) -> Plan:
     """Lay the examples out in rows so that a step holds about ``questions_per_step`` questions.
 
-    A step takes the nearest whole number of paragraphs, at least one a process. Paragraphs are
+    A step takes the nearest whole number of paragraphs, at least one per process. Paragraphs are
     shuffled (so that a row's come from different articles), then put together long with short, so
     that all rows are about as long; a row is one micro-batch. The number of rows is a multiple of
     ``processes``, so that no question is seen twice in an epoch on any number of them.
@@ -343,7 +261,7 @@ def _divisible(
             rows.append(extra)
         index += 1
     surplus = (len(rows) + others) % processes
-    if surplus:  # a question a row: none can be split
+    if surplus:  # one question per row: none can be split
         rows.sort(key=lambda row: _length(row, lengths))
         for _ in range(surplus):
             short, longer = (rows.pop(0) if rows else [] for _ in range(2))

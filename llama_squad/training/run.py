@@ -13,8 +13,8 @@ from llama_squad.encoding import ChatEncoder
 from llama_squad.stage import if_interrupted
 from llama_squad.training import checkpoints, preflight, publishing
 from llama_squad.training.chat_share import add_chat, chat_examples
+from llama_squad.training.examples import encode_dataset
 from llama_squad.training.merge_error import Sample
-from llama_squad.training.packing import encode_dataset
 from llama_squad.training.setup import lay_out, make_validation, prepare_model
 from llama_squad.training.trainer import SquadTrainer
 
@@ -27,7 +27,7 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     set_seed(sft_args.seed)
     checkpoint = checkpoints.find_checkpoint(sft_args.resume_from_checkpoint, sft_args.output_dir)
     dataset = _load_dataset(args, sft_args)
-    encoder = modeling.load_encoder(model_args, args.reasoning_tokens)
+    encoder = modeling.load_encoder(model_args, args.reasoning_tokens, filler=args.filler)
     record = checkpoints.run_record(settings, dataset["train"], encoder, sft_args.world_size)
     differ = checkpoints.check_resume(checkpoint, record, args.resume_anyway)
     encoded = _encode(dataset, encoder, args, sft_args, settings.get("prompt", "single_turn"))

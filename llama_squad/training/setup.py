@@ -142,6 +142,10 @@ def lay_out(
                 "train_sampling_strategy": "random",  # the rows are balanced already
             }
             return Layout(features, settings, f"shared contexts {digest(planned['train'].rows)}")
+    if args.filler and why != "as asked":
+        raise ValueError(
+            f"--filler needs a mask, which this model does not take ({why}): leave it out"
+        )
     if sft_args.process_index == 0:
         step = _plain_step(_questions_per_step(sft_args), encoded["train"])
         print(f"Plain batches, contexts not shared: {why}. {step}")

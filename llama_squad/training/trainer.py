@@ -20,8 +20,15 @@ def answer_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum the cross entropy over the supervised tokens, with logits for no others.
 
-    ``label_smoothing`` is the share of a token's probability that all tokens have in common.
-    Returns the summed loss, how many tokens the model gets right, and how many there are.
+    Args:
+        model: causal language model.
+        inputs: a batch of ``SquadDataCollator``; its tensors are of shape (rows, length), and its
+            mask of (rows, 1, length, length) where examples share a row.
+        label_smoothing: the share of a token's probability that all tokens have in common.
+
+    Returns:
+        Three scalars: the summed loss in nats, how many supervised tokens the model gets right, and
+        how many there are.
     """
     logits, wanted = answer_logits(model, inputs)
     loss = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=label_smoothing)
