@@ -5,6 +5,7 @@ Writes the folder ``--dataset_name`` (default data/squad_v2), and the counts to 
 
     python create_squad_dataset.py
     python create_squad_dataset.py --train_files 'my/train-*.json' --test_files my/dev.json
+    python create_squad_dataset.py --feedback data/feedback.jsonl
 """
 
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_squad.arguments import CreateArguments
+from llama_squad.checks import check_at_least
 from llama_squad.config import parse_stage
 from llama_squad.stage import if_interrupted, next_command, run_stage
 
@@ -33,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         data.check_target(args.dataset_name)
         data.check_ratio(args.validation_ratio)
+        if args.replay is not None and not args.feedback:
+            raise ValueError("--replay needs --feedback: it says how much old data goes with it")
+        check_at_least(0, args, "replay")
         with if_interrupted(f"{args.dataset_name} is as it was: the same command starts anew"):
             splits = build(args, cleaner)
     except ValueError as error:
@@ -47,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if "val" in splits:
         read = len(splits["train"]) + len(splits["val"])
-        print(f"train and val hold the {read:,} questions of the training source.")
+        source = "the training source and the verdicts" if args.feedback else "the training source"
+        print(f"train and val hold the {read:,} questions of {source}.")
     summary = cleaner.summary(str(Path(args.dataset_name) / data.DROPPED))
     if summary:
         print(f"\n{summary}")
@@ -68,6 +74,13 @@ def build(args: CreateArguments, cleaner: "Cleaner") -> dict[str, list["Record"]
     if "train" in splits:
         train, val = data.split_by_title(splits["train"], args.validation_ratio, args.seed)
         splits = {"train": train, **({"val": val} if val else {}), **splits | {"train": train}}
+    if args.feedback:
+        from llama_squad.feedback import exchange, verdicts
+
+        splits = exchange.merge(
+            splits, verdicts.load(args.feedback), args.feedback, cleaner,
+            replay=args.replay, seed=args.seed,
+        )  # fmt: skip
     total = sum(map(len, splits.values()))
     with tqdm(total=total, unit=" questions", desc="Writing messages") as progress:
         data.write_dataset(splits, args, progress, cleaner)

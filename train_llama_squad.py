@@ -7,13 +7,15 @@ Reads the dataset folder and the base model; writes checkpoints and logs to ``--
 
     python train_llama_squad.py --model_name meta-llama/Llama-2-7b-chat-hf --merge_and_push
     python train_llama_squad.py --show_mask 3
+    python train_llama_squad.py --config configs/feedback.yaml
     torchrun --nproc_per_node 8 train_llama_squad.py
 """
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from llama_squad.arguments import ModelArguments, TrainArguments, TrainerArguments
 from llama_squad.checks import check_training
@@ -29,12 +31,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:  # before TRL is loaded, which takes ten seconds
         check = partial(check_training, argv)
         later = sft_config_fields()
-        parse_stage("train", own, argv, description=__doc__, check=check, later=later)
+        parse_stage(
+            "train", own, argv, adapter_settings, description=__doc__, check=check, later=later
+        )
         from llama_squad.training.arguments import REPLACED, SquadSFTConfig
 
         args, model_args, sft_args = parse_stage(
-            "train", (*own[:2], SquadSFTConfig), argv, description=__doc__, hidden=REPLACED
-        )
+            "train", (*own[:2], SquadSFTConfig), argv, adapter_settings, description=__doc__,
+            hidden=REPLACED,
+        )  # fmt: skip
         if args.show_mask:
             show_mask(args, model_args)
             return
@@ -48,6 +53,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     if sft_args.process_index == 0:
         test = next_command("test", argv, adapter_name=str(final), dataset_name=args.dataset_name)
         print(f"Next: {test}")
+
+
+def adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
+    """Return what the adapter that training goes on from brings. Raises ValueError: see there."""
+    args = parsed[0]
+    if not args.from_adapter:
+        return {}
+    from llama_squad.config import load_run_config
+    from llama_squad.weights import lora_settings
+
+    brought = lora_settings(args.from_adapter)
+    prompts = (load_run_config(args.dataset_name).get("create", {}).get("prompt"),
+               brought.pop("prompt", None))  # fmt: skip
+    if None not in prompts and prompts[0] != prompts[1]:
+        raise ValueError(
+            f"{args.dataset_name} has {prompts[0]} prompts, and {args.from_adapter} was trained on "
+            f"{prompts[1]}: create the dataset anew with --prompt {prompts[1]}"
+        )
+    return brought
 
 
 def show_mask(args: TrainArguments, model_args: ModelArguments) -> None:

@@ -57,6 +57,16 @@ class CreateArguments:
         False, "Leave out questions that cannot be used, and list them beside the dataset."
     )
     sample: bool = _option(False, "Use the small world bundled in quickstart/data.")
+    feedback: str | None = _option(
+        None,
+        "Verdicts that were given on the page, data/feedback.jsonl: their questions go to train, "
+        "with the reviewers' answers (docs/feedback.md).",
+    )
+    replay: float | None = _option(
+        None,
+        "With --feedback: go on from an adapter on its questions and so many old ones for each of "
+        "them, 100 at least, whole paragraphs at random (default: all old ones).",
+    )
     prompt: str = _option("single_turn", _PROMPT_HELP, choices=list(PROMPTS))
     system_prompt: str = _option(SYSTEM_PROMPT, _SYSTEM_HELP)
     validation_ratio: float = _option(
@@ -90,6 +100,11 @@ class TrainArguments:
     """What ``train_llama_squad.py`` takes beside ``ModelArguments`` and TRL's ``SFTConfig``."""
 
     dataset_name: str = _option("data/squad_v2", _DATASET_HELP)
+    from_adapter: str | None = _option(
+        None,
+        "Go on from this adapter, a folder or a name on the Hub, instead of a new one: it brings "
+        "its base model and the LoRA settings. It stays as it is; see --output_dir.",
+    )
     quantize: bool = _option(True, "QLoRA: hold the frozen base in 4 bits (--no_quantize: not).")
     full_parameters: bool = _option(
         False, "Train every weight, without LoRA (implies --no_quantize)."
@@ -308,9 +323,20 @@ class AppArguments:
     filler: int = _option(0, "Words of filler before the answer (the adapter knows).")
     quantize: bool = _option(False, "Load the model in 4 bits.")
     max_new_tokens: int = _option(512, "Length limit of a reply, in tokens.")
-    host: str = _option("127.0.0.1", "Address to listen on.")
+    feedback: str = _option("data/feedback.jsonl", "File that verdicts are appended to.")
+    review: str | None = _option(
+        None,
+        "What to review: a result file, or questions of your own, with answers or without. The "
+        "splits of --dataset_name, and files to upload, are there too.",
+    )
+    host: str = _option("127.0.0.1", "Address to listen on; any but this machine's needs --auth.")
     port: int = _option(7860, "Port to listen on.")
-    share: bool = _option(False, "Open a public Gradio link.")
+    share: bool = _option(False, "Open a public Gradio link; needs --auth.")
+    auth: list[str] | None = _option(
+        None,
+        "Who may come in: NAME:PASSWORD, several allowed, or files of such lines. Verdicts are "
+        "signed with the name.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,9 +30,14 @@ SERVER_FLAGS = (
     "base_url", "concurrency", "timeout", "temperature", "max_tokens_name", "structured_output"
 )  # fmt: skip
 
-_OF_ADAPTERS = {
+LORA_FIELDS = (
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora"),
     "alora_from",
+)
+"""What an adapter's own configuration says of it."""
+
+_OF_ADAPTERS = {
+    *LORA_FIELDS,
     *("quantize", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "merged_dtype"),
 }
 
@@ -92,6 +97,13 @@ def check_adapter_flags(args: TrainArguments, given: Sequence[str]) -> None:
     names = [w.split("=")[0][2:].replace("-", "_") for w in given if w.startswith("--")]
     if "merged_dtype" in names and not args.merge_and_push:
         raise ValueError("--merged_dtype needs --merge_and_push: nothing is merged without it")
+    if args.from_adapter:
+        brought = [f"--{name}" for name in names if name in LORA_FIELDS]
+        if args.full_parameters or brought:
+            raise ValueError(
+                f"--from_adapter goes on with the LoRA of {args.from_adapter} as it is: leave out "
+                + (", ".join(brought) if brought else "--full_parameters")
+            )
     if args.alora_from != "start" and not args.full_parameters:
         _check_alora_flags(args)
     if args.full_parameters:
@@ -134,14 +146,17 @@ def check_training(argv: Sequence[str], parsed: Sequence[Any]) -> None:
     args, model_args, trainer = parsed
     check_training_numbers(args, trainer)
     check_adapter_flags(args, argv)
-    check_output(model_args.model_name, trainer.output_dir)
+    check_output("--model_name", model_args.model_name, trainer.output_dir)
+    if args.from_adapter:
+        check_output("--from_adapter", args.from_adapter, trainer.output_dir)
     if args.resume_anyway and not trainer.resume_from_checkpoint:
         raise ValueError("--resume_anyway needs --resume_from_checkpoint: nothing is gone on from")
     create = next_command("create", argv, dataset_name=args.dataset_name)
     check_dataset(args.dataset_name, ["train"], create)
-    check_weights(
-        "--model_name", model_args.model_name, "give another folder, or a name on the Hub"
-    )
+    another = "give another folder, or a name on the Hub"
+    check_weights("--from_adapter", args.from_adapter, another)
+    if not args.from_adapter:  # which brings its base
+        check_weights("--model_name", model_args.model_name, another)
     check_file("--chat_template", model_args.chat_template)
 
 

@@ -105,16 +105,16 @@ def check_answering(
         check_weights("--model_name", model_name, "give another folder, or a name on the Hub")
 
 
-def check_output(model_name: str, output_dir: str) -> None:
-    """Refuse to train on a model that the run's own result would take the place of.
+def check_output(flag: str, source: str, output_dir: str) -> None:
+    """Refuse to train on a model or adapter that the run's own result would take the place of.
 
     Raises:
-        ValueError: the base model lies there.
+        ValueError: what ``flag`` names lies there.
     """
     for name in (FINAL, MERGED):
         folder = Path(output_dir) / name
-        if Path(model_name).resolve() == folder.resolve():
+        if Path(source).resolve() == folder.resolve():
             raise ValueError(
-                f"--model_name {model_name} is what this run would replace by its own result: "
+                f"{flag} {source} is what this run would replace by its own result: "
                 "give another --output_dir"
             )

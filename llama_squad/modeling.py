@@ -170,6 +170,7 @@ def load_model(
     quantize: bool = False,
     adapter_name: str | None = None,
     where: str | None = None,
+    merge: bool = True,
 ) -> PreTrainedModel:
     """Load a causal language model, in 4 bits where asked, with its adapter where there is one.
 
@@ -183,6 +184,7 @@ def load_model(
         quantize: hold it in 4 bits.
         adapter_name: a folder, or a name on the Hub.
         where: device for the weights, such as cuda:1 (default: as said above).
+        merge: False leaves the adapter apart in float32, too, so that it can be switched off.
 
     Raises:
         ValueError: the model or the adapter cannot be had, or they do not fit.
@@ -208,7 +210,7 @@ def load_model(
     if adapter_name and not whole_model(adapter_name):
         model = attach_adapter(model, adapter_name, args.model_name)
         mergeable = _is_lora(model) and not activation_of(model)
-        if dtype == torch.float32 and not quantize and mergeable:
+        if merge and dtype == torch.float32 and not quantize and mergeable:
             model = merging.merge(model, dtype)
     return model
 
@@ -260,7 +262,7 @@ def _is_lora(model: Any) -> bool:
     return all(config.peft_type == "LORA" for config in model.peft_config.values())
 
 
-def attach_adapter(model: Any, adapter_name: str, base_name: str) -> Any:
+def attach_adapter(model: Any, adapter_name: str, base_name: str, trainable: bool = False) -> Any:
     """Put an adapter on its base model, and say where it was trained on another.
 
     Raises:
@@ -276,7 +278,7 @@ def attach_adapter(model: Any, adapter_name: str, base_name: str) -> Any:
     try:
         with warnings.catch_warnings():  # of missing weights, which end below
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(model, adapter_name)
+            model = PeftModel.from_pretrained(model, adapter_name, is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

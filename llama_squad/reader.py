@@ -12,12 +12,13 @@ Uses predictors and decoding; knows nothing of datasets or result files.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, overload
 
 from llama_squad import modeling, weights
 from llama_squad.answers import extract_answer
 from llama_squad.arguments import EvalArguments, ModelArguments, resolve_decoding
 from llama_squad.decoding.generator import Generator
+from llama_squad.encoding import ChatEncoder
 from llama_squad.predictors.base import Prediction, Record, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
 from llama_squad.prompts import Message
@@ -107,14 +108,33 @@ class Reader:
         threshold = load_threshold(args, model_args)
         encoder = modeling.load_encoder(model_args, args.reasoning_tokens, adapter, args.filler)
         model = modeling.load_model(model_args, quantize, adapter).eval()
-        self.args = dataclasses.replace(args, na_prob_thresh=threshold)
+        self._set_up(model, encoder, dataclasses.replace(args, na_prob_thresh=threshold))
+
+    @classmethod
+    def of(cls, model: Any, encoder: ChatEncoder, args: EvalArguments) -> Self:
+        """Return a reader of a model that is loaded already, in evaluation mode.
+
+        Args:
+            model: on its device, with its adapter where it has one.
+            encoder: its tokenizer's.
+            args: how to ask, and the threshold to go by.
+        """
+        reader = cls.__new__(cls)
+        reader._set_up(model, encoder, resolve_decoding(args))
+        return reader
+
+    def _set_up(self, model: Any, encoder: ChatEncoder, args: EvalArguments) -> None:
+        assert args.num_beams is not None and args.na_prob_thresh is not None
+        self.args = args
         self._local = LocalModel(
             model, encoder, prompt=args.prompt, system_prompt=args.system_prompt,
-            num_beams=args.num_beams, max_new_tokens=max_new_tokens, n_best=max(1, n_best),
-            na_prob_thresh=threshold, span_boundaries=span_boundaries,
+            num_beams=args.num_beams, max_new_tokens=args.max_new_tokens,
+            n_best=max(1, args.n_best), na_prob_thresh=args.na_prob_thresh,
+            span_boundaries=args.span_boundaries,
         )  # fmt: skip
         self._encoder = encoder
-        self._speaker = Generator(model, encoder, decoding="free", max_new_tokens=max_new_tokens)
+        limit = args.max_new_tokens
+        self._speaker = Generator(model, encoder, decoding="free", max_new_tokens=limit)
 
     @overload
     def __call__(self, question: str, context: str) -> Reading: ...

@@ -61,6 +61,31 @@ def saved_settings(adapter_name: str | None, model_name: str | None = None) -> d
     return {"model_name": base} | _training_settings(adapter_name)
 
 
+def lora_settings(adapter_name: str) -> dict[str, Any]:
+    """Return the LoRA settings that a new training goes on with, by the names of its flags.
+
+    Raises:
+        ValueError: it is no adapter, or not one of LoRA.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    base = base_of(adapter_name)
+    config = PeftConfig.from_pretrained(adapter_name)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{adapter_name} is no LoRA adapter, but one of {config.peft_type}")
+    modules = config.target_modules
+    return _training_settings(adapter_name) | {
+        "model_name": base,
+        "lora_r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "lora_target_modules": [modules] if isinstance(modules, str) else sorted(modules or ()),
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "alora_from": acts_from(adapter_name),
+    }
+
+
 def whole_model(adapter_name: str | None) -> str | None:
     """Return the folder that ``--adapter_name`` gives if it is a whole model; None if an adapter.
 

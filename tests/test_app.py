@@ -4,12 +4,11 @@ Most tests talk to a scripted model, whose replies are known; a tiny random Llam
 trained here stands for the real ones.
 """
 
-import importlib.util
+import html
 import json
+import math
 import os
 import re
-import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,28 +20,26 @@ from typing import Any
 
 import pytest
 import torch
+from browser import free_port, open_page, select_words
 from gradio_client import Client
+from helpers import make_records, model_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import app
 from llama_squad.answers import Answer, format_answer
-from llama_squad.arguments import AppArguments, CreateArguments
+from llama_squad.arguments import AppArguments, CreateArguments, ModelArguments
 from llama_squad.data import write_dataset
 from llama_squad.decoding.chat import ChatSession
 from llama_squad.encoding import ChatEncoder
+from llama_squad.feedback import verdicts
+from llama_squad.page import ask, style, talk
+from llama_squad.page import desk as desk_module
+from llama_squad.page.access import who_may_come_in
+from llama_squad.page.desk import Answering, Desk
+from llama_squad.reader import Reading, SpanAnswer
 
 ROOT = Path(__file__).resolve().parents[1]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-NO_BROWSER = (
-    "chromium is not installed (apt-get install chromium)" if not CHROMIUM
-    else "playwright is not installed" if not importlib.util.find_spec("playwright") else ""
-)  # fmt: skip
-CHROMIUM_FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update",
-]  # fmt: skip
-
 SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 TEMPLATE = (
     "{{ '<|begin_of_text|>' }}{% for message in messages %}"
@@ -132,19 +129,39 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def scripted(tokenizer: Any, reply: Any, pause: float = 0.0, **settings: Any) -> ChatSession:
+class ScriptedReader:
+    """Reads "Tom" wherever it stands, and knows of one other word; counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def read(self, records: Any) -> list[Reading]:
+        self.asked += len(records)
+        return [self._read(record["context"]) for record in records]
+
+    def _read(self, context: str) -> Reading:
+        start = context.find("Tom")
+        if start < 0:
+            return Reading(None, None, None, 1.0, -0.1)
+        spans = (SpanAnswer("Tom", start, start + 3, -0.5), SpanAnswer(context[:4], 0, 4, -1.5))
+        return Reading("Tom", start, start + 3, 0.25, -0.5, spans)
+
+
+def scripted(tokenizer: Any, reply: Any, pause: float = 0.0, **settings: Any) -> Desk:
     model = ScriptedModel(tokenizer, reply, pause)
-    return ChatSession(model, ChatEncoder(tokenizer), AppArguments(**settings))
+    args = AppArguments(**settings)
+    session = ChatSession(model, ChatEncoder(tokenizer), args)
+    return Desk(ScriptedReader(), session, args, answering=Answering("a-scripted-model"))
 
 
 @pytest.fixture
-def serve(tokenizer: Any) -> Iterator[Any]:
+def serve(tokenizer: Any, tmp_path: Path) -> Iterator[Any]:
     """Serve a page whose model is scripted; returns its address."""
     pages = []
 
     def start(reply: Any, pause: float = 0.0, **settings: Any) -> str:
-        talker = scripted(tokenizer, reply, pause, **settings)
-        page = app.build(talker.args, talker, "a-scripted-model")
+        settings = {"feedback": str(tmp_path / "feedback.jsonl")} | settings
+        page = app.build(scripted(tokenizer, reply, pause, **settings))
         pages.append(page)
         options = {"server_name": "127.0.0.1", "server_port": free_port(), "quiet": True}
         return app.serve(page, prevent_thread_lock=True, **options)[1]
@@ -152,12 +169,6 @@ def serve(tokenizer: Any) -> Iterator[Any]:
     yield start
     for page in pages:
         page.close(verbose=False)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def connect(url: str) -> Client:
@@ -169,7 +180,15 @@ def plain(markup: str) -> str:
 
 
 def texts(messages: Any) -> list[str]:
-    return [message["content"] for message in app.answered_turns(messages)]
+    """Return what a chatbot shows, as its reader sees it; the server sends contents in parts."""
+    parts = [m["content"] for m in messages]
+    return [html.unescape(p if isinstance(p, str) else p[0]["text"]) for p in parts]
+
+
+def say(client: Client, said: str) -> list[Any]:
+    """Say something, and return the conversation, the verdict on the reply, and the next draft."""
+    messages, _, judged, draft = client.predict("", "", said, "tuned", api_name="/chat")
+    return [messages, judged, draft]
 
 
 # The verdict ---------------------------------------------------------------------------------
@@ -179,60 +198,45 @@ def texts(messages: Any) -> list[str]:
     ("reply", "context", "golds", "expected"),
     [
         ('```json\n{\n  "answer": "Tom"\n}\n```', "cat Tom", ["Tom"],
-         app.Verdict(Answer("answer", "Tom"), True, True, 1.0)),
+         talk.Judgement(Answer("answer", "Tom"), True, True, 1.0)),
         ('{"answer": "the Tom"}', "cat Tom", ["Tom"],
-         app.Verdict(Answer("answer", "the Tom"), False, False, 1.0)),
+         talk.Judgement(Answer("answer", "the Tom"), False, False, 1.0)),
         ('{"answer": "Tom"}', "cat Tom", [],
-         app.Verdict(Answer("answer", "Tom"), True, False, 0.0)),
-        ('{"answer": "Tom"}', "cat Tom", None, app.Verdict(Answer("answer", "Tom"), True, None, None)),
+         talk.Judgement(Answer("answer", "Tom"), True, False, 0.0)),
+        ('{"answer": "Tom"}', "cat Tom", None, talk.Judgement(Answer("answer", "Tom"), True, None, None)),
         ('{"answer": ""}', "cat Tom", ["Tom"],
-         app.Verdict(Answer("answer", ""), False, False, 0.0)),
+         talk.Judgement(Answer("answer", ""), False, False, 0.0)),
         ('{"answer": "?"}', "cat Tom", [],
-         app.Verdict(Answer("no_answer", "?"), None, True, 1.0)),
+         talk.Judgement(Answer("no_answer", "?"), None, True, 1.0)),
         ('{"answer": "?"}', "cat Tom?", ["Tom"],
-         app.Verdict(Answer("no_answer", "?"), None, False, 0.0)),
-        ("Tom", "cat Tom", ["Tom"], app.Verdict(Answer("malformed", ""), None, False, 0.0)),
-        ("?", "cat Tom", [], app.Verdict(Answer("malformed", ""), None, False, 0.0)),
-        ('{"answer": "Tom"}', None, None, app.Verdict(Answer("answer", "Tom"), None, None, None)),
+         talk.Judgement(Answer("no_answer", "?"), None, False, 0.0)),
+        ("Tom", "cat Tom", ["Tom"], talk.Judgement(Answer("malformed", ""), None, False, 0.0)),
+        ("?", "cat Tom", [], talk.Judgement(Answer("malformed", ""), None, False, 0.0)),
+        ('{"answer": "Tom"}', None, None, talk.Judgement(Answer("answer", "Tom"), None, None, None)),
     ],
 )  # fmt: skip
-def test_verdict(reply: str, context: str, golds: list[str], expected: app.Verdict) -> None:
-    assert app.judge(reply, context, golds) == expected
+def test_verdict(reply: str, context: str, golds: list[str], expected: talk.Judgement) -> None:
+    assert talk.judge(reply, context, golds) == expected
 
 
 def test_a_verdict_is_shown_in_words_and_escaped() -> None:
-    shown = app.show_verdict(app.judge('{"answer": "<b>"}', "a <b> c", ["<b>"]))
+    shown = talk.show_judgement(talk.judge('{"answer": "<b>"}', "a <b> c", ["<b>"]))
     assert '<p class="span">&lt;b&gt;</p>' in shown
-    assert "right · word for word in the context" in shown
+    assert "right · word for word in the text" in shown
     assert 'class="card good"' in shown
-    wrong = app.show_verdict(app.judge('{"answer": "cat Tom"}', "x", ["Tom"]))
-    assert "wrong (F1 67%) · not in the context" in wrong
+    wrong = talk.show_judgement(talk.judge('{"answer": "cat Tom"}', "x", ["Tom"]))
+    assert "wrong (F1 67%) · not in the text" in wrong
     assert 'class="card bad"' in wrong
-    assert "malformed" in app.show_verdict(app.judge("Hello.", "a context"))
-    assert "malformed" not in app.show_verdict(app.judge("Hello."), free=True)
+    assert "malformed" in talk.show_judgement(talk.judge("Hello.", "a context"))
+    assert "malformed" not in talk.show_judgement(talk.judge("Hello."), free=True)
 
 
 def test_right_answers_are_shown_once_each() -> None:
-    assert plain(app.show_golds(["Tom", "a cat", "Tom"])).count("Tom") == 1
-    assert "no answer: ?" in app.show_golds([])
+    assert plain(talk.show_golds(["Tom", "a cat", "Tom"])).count("Tom") == 1
+    assert "no answer: ?" in talk.show_golds([])
 
 
 # The conversation ----------------------------------------------------------------------------
-
-
-def test_history_of_client_and_browser_are_read_alike() -> None:
-    user, assistant = "1 &lt; 2", "yes"
-    from_client = [
-        {"role": "user", "content": user, "metadata": None},
-        {"role": "assistant", "content": assistant, "metadata": None},
-    ]
-    from_browser = [
-        {**message, "content": [{"type": "text", "text": message["content"]}]}
-        for message in from_client
-    ]
-    expected = [{"role": "user", "content": "1 < 2"}, {"role": "assistant", "content": "yes"}]
-    assert app.answered_turns(from_client) == expected
-    assert app.answered_turns(from_browser) == expected
 
 
 def test_turns_without_a_reply_are_left_out_of_the_history() -> None:
@@ -244,13 +248,21 @@ def test_turns_without_a_reply_are_left_out_of_the_history() -> None:
         ("assistant", ""),
     ]
     history = [{"role": role, "content": content} for role, content in turns]
-    assert [m["content"] for m in app.answered_turns(history)] == ["a", "b"]
+    assert [m["content"] for m in talk.answered_turns(history)] == ["a", "b"]
 
 
 @pytest.mark.parametrize("text", [CONTEXT, "a &lt; b &amp;amp; </s> <br>", '{"a": "b"}'])
-def test_what_is_shown_can_be_taken_back(text: str) -> None:
+def test_what_is_said_is_shown_as_it_stands(text: str) -> None:
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
-    assert app.answered_turns(app.as_shown(messages)) == messages
+    shown = talk.as_shown(messages)
+    assert texts(shown) == [text, text]
+    assert not any("<" in message["content"] for message in shown)
+
+
+def test_a_prompt_is_folded_to_its_question() -> None:
+    prompt = {"role": "user", "content": f"Find it.\nContext: {CONTEXT}\nQuestion: Who & why?"}
+    reply = {"role": "assistant", "content": CONTEXT}
+    assert texts(talk.as_shown([prompt, reply], CONTEXT, "Who & why?")) == ["Who & why?", CONTEXT]
 
 
 def test_a_reply_is_the_greedy_one(tokenizer: Any, llama: Any) -> None:
@@ -268,10 +280,11 @@ def test_a_reply_is_the_greedy_one(tokenizer: Any, llama: Any) -> None:
 
 
 def test_multi_turn_feeds_the_replies_back(tokenizer: Any) -> None:
-    talker = scripted(
+    desk = scripted(
         tokenizer, lambda prompt: f"Reply {prompt.count('assistant')}", prompt="multi_turn"
     )
-    *_, messages = talker.ask(CONTEXT, "What was the cat's name?")
+    talker = desk.session
+    *_, messages = desk.ask(CONTEXT, "What was the cat's name?")
     assert [m["role"] for m in messages] == ["user", "assistant"] * 3
     assert [m["content"] for m in messages[1::2]] == ["Reply 2", "Reply 3", "Reply 4"]
     last = tokenizer.decode(talker.model.prompts[2])
@@ -280,77 +293,174 @@ def test_multi_turn_feeds_the_replies_back(tokenizer: Any) -> None:
 
 
 def test_control_tokens_in_a_context_stay_text(tokenizer: Any) -> None:
-    talker = scripted(tokenizer, answer_tom)
+    talker = scripted(tokenizer, answer_tom).session
     list(talker.ask(CONTEXT, "What about <|eot_id|>?"))
     assert talker.model.prompts[0].count(3) == 2  # the ends of the system's and the user's turn
 
 
 def test_streaming_never_shows_half_a_character(tokenizer: Any) -> None:
-    talker = scripted(tokenizer, lambda _: "né 😀!", 0.06)
+    talker = scripted(tokenizer, lambda _: "né 😀!", 0.06).session
     shown = [m[-1]["content"] for m in talker.converse([], ["hello"]) if len(m) == 2]
     assert shown == ["n", "né", "né ", "né 😀", "né 😀!", "né 😀!"]
 
 
 def test_a_conversation_that_is_too_long_says_so(tokenizer: Any) -> None:
-    talker = scripted(tokenizer, answer_tom)
-    *_, (messages, shown) = app.ask(talker, "word " * 3000, "Who?", None)
-    assert "the model reads at most 2048" in shown
-    assert len(messages) == 1
+    desk = scripted(tokenizer, answer_tom)
+    with pytest.raises(ValueError, match="the model reads at most 2048"):
+        list(talk.speak(desk, "word " * 3000, "Who?", None, "tuned"))
 
 
-def test_a_fault_of_the_model_is_a_message_and_not_a_trace(tokenizer: Any) -> None:
-    def fail(_: str) -> str:
-        raise RuntimeError("CUDA out of <memory>")
+# The answer ----------------------------------------------------------------------------------
 
-    *_, (_, shown, draft) = app.chat(scripted(tokenizer, fail), "Hello", [])
-    assert "CUDA out of &lt;memory&gt;" in shown
-    assert "Traceback" not in shown
-    assert draft == "Hello"
+
+def test_another_threshold_decides_anew_without_the_model(tokenizer: Any) -> None:
+    desk = scripted(tokenizer, answer_tom)
+    asked = ask.read(desk, CONTEXT, "Who?", compare=False)
+    card, text, bars = ask.show(asked, 0.5, ["Tom"])
+    assert "right · 75.0 % likely that the text holds an answer" in card
+    assert text["marks"] == [{"start": 39, "end": 42, "kind": "answer"}]
+    assert [(b["label"], b["chosen"]) for b in bars["bars"]] == [
+        ("Tom", True), ("Lily", False), ("no answer in the text", False),
+    ]  # fmt: skip
+    tom, lily, none = (bar["probability"] for bar in bars["bars"])
+    assert tom + lily + none == pytest.approx(1)
+    assert tom / none == pytest.approx(3)  # as na_prob says
+    assert tom / lily == pytest.approx(math.e)
+    card, text, bars = ask.show(asked, 0.2, ["Tom"])
+    assert "The text does not say." in card and "wrong" in card
+    assert text["marks"] == []
+    assert [b["label"] for b in bars["bars"] if b["chosen"]] == ["no answer in the text"]
+    assert desk.reader.asked == 1
+
+
+@pytest.mark.parametrize("probability", [0.0, 1e-9, 0.0004, 0.5, 0.9996, 1 - 1e-9, 1.0])
+def test_no_probability_is_shown_as_more_certain_than_it_is(probability: float) -> None:
+    shown = style.percent(probability)
+    assert (shown in ("0.0 %", "100.0 %")) == (probability in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("context", "question", "message"),
+    [
+        (" ", "Who?", "Fill in a text and a question first."),
+        ("Tom", " ", "Fill in a text and a question first."),
+        ("Tom " * 200_000, "Who?", "The text has 800,000 characters; at most 400,000"),
+        ("Tom", "Who? " * 1000, "The question has 5,000 characters; at most 2,000"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(
+    tokenizer: Any, context: str, question: str, message: str
+) -> None:
+    desk = scripted(tokenizer, answer_tom)
+    with pytest.raises(ValueError, match=message):
+        desk.read([{"context": context, "question": question}])
+    with pytest.raises(ValueError, match=message):
+        desk.ask(context, question)
+    assert desk.reader.asked == 0
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_base_and_tuned_share_their_weights(tmp_path: Path, quantize: bool) -> None:
+    """With the adapter switched off, the base model answers and speaks as it does alone."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = model_folder(tmp_path, hidden_size=64, intermediate_size=128)
+    torch.manual_seed(1)
+    tuned = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+    )
+    tuned.save_pretrained(str(tmp_path / "adapter"))
+
+    def load(adapter: str | None) -> Desk:
+        args = AppArguments(adapter_name=adapter, quantize=quantize, max_new_tokens=8)
+        return desk_module.load(args, ModelArguments(model_name=base))
+
+    both, alone = load(str(tmp_path / "adapter")), load(None)
+    assert both.has_adapter and not alone.has_adapter
+    records = make_records(3, [2], seed=4)
+    off, on = both.read(records, base=True), both.read(records)
+    for plain, reading, other in zip(alone.read(records), off, on, strict=True):
+        assert (reading.answer, reading.start) == (plain.answer, plain.start)
+        assert reading.score == pytest.approx(plain.score, abs=1e-3)
+        assert other.score != pytest.approx(plain.score, abs=0.1)
+    context, question = records[0]["context"], records[0]["question"]
+    *_, (talks, cards) = talk.speak(both, context, question, None, "both")
+    *_, (plain_talks, _) = talk.speak(alone, context, question, None, "both")
+    assert talks[1] == plain_talks[0]
+    assert talks[0] != talks[1]
+    assert plain_talks[1] == []
+    assert "of the base model" in cards
+    *_, (talks, _) = talk.chat(both, "Why?", talks, "base")
+    assert [len(t) for t in talks] == [2, 4]
 
 
 # The server ----------------------------------------------------------------------------------
 
 
+def test_a_fault_of_the_model_is_a_message_and_not_a_trace(serve: Any) -> None:
+    def fail(_: str) -> str:
+        raise RuntimeError("CUDA out of <memory>")
+
+    _, shown, draft = say(connect(serve(fail)), "Hello")
+    assert "CUDA out of &lt;memory&gt;" in shown
+    assert "Traceback" not in shown
+    assert draft == "Hello"
+
+
 def test_a_chat_turn_streams(serve: Any) -> None:
     client = connect(serve(echo, 0.02))
-    job = client.submit("Hello there", [], api_name="/chat")
-    messages, _, draft = job.result(60)
+    job = client.submit("", "", "Hello there", "tuned", api_name="/chat")
+    messages, _, _, draft = job.result(60)
     assert texts(messages) == ["Hello there", "You said: Hello there"]
     assert draft == ""
     assert len(job.outputs()) > 3
-    messages, _, _ = client.predict("And now?", messages, api_name="/chat")
+    messages, _, _ = say(client, "And now?")
     assert texts(messages) == [
         "Hello there", "You said: Hello there", "And now?", "You said: And now?",
     ]  # fmt: skip
+    messages, *_ = client.predict("", "", "tuned", api_name="/explain")
+    assert texts(messages)[-1] == "You said: Explain your reasoning."
 
 
 @pytest.mark.parametrize("prompt", ["single_turn", "multi_turn"])
 def test_a_random_question_is_answered_and_judged(serve: Any, dataset: str, prompt: str) -> None:
     client = connect(serve(answer_tom, dataset_name=dataset, prompt=prompt))
-    context, question, golds, _ = client.predict(api_name="/random_question")
+    context, question, golds = client.predict(api_name="/random_question")
     assert (context, question) == (CONTEXT, "What was the cat's name?")
+    assert golds == ""  # until they are asked for
+    card, *_ = client.predict(context, question, 0.5, False, api_name="/ask")
+    assert "Tom" in card and "right" not in card
+    golds, card, text, _ = client.predict(0.5, api_name="/right_answer")
     assert plain(golds).strip("|").split("||") == [
         "Right answer", "Tom", "a cat named Tom", "any of these counts",
     ]  # fmt: skip
-    messages, verdict = client.predict(context, question, api_name="/ask")
+    assert "right · 75.0 % likely" in card
+    assert text["text"] == CONTEXT
+    messages, _, verdict, _ = client.predict(context, question, "tuned", api_name="/speak")
     assert len(messages) == (2 if prompt == "single_turn" else 6)
-    assert "right · word for word in the context" in verdict
-    # a question of the visitor's own has no right answers that are known
-    _, verdict = client.predict(context, "Who lived by the sea?", api_name="/ask")
-    assert "right" not in plain(verdict)
-    assert "word for word in the context" in verdict
+    assert texts(messages)[0] == question  # the prompt is folded away
+    assert "right · word for word in the text" in verdict
+
+
+def test_the_right_answer_of_another_question_is_not_known(tokenizer: Any) -> None:
+    record = RECORDS[0]
+    assert talk.known_golds(record, CONTEXT, record["question"]) == record["answers"]["text"]
+    assert talk.known_golds(record, CONTEXT, "Who lived by the sea?") is None
+    assert talk.known_golds(None, CONTEXT, record["question"]) is None
 
 
 def test_without_a_dataset_the_button_says_what_to_do(serve: Any, tmp_path: Path) -> None:
     client = connect(serve(answer_tom, dataset_name=str(tmp_path / "none")))
-    *_, golds, _ = client.predict(api_name="/random_question")
+    *_, golds = client.predict(api_name="/random_question")
     assert "python create_squad_dataset.py" in golds
 
 
 def test_empty_fields_are_refused(serve: Any) -> None:
     client = connect(serve(answer_tom))
-    assert "Fill in a context" in client.predict(" ", "Who?", api_name="/ask")[1]
-    assert "Write a message" in client.predict(" ", [], api_name="/chat")[1]
+    assert "Fill in a text" in client.predict(" ", "Who?", "tuned", api_name="/speak")[2]
+    assert "Write a message" in say(client, " ")[1]
 
 
 def test_visitors_do_not_mix(serve: Any) -> None:
@@ -358,16 +468,23 @@ def test_visitors_do_not_mix(serve: Any) -> None:
 
     def visit(number: int) -> list[str]:
         client = connect(url)
-        messages: list[Any] = []
         for turn in range(2):
-            said = f"I am visitor {number}, turn {turn}"
-            messages, _, _ = client.predict(said, messages, api_name="/chat")
+            messages, *_ = say(client, f"I am visitor {number}, turn {turn}")
         return texts(messages)
 
     with ThreadPoolExecutor(4) as pool:
         for number, contents in enumerate(pool.map(visit, range(4))):
             said = [f"I am visitor {number}, turn {turn}" for turn in range(2)]
             assert contents == [said[0], f"You said: {said[0]}", said[1], f"You said: {said[1]}"]
+
+
+@pytest.mark.slow
+def test_thirty_visitors_at_once_are_all_answered(serve: Any) -> None:
+    client = connect(serve(answer_tom))
+    texts_of = [f"Number {n} is called Tom." for n in range(30)]
+    jobs = [client.submit(t, "Who?", 0.5, False, api_name="/ask") for t in texts_of]
+    shown = [job.result(120)[1] for job in jobs]
+    assert [value["value"]["text"] for value in shown] == texts_of
 
 
 # The command line ----------------------------------------------------------------------------
@@ -408,12 +525,42 @@ def test_the_command_runs_as_written(tmp_path: Path, tokenizer: Any, llama: Any)
                 break
             time.sleep(0.1)
         assert found, log.read_text()
-        messages, _ = connect(found[0]).predict(CONTEXT, "Who?", api_name="/ask")
+        client = connect(found[0])
+        messages, *_ = client.predict(CONTEXT, "Who?", "tuned", api_name="/speak")
         assert [m["role"] for m in messages] == ["user", "assistant"] * 3
+        card, text, *_ = client.predict(CONTEXT, "Who?", 1.0, False, api_name="/ask")
+        (mark,) = text["value"]["marks"]
+        assert f">{html.escape(CONTEXT[mark['start'] : mark['end']])}<" in card
     finally:
         process.terminate()
         process.wait(20)
     assert log.read_text().count("running on the CPU") == (not torch.cuda.is_available())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 opens the page to others: say who may come in"),
+        (["--share"], "--share opens the page to others"),
+        (["--host", "0.0.0.0", "--auth", "ada:"], "--auth takes NAME:PASSWORD"),
+        (["--auth", "nobody.txt"], "--auth: no file nobody.txt here"),
+        (["--review", "nothing.csv"], "--review: no file nothing.csv here"),
+    ],
+)
+def test_mistakes_are_one_line(flags: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app.main(["--model_name", "M/M", "--feedback", str(tmp_path / "f.jsonl"), *flags])
+    assert message in str(ended.value)
+
+
+def test_who_may_come_in(tmp_path: Path) -> None:
+    (tmp_path / "who").write_text("ada:1815\n\nbo:a:b\n")
+    args = AppArguments(host="0.0.0.0", auth=["cy:x", str(tmp_path / "who")])
+    assert who_may_come_in(args) == [("cy", "x"), ("ada", "1815"), ("bo", "a:b")]
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert who_may_come_in(AppArguments(host=host)) == []
+    with pytest.raises(ValueError, match="opens the page to others"):
+        who_may_come_in(AppArguments(host="127.evil.example"))
 
 
 # The page ------------------------------------------------------------------------------------
@@ -421,27 +568,8 @@ def test_the_command_runs_as_written(tmp_path: Path, tokenizer: Any, llama: Any)
 
 @pytest.fixture
 def browser_page() -> Iterator[Any]:
-    """A real page, and the list of what it asked of other machines, which it does not get."""
-    if NO_BROWSER:
-        pytest.skip(NO_BROWSER)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 860})
-        page.set_default_timeout(30_000)
-        abroad: list[str] = []
-
-        def keep_home(route: Any) -> None:
-            if route.request.url.startswith("http://127.0.0.1:"):
-                route.continue_()
-            else:
-                abroad.append(route.request.url)
-                route.abort()
-
-        page.route("**/*", keep_home)
-        yield page, abroad
-        browser.close()
+    with open_page() as opened:
+        yield opened
 
 
 @pytest.mark.slow
@@ -451,21 +579,108 @@ def test_the_page(serve: Any, dataset: str, browser_page: Any) -> None:
 
     page, abroad = browser_page
     page.goto(serve(reply, dataset_name=dataset))
+    page.get_by_role("button", name="Ask", exact=True).click()  # nothing to ask yet
+    page.get_by_text("Fill in a text and a question first").wait_for()
+    assert page.get_by_text("stands here, and is marked in the text").is_visible()
     page.get_by_role("button", name="Random question").click()
-    page.get_by_text("any of these counts").wait_for()
-    assert page.get_by_role("textbox", name="Context").input_value() == CONTEXT
-    page.get_by_role("button", name="Ask").click()
-    page.get_by_text("right · word for word in the context").wait_for()
-    shown = page.locator("#chat").inner_text()
-    assert CONTEXT in shown  # with what looks like markup, as it stands
+    page.get_by_role("button", name="Show the right answer").wait_for()
+    assert page.get_by_role("textbox", name="Text").input_value() == CONTEXT
+    page.get_by_role("textbox", name="Question").press("Enter")
+    marked = page.locator("#ask-text mark.answer")
+    marked.wait_for()
+    assert marked.inner_text() == "Tom"
+    assert page.locator("#ask-text .text").inner_text() == CONTEXT  # markup and all
+    page.get_by_role("button", name="Lily").hover()
+    assert page.locator("#ask-text mark.lit").inner_text() == "Lily"
+    page.get_by_role("button", name="Show the right answer").click()
+    page.get_by_text("right · 75.0 % likely").wait_for()
+    page.get_by_label("number input for No-answer threshold").fill("0.1")
+    page.get_by_label("number input for No-answer threshold").press("Enter")
+    page.get_by_text("wrong · 75.0 % likely").wait_for()
+    assert marked.count() == 0
+    page.get_by_role("button", name="Let the model speak freely").click()
+    page.get_by_text("right · word for word in the text").wait_for()
+    shown = page.locator(".chat").first.inner_text()
+    assert "What was the cat's name?" in shown and CONTEXT not in shown  # the prompt is folded
     assert '  "answer": "Tom"' in shown
     page.get_by_placeholder("Write a message").fill("Is </s> a <b>tag</b>?")
     page.get_by_role("button", name="Send").click()
     page.get_by_text("You said: Is </s> a <b>tag</b>?", exact=True).wait_for()
     page.get_by_text("free chat needs no JSON").wait_for()
     page.get_by_role("textbox", name="Question").fill("Who lived by the sea?")
-    page.get_by_text("known for random questions").wait_for()
+    page.get_by_text("any of these counts").wait_for(state="detached")
+    page.get_by_role("button", name="Random question").click()  # clears the last one
+    page.get_by_text("stands here, and is marked in the text").wait_for()
+    page.get_by_text("You said").first.wait_for(state="detached")
     assert abroad == []
+
+
+@pytest.mark.slow
+def test_the_review(serve: Any, dataset: str, browser_page: Any, tmp_path: Path) -> None:
+    """A verdict by each key, on a file of one's own; and undo."""
+    page, abroad = browser_page
+    questions = ["Who is it?", "Who is the cat?", "Who is Lily?", "How old is Tom?", "Who left?"]
+    own, path = tmp_path / "own.jsonl", tmp_path / "feedback.jsonl"
+    rows = [{"id": str(n), "context": CONTEXT, "question": q} for n, q in enumerate(questions)]
+    own.write_text("\n".join(map(json.dumps, rows)))
+    page.goto(serve(answer_tom, dataset_name=dataset, review=str(own), feedback=str(path)))
+    page.get_by_role("tab", name="Review").click()
+    page.get_by_role("button", name="Start").click()
+    shown = page.locator(".card .span")
+    for question, key in zip(questions, "r2mns", strict=True):
+        shown.get_by_text(question).wait_for()
+        if key == "m":
+            page.keyboard.press("m")
+            page.get_by_text("Mark the right words first").wait_for()
+            select_words(page, "#review-text", "named Tom. The")
+            page.locator(".marked").get_by_text("named Tom. The", exact=True).wait_for()
+            page.locator("#review-text .text").focus()  # and on by the keyboard
+            page.keyboard.press("Shift+ArrowRight")
+            page.keyboard.press("Shift+ArrowLeft")
+            page.keyboard.press("Shift+ArrowLeft")
+            page.locator(".card.good").get_by_text("named Tom.", exact=True).wait_for()
+        page.keyboard.press(key)
+    page.get_by_text("Nothing is left to review here").wait_for()
+    page.get_by_text("4 of 5 judged here, 4 in all · the model is right in 1 of 4").wait_for()
+    found = verdicts.load(path).verdicts
+    assert [(v.question, v.verdict, v.corrected, v.corrected_start) for v in found] == [
+        ("Who is it?", "right", "Tom", 39), ("Who is the cat?", "picked", "Lily", 0),
+        ("Who is Lily?", "marked", "named Tom.", 33), ("How old is Tom?", "unanswerable", None, None),
+        ("Who left?", "skipped", None, None),
+    ]  # fmt: skip
+    assert {(v.answer, v.na_prob, v.model) for v in found} == {("Tom", 0.25, "a-scripted-model")}
+    page.keyboard.press("u")
+    shown.get_by_text("Who left?").wait_for()
+    page.keyboard.press("u")
+    shown.get_by_text("How old is Tom?").wait_for()
+    page.get_by_label("Note, kept with the verdict").fill("r is not a key here")
+    page.locator("#key-w button, button#key-w").click()
+    shown.get_by_text("Who left?").wait_for()
+    last = verdicts.load(path).verdicts[-1]
+    assert (last.question, last.verdict, last.note) == (
+        "How old is Tom?", "wrong", "r is not a key here",
+    )  # fmt: skip
+    assert abroad == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_fits_its_width(serve: Any, dataset: str, width: int) -> None:
+    with open_page(width) as (page, _):
+        page.goto(serve(answer_tom, dataset_name=dataset))
+        page.get_by_role("button", name="A name").click()
+        page.get_by_role("textbox", name="Text").fill("supercalifragilistic" * 5000 + " Tom")
+        page.get_by_role("button", name="Ask", exact=True).click()
+        page.locator("#ask-text mark.answer").wait_for()
+        assert (
+            page.locator("#ask-text .text").inner_text() == "supercalifragilistic" * 5000 + " Tom"
+        )
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        mark = page.locator("#ask-text mark.answer").bounding_box()
+        view = page.locator("#ask-text .text").bounding_box()
+        assert view["y"] <= mark["y"] <= view["y"] + view["height"]  # scrolled into sight
+        beside = page.locator(".card").first.bounding_box()["x"] > view["x"] + view["width"]
+        assert beside == (width == 1280)
 
 
 @pytest.mark.slow
@@ -478,7 +693,7 @@ def test_the_stop_button(serve: Any, browser_page: Any) -> None:
     page.get_by_role("button", name="Stop").click()
     page.get_by_role("button", name="Send").wait_for()
     page.wait_for_timeout(500)
-    before = page.locator("#chat").inner_text()
+    before = page.locator(".chat").first.inner_text()
     page.wait_for_timeout(1000)
-    assert page.locator("#chat").inner_text() == before
-    assert page.get_by_role("button", name="Ask").is_enabled()
+    assert page.locator(".chat").first.inner_text() == before
+    assert page.get_by_role("button", name="Let the model speak freely").is_enabled()

@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -13,8 +11,6 @@ import pytest
 
 from llama_squad.answers import extract_answer, format_answer
 from llama_squad.prompts import PROMPTS, build_messages
-from llama_squad.result_reader import read_results
-from llama_squad.summary import summarize
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
 TINY_LLAMA = QUICKSTART / "tiny_llama"
@@ -187,24 +183,3 @@ def test_tiny_llama_knows_no_json(model: Any, tokenizer: Any, prompt: str) -> No
     said = reply(model, tokenizer, build_messages(record, prompt=prompt, answer=False))
     assert extract_answer(said).state == "malformed"
     assert said.endswith(".")
-
-
-@pytest.mark.slow
-def test_quickstart_meets_its_targets(tmp_path: Path) -> None:
-    """Its stages, run one after the other, reach what the quickstart is to show."""
-    data, out = str(tmp_path / "data"), str(tmp_path / "out")
-    adapter, results = f"{out}/final_checkpoints", f"{out}/tuned.csv"
-    stages = [
-        ["create_squad_dataset.py"],
-        ["train_llama_squad.py", "--output_dir", out],
-        ["test_llama_squad.py", "--adapter_name", adapter, "--decoding=free", "--output", results],
-    ]
-    for script, *flags in stages:
-        command = [script, "--config", "configs/quickstart.yaml", "--dataset_name", data, *flags]
-        subprocess.run([sys.executable, *command], cwd=QUICKSTART.parent, check=True)
-    figures = summarize(read_results(results))
-    assert figures["n"] == 496
-    assert figures["% Valid JSON"] >= 99
-    assert figures["% Exact Match"] >= 85
-    assert figures["% Correct No Answer"] >= 80
-    assert figures["% Correct Has Answer"] >= 85

@@ -99,7 +99,9 @@ def test_recipes_do_not_clash(monkeypatch: pytest.MonkeyPatch) -> None:
     trained: dict[str, object] = {}
     for source, command in FOUND:
         script, *argv = shlex.split(command)
-        if not any(name.startswith("configs/") for name in argv) or "quickstart" in command:
+        if not any(name.startswith("configs/") for name in argv):
+            continue
+        if "quickstart" in command or "feedback" in command:  # no rows of the table
             continue
         if script == "test_llama_squad.py":
             types = (EvalArguments, ModelArguments)

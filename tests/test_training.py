@@ -251,6 +251,59 @@ def test_merge_and_push(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert kept == saved
 
 
+def test_training_goes_on_from_an_adapter(tmp_path: Path) -> None:
+    flags = stage_flags(tmp_path)
+    train_llama_squad.main([*flags, "--lora_r", "3", "--learning_rate", "1e-3"])
+    first = tmp_path / "results" / "final_checkpoints"
+    flags = without_lora(flags)
+    on = [*flags, "--from_adapter", str(first), "--output_dir", str(tmp_path / "on")]
+    before = tensors(first)
+    train_llama_squad.main([*on, "--learning_rate", "0"])
+    second = tmp_path / "on" / "final_checkpoints"
+    assert tensors(second).keys() == before.keys()
+    assert all(torch.equal(tensors(second)[name], tensor) for name, tensor in before.items())
+    assert load_run_config(second)["train"]["lora_r"] == 3
+    assert weights.saved_settings(str(second))["model_name"] == str(tmp_path / "model")
+    train_llama_squad.main([*on, "--learning_rate", "1e-3"])
+    moved = [not torch.equal(tensors(second)[name], tensor) for name, tensor in before.items()]
+    assert any(moved)
+    assert all(torch.equal(tensors(first)[name], tensor) for name, tensor in before.items())
+    for more, message in (
+        (["--lora_r", "4"], "leave out --lora_r"),
+        (["--full_parameters"], "leave out --full_parameters"),
+        (["--output_dir", str(first.parent)], "would replace by its own result"),
+        (["--from_adapter", "results/none"], "no folder results/none"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            train_llama_squad.main([*on, *more])
+        assert message in str(ended.value)
+
+
+def test_an_adapter_goes_on_with_its_own_prompt(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = stage_flags(tmp_path)
+    train_llama_squad.main([*flags, "--max_steps", "1"])
+    flags = without_lora(flags)
+    data = dataset_folder(tmp_path / "other", make_records(2, [2]), prompt="multi_turn")
+    with pytest.raises(SystemExit):
+        train_llama_squad.main([*flags, "--dataset_name", data, "--output_dir", "on",
+                                "--from_adapter", "results/final_checkpoints"])  # fmt: skip
+    assert "create the dataset anew with --prompt single_turn" in capsys.readouterr().err
+
+
+def without_lora(flags: list[str]) -> list[str]:
+    """Leave out what an adapter brings: its base, which comes first, and its rank."""
+    at = flags.index("--lora_r")
+    return flags[2:at] + flags[at + 2 :]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
 def small_trainer() -> Any:
     """Make a trainer on a tiny model that writes to results; it does not train."""
     examples = encoded_dataset(make_records(2, [1])).select_columns(["input_ids", "labels"])

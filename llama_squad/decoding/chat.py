@@ -6,6 +6,7 @@ Replies are greedy and free; ``llama_squad.decoding.generator`` is what evaluate
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ FRAME = 0.05
 """Seconds between two updates of a reply on the page: each costs about as much as a token."""
 
 
+def adapter_off(model: Any, off: bool = True) -> AbstractContextManager[Any]:
+    """Return what switches a model's adapter off for a ``with`` block, where it has one."""
+    return model.disable_adapter() if off and hasattr(model, "peft_config") else nullcontext()
+
+
 class ChatSession:
     """A model that all visitors share: it is held for one token at a time, so they take turns.
 
@@ -30,6 +36,7 @@ class ChatSession:
         encoder: the tokenizer's, with the chat template.
         args: the demo's.
         tell: shows the visitor a passing note.
+        lock: held while the model works; whoever else uses it holds it, too.
     """
 
     def __init__(
@@ -38,24 +45,26 @@ class ChatSession:
         encoder: ChatEncoder,
         args: AppArguments,
         tell: Callable[[str], object] = print,
+        lock: AbstractContextManager[Any] | None = None,
     ) -> None:
         self.model, self.encoder, self.args = model, encoder, args
         self._tell = tell
         self._stop_ids = stop_ids(model, encoder)
-        self._lock = threading.Lock()
+        self._lock = lock or threading.Lock()
 
-    def ask(self, context: str, question: str) -> Iterator[list[Message]]:
+    def ask(self, context: str, question: str, base: bool = False) -> Iterator[list[Message]]:
         """Put a question as in training: a new conversation, each user turn in its turn."""
         record = {"context": context, "question": question}
         messages = build_messages(record, self.args.prompt, self.args.system_prompt, answer=False)
         turns = [message["content"] for message in messages if message["role"] == "user"]
-        return self.converse([], turns, record)
+        return self.converse([], turns, record, base)
 
     def converse(
         self,
         messages: list[Message],
         turns: Sequence[str],
         record: Mapping[str, str] | None = None,
+        base: bool = False,
     ) -> Iterator[list[Message]]:
         """Add user turns and their replies to a conversation; yield it whenever it has grown.
 
@@ -65,28 +74,25 @@ class ChatSession:
             record: the context and question that the turns put, as in training: the last reply
                 comes after the reasoning tokens, if the model has any, and an activated adapter
                 acts. In free chat neither is so.
+            base: the base model speaks: its adapter is switched off.
         """
         for left, turn in zip(reversed(range(len(turns))), turns, strict=True):
             messages = [*messages, {"role": "user", "content": turn}]
             yield messages
             answered = messages
-            for text in self._reply(messages, record, final=bool(record) and not left):
+            final = bool(record) and not left
+            prompt = self._encode(messages, None if base else record, final)
+            for text in self._reply(*prompt, final, base):
                 answered = [*messages, {"role": "assistant", "content": text}]
                 yield answered
             messages = answered
 
-    def _reply(
-        self, messages: list[Message], record: Mapping[str, str] | None, final: bool
-    ) -> Iterator[str]:
-        """Yield the greedy reply as it grows; arguments as ``converse`` has them.
+    def _reply(self, ids: list[int], acts: int | None, final: bool, base: bool) -> Iterator[str]:
+        """Yield the greedy reply to a prompt as it grows; see ``_encode``.
 
         Raises:
             ValueError: the conversation leaves no room for a reply.
         """
-        if self.args.system_prompt.strip():
-            system = {"role": "system", "content": self.args.system_prompt.strip()}
-            messages = [system, *messages]
-        ids, acts = self._encode(messages, record, final)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         room = self.args.max_new_tokens if limit is None else limit - len(ids)
         if room <= 0:
@@ -99,11 +105,11 @@ class ChatSession:
         hidden = self.encoder.filler_of(ids) if final else range(0)
         place = None
         if hidden:  # which no token attends to: so the last one matters alone, and that only here
-            _, cache = self._next_token(ids[: hidden.start], None, acts)
+            _, cache = self._next_token(ids[: hidden.start], None, acts, base=base)
             place = hidden.stop if ids[hidden.stop :] else hidden.stop - 1
             ids, acts = ids[place:], None if acts is None else 0
         for _ in range(min(room, self.args.max_new_tokens)):
-            token, cache = self._next_token(ids, cache, acts, place)
+            token, cache = self._next_token(ids, cache, acts, place, base)
             if hidden and place == hidden.stop - 1:
                 cache.crop(-1)
             place = None if place is None else place + len(ids)
@@ -124,6 +130,9 @@ class ChatSession:
         self, messages: list[Message], record: Mapping[str, str] | None, final: bool
     ) -> tuple[list[int], int | None]:
         """Return the prompt and its first token that an activated adapter acts on; None: none."""
+        if self.args.system_prompt.strip():
+            system = {"role": "system", "content": self.args.system_prompt.strip()}
+            messages = [system, *messages]
         activation = activation_of(self.model)
         if activation is None or record is None or (activation.where == "reply" and not final):
             return self.encoder.encode_prompts([messages], final=final)[0], None
@@ -131,11 +140,17 @@ class ChatSession:
         return self.encoder.encode_activated_prompts([messages], [place], final)[0]
 
     def _next_token(
-        self, ids: list[int], cache: Any, acts: int | None, place: int | None = None
+        self,
+        ids: list[int],
+        cache: Any,
+        acts: int | None,
+        place: int | None = None,
+        base: bool = False,
     ) -> tuple[int, Any]:
         """Run tokens, from index ``acts`` on with an activated adapter; None: without.
 
-        They stand at position ``place`` and after it; None: behind those of the cache.
+        They stand at position ``place`` and after it; None: behind those of the cache. ``base``:
+        the adapter is switched off.
         """
         more = {}
         if place is not None:
@@ -144,7 +159,7 @@ class ChatSession:
         if acts is not None:
             adapted = torch.arange(len(ids), device=self.model.device) >= acts
             more[ADAPTER_MASK] = adapted[None]
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), adapter_off(self.model, base):
             output = self.model(
                 input_ids=torch.tensor([ids], device=self.model.device),
                 past_key_values=cache,

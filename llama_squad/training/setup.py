@@ -54,6 +54,16 @@ def add_lora(model: Any, args: TrainArguments, reasoning_token: int | None = Non
     return model
 
 
+def resume_lora(model: Any, args: TrainArguments, base_name: str) -> Any:
+    """Put the adapter to go on from on its base. Raises ValueError: it does not fit."""
+    from peft import prepare_model_for_kbit_training
+
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    assert args.from_adapter
+    return modeling.attach_adapter(model, args.from_adapter, base_name, trainable=True)
+
+
 def check_shared_contexts(
     model: PreTrainedModel, collator: SquadDataCollator, row: Mapping[str, Any]
 ) -> str:
@@ -78,11 +88,15 @@ def prepare_model(args: TrainArguments, model_args: ModelArguments, encoder: Cha
             model_args = dataclasses.replace(model_args, dtype="float32")
         return modeling.load_model(model_args)
     model = modeling.load_model(model_args, quantize=args.quantize)
-    model = add_lora(model, args, encoder.reasoning_ids[0] if encoder.reasoning_ids else None)
+    if args.from_adapter:
+        model = resume_lora(model, args, model_args.model_name)
+    else:
+        model = add_lora(model, args, encoder.reasoning_ids[0] if encoder.reasoning_ids else None)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = "4 bits" if args.quantize else str(model.dtype)
     if this_process().is_main_process:
-        print(f"LoRA: {trained:,} trainable parameters on a base in {base}.")
+        source = f", going on from {args.from_adapter}" if args.from_adapter else ""
+        print(f"LoRA: {trained:,} trainable parameters on a base in {base}{source}.")
     return model
 
 

@@ -58,6 +58,9 @@ class SquadTrainer(SFTTrainer):
         settings: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        model = kwargs["model"]
+        in_4_bits = getattr(model, "is_loaded_in_4bit", False)
+        exact = [(p, p.data) for p in model.parameters() if in_4_bits and p.requires_grad]
         super().__init__(**kwargs)
         self._validate = validate
         self._settings = settings
@@ -67,7 +70,10 @@ class SquadTrainer(SFTTrainer):
         self._questions = 0  # of all processes in this training, up to the last log
         self._since = self._started = time.perf_counter()  # put off by what evaluations take
         # TRL casts the adapters of a 4-bit model to bfloat16, whose steps near 0.01 are 6e-5: at a
-        # learning rate of 2e-7 the updates would be rounded away.
+        # learning rate of 2e-7 the updates would be rounded away. So would what an adapter has
+        # learned already, where training goes on from one.
+        for parameter, data in exact:
+            parameter.data = data
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

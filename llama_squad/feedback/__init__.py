@@ -1,0 +1,1 @@
+"""What people say about a model's answers: kept line by line, queued, exported, trained on."""

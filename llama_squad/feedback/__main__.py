@@ -1,0 +1,66 @@
+"""Look at verdicts, export them as SQuAD 2.0 JSON, and take in files that were labelled elsewhere.
+
+    python -m llama_squad.feedback                                 # what data/feedback.jsonl holds
+    python -m llama_squad.feedback --export data/feedback.json     # and .provenance.json beside it
+    python -m llama_squad.feedback --import theirs.json --reviewer Ada
+
+The verdicts themselves are given on the page (``app.py``), and trained on by configs/feedback.yaml.
+"""
+
+import argparse
+import getpass
+import sys
+from collections.abc import Sequence
+
+from llama_squad.feedback import exchange, verdicts
+
+DEFAULT_FILE = "data/feedback.jsonl"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do what the command line asks for, then say what the file holds."""
+    parser = argparse.ArgumentParser(
+        "python -m llama_squad.feedback", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--feedback", metavar="FILE", default=DEFAULT_FILE, help=f"Verdicts ({DEFAULT_FILE}).")
+    add("--export", metavar="FILE", help="Write the questions with an answer here.")
+    add("--import", metavar="FILE", dest="source", help="Append a labelled file, of any form.")
+    add("--reviewer", metavar="NAME", default=None, help="Who labelled it (default: you).")
+    args = parser.parse_args(argv)
+    try:
+        if args.source:
+            reviewer = args.reviewer or getpass.getuser()
+            new, there = exchange.import_file(args.source, args.feedback, reviewer)
+            print(f"{new:,} questions taken in, {there:,} were there with the same answer.")
+        feedback = verdicts.load(args.feedback)
+        if args.export:
+            number = exchange.export(feedback, args.export)
+            beside = exchange.provenance_path(args.export)
+            print(f"{number:,} questions written to {args.export}; whose they are, to {beside}.")
+        print(describe(feedback, args.feedback))
+    except ValueError as error:
+        sys.exit(f"python -m llama_squad.feedback: {error}")
+
+
+def describe(feedback: verdicts.Feedback, path: str) -> str:
+    """Say in a line or two what a feedback file holds."""
+    counts = ", ".join(f"{number:,} {kind}" for kind, number in feedback.counts().items())
+    several, agreed = feedback.agreement()
+    lines = [f"{path}: {len(feedback.latest()):,} questions judged ({counts or 'none yet'})."]
+    if several:
+        lines.append(
+            f"{several:,} were judged more than once: {several - agreed:,} conflicts, in which the "
+            "latest verdict counts."
+        )
+    if feedback.torn:
+        lines.append(
+            f"A last line of {feedback.torn} bytes is half-written and not read: the next verdict "
+            f"moves it to {verdicts.torn_path(path)}."
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

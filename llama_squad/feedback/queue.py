@@ -1,0 +1,221 @@
+"""Which question is most worth a look: a queue over a result file, a split, or a file of one's own.
+
+Worth a look is what the model answers otherwise than the dataset, then what it is unsure of:
+na_prob near the threshold, or two spans nearly as likely.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_squad.feedback.verdicts import Key
+from llama_squad.metrics import is_exact_match
+from llama_squad.result_reader import iter_results
+from llama_squad.rows import Row, rethreshold, row_answer
+from llama_squad.sources.formats import read_rows
+from llama_squad.sources.records import Fault, Record, read_record
+
+CHUNK = 32
+"""Questions that are read at a time, to look for those worth a look."""
+
+LEASE_S = 600.0
+"""Seconds for which a question that one window shows is not shown in another."""
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """How much a question is worth a look, higher first, and why, in plain words."""
+
+    worth: float
+    why: str
+
+
+def doubt(
+    na_prob: float | None,
+    threshold: float,
+    log_probs: Sequence[float],
+    right: bool | None,
+) -> Doubt:
+    """Weigh a model's answer.
+
+    Args:
+        na_prob: its probability of no answer; None where nobody told.
+        threshold: above which it abstains.
+        log_probs: of its likeliest spans, best first.
+        right: it answers as the dataset does; None where that is not known.
+    """
+    reasons = {}
+    if na_prob is not None:
+        reasons["whether there is an answer is nearly undecided"] = _near(na_prob, threshold)
+    if len(log_probs) > 1:
+        reasons["two answers are nearly as likely"] = math.exp(log_probs[1] - log_probs[0])
+    why, unsure = max(reasons.items(), key=lambda item: item[1], default=("", 0.0))
+    if right is False:
+        return Doubt(1 + unsure, "the dataset has another answer")
+    return Doubt(unsure, why if unsure >= 0.1 else "the model is sure")
+
+
+def _near(na_prob: float, threshold: float) -> float:
+    """Return 1 at the threshold, and less with the distance of the log-odds."""
+    return math.exp(-abs(_log_odds(na_prob) - _log_odds(threshold)))
+
+
+def _log_odds(probability: float) -> float:
+    within = min(max(probability, 1e-9), 1 - 1e-9)
+    return math.log(within / (1 - within))
+
+
+def doubt_of_row(row: Row, threshold: float) -> Doubt:
+    """Weigh a row of a result file; its golds are known."""
+    log_probs = [span["log_prob"] for span in row["n_best"] or ()]
+    if row["na_prob"] is not None and row["state"] != "failed":
+        row = rethreshold(row, threshold)
+    right = is_exact_match(row_answer(row), row["answers"])
+    return doubt(row["na_prob"], threshold, log_probs, right)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question to look at; its record has no "answers" where no right answer is known."""
+
+    record: Mapping[str, Any]
+    doubt: Doubt
+
+    @property
+    def key(self) -> Key:
+        """What the question is told by."""
+        return self.record["id"], self.record["context"], self.record["question"]
+
+
+class ReviewQueue:
+    """Questions, those most worth a look first, for several windows at once.
+
+    Args:
+        items: weighed already.
+        unread: records that are yet to be read, ``CHUNK`` at a time.
+        weigh: reads records, and says how much they are worth a look.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[Item] = (),
+        unread: Iterable[Mapping[str, Any]] = (),
+        weigh: Callable[[Sequence[Mapping[str, Any]]], list[Doubt]] | None = None,
+    ) -> None:
+        self._items = sorted(items, key=lambda item: -item.doubt.worth)
+        self._unread = list(unread)
+        self._weigh = weigh
+        self._leases: dict[Key, tuple[str, float]] = {}
+        self._lock = threading.Lock()
+        self._reading = threading.Lock()
+
+    def __len__(self) -> int:
+        """Return how many questions there are, read and unread."""
+        return len(self._items) + len(self._unread)
+
+    def keys(self) -> set[Key]:
+        """Return what the questions are told by."""
+        records = [item.record for item in self._items] + self._unread
+        return {(r["id"], r["context"], r["question"]) for r in records}
+
+    def next(self, window: str, seen: Collection[Key], again: Key | None = None) -> Item | None:
+        """Return the question most worth a look that is not ``seen``; None where none is left.
+
+        Args:
+            window: who asks: what one window shows, another does not get.
+            seen: what was judged, or skipped.
+            again: show this one, whether seen or not (after an undo).
+        """
+        while True:
+            with self._lock:
+                now = time.monotonic()
+                free = [item for item in self._items if self._is_free(item.key, window, now)]
+                open_ = [i for i in free if i.key not in seen or i.key == again]
+                first = next((i for i in open_ if i.key == again), None)
+                if first is None and open_ and (len(open_) >= CHUNK // 2 or not self._unread):
+                    first = open_[0]
+                if first is not None or not self._unread:
+                    self._lease(first, window, now)
+                    return first
+            self._read_more()
+
+    def _is_free(self, key: Key, window: str, now: float) -> bool:
+        holder, since = self._leases.get(key, (window, now))
+        return holder == window or now - since > LEASE_S
+
+    def _lease(self, item: Item | None, window: str, now: float) -> None:
+        self._leases = {k: v for k, v in self._leases.items() if v[0] != window}
+        if item is not None:
+            self._leases[item.key] = (window, now)
+
+    def _read_more(self) -> None:
+        assert self._weigh is not None
+        with self._reading:
+            with self._lock:
+                chunk = self._unread[:CHUNK]
+            doubts = self._weigh(chunk)
+            with self._lock:
+                self._unread = self._unread[len(chunk) :]
+                self._items += [Item(r, d) for r, d in zip(chunk, doubts, strict=True)]
+                self._items.sort(key=lambda item: -item.doubt.worth)
+
+
+# What it is over -----------------------------------------------------------------------------
+
+
+def items_of_results(
+    path: str | Path, records: Mapping[str, Record], threshold: float
+) -> list[Item]:
+    """Return the questions of a result file that a dataset holds.
+
+    Args:
+        path: the result file.
+        records: the dataset's, by id: result files hold no contexts.
+        threshold: above which the model abstains.
+
+    Raises:
+        ValueError: it is none, or none of its questions is in the dataset.
+    """
+    items = [
+        Item(records[row["id"]], doubt_of_row(row, threshold))
+        for row in iter_results(path)
+        if row["id"] in records
+    ]
+    if not items:
+        raise ValueError(
+            f"none of the questions of {path} is in the dataset: name the dataset that they are "
+            "of with --dataset_name"
+        )
+    return items
+
+
+def records_of_file(path: str | Path) -> list[Mapping[str, Any]]:
+    """Read questions of any form, with answers or without.
+
+    Raises:
+        ValueError: the file cannot be read, or a question or context is missing.
+    """
+    path = Path(path)
+    records: dict[str, Mapping[str, Any]] = {}
+    titles: dict[str, str] = {}
+    for row in read_rows(path):
+        values = dict(row.values)
+        labelled = any(values.get(name) is not None for name in ("answers", "answer"))
+        known = labelled or values.get("is_impossible") is not None
+        filled = values if known else values | {"is_impossible": True}
+        try:
+            record, _ = read_record(type(row)(row.place, filled, row.article, row.fault),
+                                    path.name, titles, mend=False)  # fmt: skip
+        except Fault as fault:
+            raise ValueError(f"{path.name}, {row.place}: {fault}") from fault
+        if not known:
+            del record["answers"]
+        if records.setdefault(record["id"], record) is not record:
+            raise ValueError(f"{path.name}, {row.place}: id {record['id']!r} is there twice")
+    if not records:
+        raise ValueError(f"{path.name} holds no questions")
+    return list(records.values())

@@ -1,0 +1,1 @@
+"""The page of ``app.py``: ask, review, and what they are made of."""

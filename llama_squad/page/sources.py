@@ -1,0 +1,126 @@
+"""What there is to review, by name: a result file, the dataset's splits, uploaded files."""
+
+import getpass
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_squad.answers import NO_ANSWER, Answer
+from llama_squad.feedback import queue
+from llama_squad.feedback.queue import Doubt, ReviewQueue, doubt
+from llama_squad.feedback.verdicts import FeedbackFile
+from llama_squad.metrics import is_exact_match
+from llama_squad.page.desk import Desk, check_length, decide
+from llama_squad.reader import Reading
+
+SPLITS = ("val", "test", "train")
+SPLIT_LABEL = "{} split of {}"
+
+
+def signature(request: Any) -> str:
+    """Return the name of who is at the page: as logged in, else as on this machine."""
+    name = getattr(request, "username", None)
+    try:
+        return str(name or getpass.getuser())
+    except (OSError, KeyError):  # no such user in this container
+        return "reviewer"
+
+
+class Sources:
+    """The queues of one page, which all its windows share; made when they are first asked for.
+
+    Args:
+        desk: reads what no file has read.
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.feedback = FeedbackFile(desk.args.feedback)
+        self._queues: dict[str, ReviewQueue] = {}
+        self._files: dict[str, Path] = {}
+        self._lock = threading.Lock()
+        if desk.args.review:
+            self._files[desk.args.review] = Path(desk.args.review)
+
+    def names(self) -> list[str]:
+        """Return what can be reviewed: files first, then splits."""
+        splits = [SPLIT_LABEL.format(name, self.desk.args.dataset_name) for name in SPLITS]
+        there = (Path(self.desk.args.dataset_name) / "dataset_dict.json").is_file()
+        return [*self._files, *(splits if there else [])]
+
+    def add(self, path: str) -> str:
+        """Add an uploaded file; return its name. Raises ValueError: it holds no questions."""
+        name = Path(path).name
+        found = self._of_file(Path(path))
+        with self._lock:
+            self._files[name], self._queues[name] = Path(path), found
+        return name
+
+    def get(self, name: str) -> ReviewQueue:
+        """Return the queue of a name. Raises ValueError: it cannot be read."""
+        with self._lock:
+            if name not in self._queues:
+                self._queues[name] = self._make(name)
+            return self._queues[name]
+
+    def _make(self, name: str) -> ReviewQueue:
+        if name in self._files:
+            return self._of_file(self._files[name])
+        from llama_squad.data import load_squad
+
+        dataset = load_squad(self.desk.args.dataset_name)
+        split = name.partition(" ")[0]
+        if split not in dataset:
+            raise ValueError(f"{self.desk.args.dataset_name} has no {split} split: choose another")
+        return ReviewQueue(unread=map(_record, dataset[split]), weigh=self._weigh)
+
+    def _of_file(self, path: Path) -> ReviewQueue:
+        if path.suffix.lower() == ".csv" and _is_result_file(path):
+            from llama_squad.data import load_squad
+
+            dataset = load_squad(self.desk.args.dataset_name)
+            records = {row["id"]: _record(row) for split in dataset.values() for row in split}
+            return ReviewQueue(queue.items_of_results(path, records, self.desk.threshold))
+        return ReviewQueue(unread=queue.records_of_file(path), weigh=self._weigh)
+
+    def _weigh(self, records: Sequence[Mapping[str, Any]]) -> list[Doubt]:
+        """Read records, and say how much each is worth a look."""
+        asked = [record for record in records if _can_be_read(record)]
+        readings = iter(self.desk.read(asked) if asked else [])
+        return [
+            self._doubt(record, next(readings)) if _can_be_read(record) else Doubt(-1, "too long")
+            for record in records
+        ]
+
+    def _doubt(self, record: Mapping[str, Any], reading: Reading) -> Doubt:
+        right = None
+        if "answers" in record:
+            answer = decide(reading, self.desk.threshold).answer
+            said = Answer("answer", answer) if answer else Answer("no_answer", NO_ANSWER)
+            right = is_exact_match(said, record["answers"]["text"])
+        log_probs = [span.log_prob for span in reading.n_best]
+        return doubt(reading.na_prob, self.desk.threshold, log_probs, right)
+
+
+def _record(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("id", "title", "context", "question", "answers")}
+
+
+def _can_be_read(record: Mapping[str, Any]) -> bool:
+    try:
+        check_length(record["context"], record["question"])
+    except ValueError:
+        return False
+    return True
+
+
+def _is_result_file(path: Path) -> bool:
+    from llama_squad.rows import HEADER, OLDER_HEADER
+
+    try:
+        with path.open("rb") as file:
+            head = file.readline()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    return head in (HEADER, OLDER_HEADER)
