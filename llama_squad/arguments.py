@@ -3,6 +3,8 @@
 Each field is a flag and a key of the configuration file; ``llama_squad.config`` parses them.
 """
 
+# Long: it is the table of all flags.
+
 import dataclasses
 from typing import Any, Literal
 
