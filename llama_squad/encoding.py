@@ -3,21 +3,18 @@
 Knows tokenizers and templates, and nothing of batches, models or SQuAD.
 """
 
-# Long: it is one class, and what it renders, tokenizes and labels hangs by the same offsets.
-
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from llama_squad.answers import NO_ANSWER, format_answer
 from llama_squad.prompts import Message
+from llama_squad.rendering import ChatTemplate, Place, Rendered
 
 IGNORE = -100
 """The label of a token that is not trained."""
@@ -30,44 +27,7 @@ first and last-plus-one index of the tokens that no other attends to."""
 FILLER = " blah"
 """A word of filler."""
 
-Place = tuple[int, int]
-"""A message of a conversation, and a character of its content."""
-
-# Llama 3.1's template prints the date: training and evaluation must not differ by the day.
-_DATE = "26 Jul 2024"
-
-# What stands for a message's content while the template is rendered; private-use characters occur
-# in no template. A wide space each side tells whether the template strips that side: Llama 2's
-# strips a first user turn on the right only, since its system prompt stands on the left. The two
-# differ, so that one message's right space is not taken for the next one's left.
-_SLOT_OPEN, _SLOT_CLOSE = "\ue000", "\ue001"
-_LEFT_SPACE, _RIGHT_SPACE = "\u2003", "\u2002"
-
-_STRIP: dict[tuple[bool, bool], Callable[[str], str]] = {
-    (False, False): str,
-    (True, False): str.lstrip,
-    (False, True): str.rstrip,
-    (True, True): str.strip,
-}
-"""What a template does to a content, by the sides (left, right) that it strips."""
-
 Offsets = list[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class _Skeleton:
-    """A rendered template, cut at its messages' contents."""
-
-    texts: tuple[str, ...]  # what stands before each content, and after the last
-    strips: tuple[Callable[[str], str], ...]  # what the template does to each content
-    fold_system: bool  # the template has no system role: it joins the first user turn
-
-
-@dataclass(frozen=True)
-class _Rendered:
-    text: str
-    spans: tuple[tuple[int, int], ...]  # each message's content, in characters
-    place: int | None = None  # where the adapter begins to act
 
 
 class ChatEncoder:
@@ -111,7 +71,7 @@ class ChatEncoder:
         plain = tokenizer.backend_tokenizer.encode(FILLER * filler, add_special_tokens=False)
         self.filler_ids: list[int] = plain.ids
         self._before_reply = self.filler_ids + self.reasoning_ids
-        self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
+        self._template = ChatTemplate(tokenizer)
         self._control = frozenset(
             token_id
             for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -194,75 +154,17 @@ class ChatEncoder:
             raise ValueError("the chat template ends no turn, and the tokenizer has no eos token")
         return self.tokenizer.eos_token_id
 
-    # Rendering -------------------------------------------------------------------------------
-
     def _render_all(
         self, conversations: Sequence[Sequence[Message]], places: Sequence[Place] | None
-    ) -> list[_Rendered]:
+    ) -> list[Rendered]:
         found: Sequence[Place | None] = places or [None] * len(conversations)
-        return [self._render(m, place) for m, place in zip(conversations, found, strict=True)]
-
-    def _render(self, messages: Sequence[Message], place: Place | None = None) -> _Rendered:
-        roles = tuple(message["role"] for message in messages)
-        if roles not in self._skeletons:
-            self._skeletons[roles] = self._make_skeleton(roles)
-        skeleton = self._skeletons[roles]
-        contents = [message["content"] for message in messages]
-        if skeleton.fold_system:
-            contents = [contents[0] + "\n\n" + contents[1], *contents[2:]]
-            if place is not None:
-                moved = len(contents[0]) - len(messages[1]["content"]) if place[0] == 1 else 0
-                place = place[0] - 1, place[1] + moved
-        text, spans = skeleton.texts[0], []
-        at = None
-        for index, (content, strip, after) in enumerate(
-            zip(contents, skeleton.strips, skeleton.texts[1:], strict=True)
-        ):
-            if place is not None and place[0] == index:
-                before = strip(content[: place[1]] + "|")[:-1]  # stripped on the left at most
-                at = len(text) + min(len(before), len(strip(content)))
-            content = strip(content)
-            spans.append((len(text), len(text) + len(content)))
-            text += content + after
-        return _Rendered(text, tuple(spans), at)
-
-    def _make_skeleton(self, roles: tuple[str, ...]) -> _Skeleton:
-        skeleton = self._cut_template(roles, fold_system=False)
-        if skeleton is None and roles[:2] == ("system", "user"):
-            skeleton = self._cut_template(roles[1:], fold_system=True)
-        if skeleton is None:
-            raise ValueError(
-                f"the chat template of {self.tokenizer.name_or_path or 'this tokenizer'} does not "
-                f"render every message of a conversation of {', '.join(roles)}: "
-                "give another one with --chat_template FILE"
-            )
-        return skeleton
-
-    def _cut_template(self, roles: tuple[str, ...], fold_system: bool) -> _Skeleton | None:
-        slots = [f"{_SLOT_OPEN}{index}{_SLOT_CLOSE}" for index in range(len(roles))]
-        probe = [
-            {"role": role, "content": _LEFT_SPACE + slot + _RIGHT_SPACE}
-            for role, slot in zip(roles, slots, strict=True)
+        return [
+            self._template.render(m, place) for m, place in zip(conversations, found, strict=True)
         ]
-        try:
-            rendered = self.tokenizer.apply_chat_template(probe, tokenize=False, date_string=_DATE)
-        except TemplateError:
-            return None
-        text = str(rendered)
-        texts, strips = [], []
-        for slot in slots:
-            before, found, text = text.partition(slot)
-            if not found or slot in text:
-                return None
-            sides = not before.endswith(_LEFT_SPACE), not text.startswith(_RIGHT_SPACE)
-            strips.append(_STRIP[sides])
-            texts.append(before.removesuffix(_LEFT_SPACE))
-            text = text.removeprefix(_RIGHT_SPACE)
-        return _Skeleton((*texts, text), tuple(strips), fold_system)
 
     # Tokenising ------------------------------------------------------------------------------
 
-    def _tokenize(self, rendered: Sequence[_Rendered]) -> Iterator[tuple[list[int], Offsets]]:
+    def _tokenize(self, rendered: Sequence[Rendered]) -> Iterator[tuple[list[int], Offsets]]:
         """Yield the ids and the character offsets of each rendered conversation."""
         batch = self.tokenizer(
             [item.text for item in rendered],
@@ -278,7 +180,7 @@ class ChatEncoder:
                 ids, offsets = self._tokenize_as_data(item)
             yield ids, offsets
 
-    def _spells_control(self, ids: list[int], offsets: Offsets, item: _Rendered) -> bool:
+    def _spells_control(self, ids: list[int], offsets: Offsets, item: Rendered) -> bool:
         """Tell whether text of a content was taken for a control token."""
         for token_id, (start, end) in zip(ids, offsets, strict=True):
             if token_id in self._control:
@@ -288,7 +190,7 @@ class ChatEncoder:
                         return True
         return False
 
-    def _tokenize_as_data(self, item: _Rendered) -> tuple[list[int], Offsets]:
+    def _tokenize_as_data(self, item: Rendered) -> tuple[list[int], Offsets]:
         """Encode a conversation whose contents spell control tokens, as plain text there.
 
         Tokenizers cut a text at its control tokens and encode the pieces on their own. Here the
@@ -310,7 +212,7 @@ class ChatEncoder:
             start = b
         return ids, offsets
 
-    def _template_controls(self, item: _Rendered) -> list[tuple[int, int, Any]]:
+    def _template_controls(self, item: Rendered) -> list[tuple[int, int, Any]]:
         """Return the control tokens that the template wrote: start, end and the added token."""
         tokens = {
             token.content: token
@@ -337,7 +239,7 @@ class ChatEncoder:
                 part["prepend_scheme"] = "never"
         return Tokenizer.from_str(json.dumps(content))
 
-    def _supervised(self, ids: list[int], offsets: Offsets, item: _Rendered) -> tuple[int, int]:
+    def _supervised(self, ids: list[int], offsets: Offsets, item: Rendered) -> tuple[int, int]:
         """Return the tokens to train: from the last content's first through the end of the turn.
 
         The second figure is -1 where nothing in the template ends the turn.

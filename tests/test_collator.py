@@ -21,6 +21,7 @@ from llama_squad.answers import format_answer
 from llama_squad.collator import SquadDataCollator, colour_labels, encode_messages
 from llama_squad.encoding import IGNORE, ChatEncoder
 from llama_squad.prompts import build_messages
+from llama_squad.rendering import ChatTemplate
 from llama_squad.tree import Tree, common_prefix
 
 
@@ -203,7 +204,9 @@ def test_the_careful_path_gives_the_same_ids_where_nothing_is_spelled(
     name: str, template: str, end: Any
 ) -> None:
     encoder = load_encoder(name, template)
-    rendered = encoder._render(chat("Who  was\n\nit? ", "Ada\n\n x", "And\tnow?", "the  end"))
+    rendered = ChatTemplate(encoder.tokenizer).render(
+        chat("Who  was\n\nit? ", "Ada\n\n x", "And\tnow?", "the  end")
+    )
     encoding = encoder.tokenizer(rendered.text, add_special_tokens=False).encodings[0]
     assert encoder._tokenize_as_data(rendered) == (encoding.ids, encoding.offsets)
 
