@@ -3,6 +3,8 @@
 Each field is a flag and a key of the configuration file; ``llama_squad.config`` parses them.
 """
 
+# Long: it is the table of all flags.
+
 import dataclasses
 from typing import Any, Literal
 
@@ -83,8 +85,8 @@ class ModelArguments:
     chat_template: str | None = _option(None, _TEMPLATE_HELP)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto",
-        "Weights' type: auto is bfloat16 on CUDA and float32 on a CPU, or float32 where a model "
-        "trained here was saved so.",
+        "Weights' type: auto is bfloat16 on CUDA, and on a CPU with AMX or AVX512-BF16 for a model "
+        "that was saved in 16 bits; else float32, also where a model trained here was saved so.",
     )
     attn_implementation: str | None = _option(
         None, "Attention: sdpa, eager, flash_attention_2... (default: the library's choice)."
@@ -193,7 +195,7 @@ class TrainerArguments:
     )
     bf16: bool = _option(
         None,  # resolved by SquadSFTConfig, so that one given is told apart
-        "Compute in bfloat16 (default: on GPUs that can; a CPU may crawl).",
+        "Compute in bfloat16 (default: on GPUs that can; a CPU without AMX or AVX512-BF16 crawls).",
     )
     max_length: int | None = _option(
         4096,

@@ -23,7 +23,7 @@ from llama_squad.arguments import EvalArguments, ModelArguments
 from llama_squad.config import provenance, write_json
 from llama_squad.data import sample_paragraphs
 from llama_squad.durable import check_writable
-from llama_squad.modeling import resolve_dtype
+from llama_squad.modeling import resolve_dtype, weights_dtype
 from llama_squad.predictors.base import (
     Batch,
     ConcurrentPredictor,
@@ -85,7 +85,7 @@ def resolved_settings(args: EvalArguments, model_args: ModelArguments) -> dict[s
     if args.predictor == "server":
         return settings
     exact = args.predictor == "encoder" and model_args.dtype == "auto"
-    dtype = resolve_dtype("float32" if exact else model_args.dtype)
+    dtype = torch.float32 if exact else weights_dtype(model_args)
     return settings | {"dtype": str(dtype).removeprefix("torch.")}
 
 

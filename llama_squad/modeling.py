@@ -156,9 +156,12 @@ def say_device() -> None:
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """Return the torch type; "auto" is bfloat16 on CUDA and float32 on a CPU."""
+    """Return the torch type; "auto" is bfloat16 on CUDA and on a CPU that multiplies in it."""
     if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        able = (
+            _on_gpu() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+        return torch.bfloat16 if able else torch.float32
     return getattr(torch, name)
 
 
@@ -187,7 +190,7 @@ def load_model(
         ValueError: the model or the adapter cannot be had, or they do not fit.
     """
     args = _loaded(args, adapter_name)
-    dtype = _weights_dtype(args)
+    dtype = weights_dtype(args)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             args.model_name, dtype=dtype, **_load_options(args, quantize, where)
@@ -232,17 +235,27 @@ def _load_options(args: ModelArguments, quantize: bool, where: str | None) -> di
     return options
 
 
-def _weights_dtype(args: ModelArguments) -> torch.dtype:
+def weights_dtype(args: ModelArguments) -> torch.dtype:
     """Return the type to load a model's weights in.
 
-    A model that was trained or merged here in float32 is loaded so unless another type is asked
-    for: in bfloat16 most of a low learning rate's updates would be rounded away.
+    Where "auto" is bfloat16, two kinds of models that were saved in float32 stay so: those trained
+    or merged here, of whose low learning rate's updates most would be rounded away; and any on a
+    CPU, which has the memory.
     """
     dtype = resolve_dtype(args.dtype)
-    if args.dtype == "auto" and dtype != torch.float32 and find_file(args.model_name, RUN_CONFIG):
-        config = AutoConfig.from_pretrained(args.model_name)
-        return torch.float32 if config.dtype == torch.float32 else dtype
-    return dtype
+    if args.dtype != "auto" or dtype == torch.float32:
+        return dtype
+    if _on_gpu() and not find_file(args.model_name, RUN_CONFIG):
+        return dtype
+    try:
+        saved = AutoConfig.from_pretrained(args.model_name).dtype
+    except (OSError, ValueError) as error:
+        raise ValueError(_cannot_load("configuration", args.model_name, error)) from error
+    return torch.float32 if saved in (None, torch.float32) else dtype
+
+
+def _on_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def _is_lora(model: Any) -> bool:

@@ -200,7 +200,7 @@ FAULTS = [
     ),
     Fault(
         "search: the end of a reply costs nothing",
-        "llama_squad/decoding/batch.py",
+        "llama_squad/decoding/scores.py",
         "log_prob=node.log_prob + total, ids",
         "log_prob=node.log_prob, ids",
         f"{DECODING} -k best_of_all",

@@ -19,7 +19,7 @@ from helpers import (
     tiny_tokenizer,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import train_llama_squad
 from llama_squad import merging, modeling
@@ -179,13 +179,27 @@ def test_a_model_saved_in_float32_is_used_in_float32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = model_folder(tmp_path)
-    monkeypatch.setattr(modeling, "resolve_dtype", lambda _: torch.bfloat16)  # as on a GPU
+    monkeypatch.setattr(modeling, "resolve_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(modeling, "_on_gpu", lambda: True)
     assert AutoConfig.from_pretrained(name).dtype == torch.float32
     assert modeling.load_model(ModelArguments(model_name=name)).dtype == torch.bfloat16
     (Path(name) / "llama_squad.json").write_text("{}")  # it was trained or merged here
     assert modeling.load_model(ModelArguments(model_name=name)).dtype == torch.float32
     asked = ModelArguments(model_name=name, dtype="bfloat16")
     assert modeling.load_model(asked).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_cpu_that_multiplies_in_bfloat16_keeps_what_was_saved_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    whole, half = model_folder(tmp_path / "whole"), model_folder(tmp_path / "half")
+    AutoModelForCausalLM.from_pretrained(half, dtype=torch.bfloat16).save_pretrained(half)
+    half_type = torch.bfloat16 if able else torch.float32
+    for name, expected in ((whole, torch.float32), (half, half_type)):
+        assert modeling.load_model(ModelArguments(model_name=name)).dtype == expected
 
 
 # What is measured ------------------------------------------------------------------------------

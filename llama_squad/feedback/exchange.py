@@ -147,6 +147,22 @@ def merge(
         taken |= found
         merged[name] = [r for r in records if _key(r) not in found]
     ids = {r["id"] for records in merged.values() for r in records}
+    corrected = _corrected(answered, taken, ids, file, cleaner)
+    old_ones = merged.get("train", [])
+    if replay is not None:
+        old_ones = _sample(old_ones, max(LEAST_REPLAY, round(replay * len(corrected))), seed)
+    merged["train"] = corrected + old_ones
+    return {name: records for name, records in merged.items() if records}
+
+
+def _corrected(
+    answered: Sequence[Verdict],
+    taken: Mapping[tuple[str, str, str], Record],
+    ids: set[str],
+    file: str,
+    cleaner: Cleaner,
+) -> list[Record]:
+    """Return the questions with the reviewers' answers, under ids of their own; see ``merge``."""
     corrected = []
     for verdict in answered:
         record = verdict.record()
@@ -161,11 +177,7 @@ def merge(
             cleaner.first.setdefault(kind, f"{file}, id {verdict.id!r}")
         ids.add(record["id"])
         corrected.append(record)
-    old_ones = merged.get("train", [])
-    if replay is not None:
-        old_ones = _sample(old_ones, max(LEAST_REPLAY, round(replay * len(corrected))), seed)
-    merged["train"] = corrected + old_ones
-    return {name: records for name, records in merged.items() if records}
+    return corrected
 
 
 def _key(record: Mapping[str, Any]) -> tuple[str, str, str]:
