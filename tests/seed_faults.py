@@ -39,10 +39,53 @@ class Fault:
 
 COLLATOR = "tests/test_collator.py"
 DECODING = "tests/test_generation.py"
+FEEDBACK = "tests/test_feedback.py"
 METRICS = "tests/test_metrics.py"
 RESULTS = "tests/test_results.py"
 
 FAULTS = [
+    Fault(
+        "feedback: a half-written line is dropped without a word",
+        "llama_squad/feedback/verdicts.py",
+        'write_durably(aside, [torn + b"\\n"])',
+        "pass",
+        FEEDBACK,
+    ),
+    Fault(
+        "feedback: writers do not wait for one another",
+        "llama_squad/feedback/verdicts.py",
+        "fcntl.flock(fd, fcntl.LOCK_EX)",
+        "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        FEEDBACK,
+    ),
+    Fault(
+        "feedback: the dataset's answer is taught, not the reviewer's",
+        "llama_squad/feedback/verdicts.py",
+        "found = [(self.corrected, self.corrected_start)]",
+        "found = []",
+        FEEDBACK,
+    ),
+    Fault(
+        "feedback: what was trained is tested",
+        "llama_squad/feedback/exchange.py",
+        "merged[name] = [r for r in records if _key(r) not in found]",
+        "merged[name] = list(records)",
+        FEEDBACK,
+    ),
+    Fault(
+        "feedback: two windows get the same question",
+        "llama_squad/feedback/queue.py",
+        "return holder == window or now - since > LEASE_S",
+        "return True",
+        "tests/test_review.py",
+    ),
+    Fault(
+        "page: the threshold does not decide",
+        "llama_squad/page/desk.py",
+        "reading.na_prob <= threshold",
+        "reading.na_prob <= 1",
+        "tests/test_app.py -k threshold",
+    ),
     Fault(
         "mask: the token before the answer is trained",
         "llama_squad/encoding.py",

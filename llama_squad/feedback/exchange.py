@@ -3,13 +3,13 @@
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from llama_squad.config import write_json
 from llama_squad.durable import one_line_errors
-from llama_squad.feedback.verdicts import Feedback, Verdict, append, load
+from llama_squad.feedback.verdicts import Feedback, Key, Verdict, append, load
 from llama_squad.prompts import gold_answer
 from llama_squad.sources.cleaning import Cleaner
 from llama_squad.sources.formats import read_rows
@@ -139,13 +139,7 @@ def merge(
     answered = [v for v in feedback.latest().values() if v.answers]
     if not answered:
         raise ValueError(f"{file} holds no verdict that says what a right answer is: review some")
-    merged = {name: list(records) for name, records in splits.items()}
-    keys = {v.key for v in answered}
-    taken: dict[tuple[str, str, str], Record] = {}
-    for name, records in merged.items():
-        found = {key: r for r in records if (key := _key(r)) in keys}
-        taken |= found
-        merged[name] = [r for r in records if _key(r) not in found]
+    merged, taken = _take_out(splits, {v.key for v in answered})
     ids = {r["id"] for records in merged.values() for r in records}
     corrected = _corrected(answered, taken, ids, file, cleaner)
     old_ones = merged.get("train", [])
@@ -180,7 +174,20 @@ def _corrected(
     return corrected
 
 
-def _key(record: Mapping[str, Any]) -> tuple[str, str, str]:
+def _take_out(
+    splits: Mapping[str, Sequence[Record]], keys: Set[Key]
+) -> tuple[dict[str, list[Record]], dict[Key, Record]]:
+    """Return the splits without the questions of these keys, and those."""
+    merged: dict[str, list[Record]] = {}
+    taken: dict[Key, Record] = {}
+    for name, records in splits.items():
+        found = {key: r for r in records if (key := _key(r)) in keys}
+        taken |= found
+        merged[name] = [r for r in records if _key(r) not in found]
+    return merged, taken
+
+
+def _key(record: Mapping[str, Any]) -> Key:
     return record["id"], record["context"], record["question"]
 
 
