@@ -1,6 +1,6 @@
 """Typed configuration: dataclass defaults < ``config.yaml`` < the adapter's own < the command line.
 
-The file holds shared keys at the top and one section a stage. Every value goes through the same
+The file holds shared keys at the top and one section per stage. Every value goes through the same
 parser as the flags do, so a flag and a key of the file cannot mean two things, and an unknown one
 is refused with the nearest name. The scripts parse; the package only takes the dataclasses.
 """
