@@ -292,3 +292,8 @@ def load_run_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged (no JSON object): restore it, or delete it")
     return content
+
+
+def prompt_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the prompt's settings among those that a stage saved; they may be none."""
+    return {key: saved[key] for key in ("prompt", "system_prompt") if key in saved}
