@@ -11,6 +11,7 @@ Reads the dataset folder and the base model; writes checkpoints and logs to ``--
     torchrun --nproc_per_node 8 train_llama_squad.py
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from llama_squad.arguments import ModelArguments, TrainArguments, TrainerArguments
-from llama_squad.checks import check_training
+from llama_squad.checks import check_activated, check_training
 from llama_squad.config import parse_stage
 from llama_squad.flags import sft_config_fields
 from llama_squad.stage import if_interrupted, next_command, run_stage
@@ -71,6 +72,7 @@ def adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
             f"{args.dataset_name} has {prompts[0]} prompts, and {args.from_adapter} was trained on "
             f"{prompts[1]}: create the dataset anew with --prompt {prompts[1]}"
         )
+    check_activated(dataclasses.replace(args, alora_from=brought["alora_from"]))
     return brought
 
 

@@ -98,14 +98,15 @@ def check_adapter_flags(args: TrainArguments, given: Sequence[str]) -> None:
     if "merged_dtype" in names and not args.merge_and_push:
         raise ValueError("--merged_dtype needs --merge_and_push: nothing is merged without it")
     if args.from_adapter:
-        brought = [f"--{name}" for name in names if name in LORA_FIELDS]
+        kept = {*LORA_FIELDS, "reasoning_tokens"}  # whose row of the embedding is in the adapter
+        brought = [f"--{name}" for name in names if name in kept]
         if args.full_parameters or brought:
             raise ValueError(
                 f"--from_adapter goes on with the LoRA of {args.from_adapter} as it is: leave out "
                 + (", ".join(brought) if brought else "--full_parameters")
             )
-    if args.alora_from != "start" and not args.full_parameters:
-        _check_alora_flags(args)
+    if not args.full_parameters:
+        check_activated(args)
     if args.full_parameters:
         clashing = [
             f"--{name}"
@@ -119,18 +120,29 @@ def check_adapter_flags(args: TrainArguments, given: Sequence[str]) -> None:
             )
 
 
-def _check_alora_flags(args: TrainArguments) -> None:
-    """Refuse what an adapter cannot do that acts from the question or the reply on."""
+def check_activated(args: TrainArguments) -> None:
+    """Refuse what an adapter cannot do that acts from the question or the reply on.
+
+    With ``--from_adapter`` the arguments must hold what the adapter brings.
+
+    Raises:
+        ValueError: the flags clash.
+    """
+    if args.alora_from == "start":
+        return
+    own = "" if args.from_adapter else " or --alora_from"
+    adapter = f"an adapter that acts from the {args.alora_from} on"
+    if args.from_adapter:
+        adapter = f"{args.from_adapter} acts from the {args.alora_from} on: such an adapter"
     if args.merge_and_push:
         raise ValueError(
-            f"an adapter that acts from the {args.alora_from} on cannot be merged, because merged "
-            "weights act on every token: leave out --alora_from or --merge_and_push "
-            "(--merge_and_push false, where the configuration has it)"
+            f"{adapter} cannot be merged, because merged weights act on every token: leave out "
+            f"--merge_and_push{own} (--merge_and_push false, where the configuration has it)"
         )
     if args.chat_share:
         raise ValueError(
-            f"an adapter that acts from the {args.alora_from} on takes no part in plain chat, so "
-            "--chat_share would train nothing: leave it or --alora_from out"
+            f"{adapter} takes no part in plain chat, so --chat_share would train nothing: leave "
+            f"out --chat_share{own}"
         )
     if args.use_dora:
         raise ValueError(

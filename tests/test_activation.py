@@ -359,6 +359,29 @@ def test_it_is_not_merged(trained: tuple[list[str], str], tmp_path: Path) -> Non
             train_llama_squad.main([*flags, *more])
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--merge_and_push"], "acts from the question on: such an adapter cannot be merged"),
+        (["--chat_share", "0.1"], "--chat_share would train nothing: leave out --chat_share\n"),
+        (["--reasoning_tokens", "2"], "as it is: leave out --reasoning_tokens"),
+    ],
+)
+def test_what_an_adapter_brings_is_checked_before_it_is_trained_on(
+    more: list[str],
+    message: str,
+    trained: tuple[list[str], str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, folder = trained
+    flags = ["--from_adapter", folder, "--dataset_name", str(tmp_path / "dataset")]
+    with pytest.raises(SystemExit) as error:
+        train_llama_squad.main([*flags, "--output_dir", "further", *more])
+    assert message in f"{error.value}{capsys.readouterr().err}\n"
+    assert not Path("further").exists()
+
+
 def test_given_texts_are_the_bases(
     trained: tuple[list[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

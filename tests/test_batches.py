@@ -83,6 +83,39 @@ def test_logits_of_16_bit_weights_are_float32() -> None:
     assert not torch.equal(logits, logits.bfloat16().float())
 
 
+def _fused_step(model: Any) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    ids = torch.arange(5, 25)[None]
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+
+
+def _merge_into_head(model: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    get_peft_model(model, config).merge_and_unload()
+
+
+def _new_data(model: Any) -> None:
+    model.lm_head.weight.data = torch.flip(model.lm_head.weight, [0])
+
+
+@pytest.mark.parametrize("change", [_fused_step, _merge_into_head, _new_data])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_has_changed_is_read_anew(change: Any, tied: bool) -> None:
+    encoder = ChatEncoder(tiny_tokenizer())
+    model = tiny_model(dtype=torch.bfloat16, tie_word_embeddings=tied)
+    (batch,) = batch_paragraphs(make_records(1, [1]), 1)
+    before = LocalModel(model, encoder).answer(batch)[0].reply
+    change(model)
+    after = LocalModel(model, encoder).answer(batch)[0].reply
+    fresh = tiny_model(dtype=torch.bfloat16, tie_word_embeddings=tied)
+    fresh.load_state_dict(model.state_dict())
+    assert after == LocalModel(fresh, encoder).answer(batch)[0].reply
+    assert after.score != before.score
+
+
 def test_default_batch_grows_with_a_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = ChatEncoder(tiny_tokenizer())
     generator = Generator(tiny_model(), encoder)

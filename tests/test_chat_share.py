@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import (
     dataset_folder,
     encoded_dataset,
@@ -20,7 +21,7 @@ import train_llama_squad
 from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.chat_check import CHAT_PROMPTS, read_prompts
 from llama_squad.encoding import IGNORE, ChatEncoder
-from llama_squad.prompts import SYSTEM_PROMPT
+from llama_squad.prompts import SYSTEM_PROMPT, build_messages
 from llama_squad.training import chat_share
 from llama_squad.training.chat_share import (
     REPLY_TOKENS,
@@ -29,6 +30,8 @@ from llama_squad.training.chat_share import (
     chat_conversations,
     chat_examples,
 )
+from llama_squad.training.examples import encode_split
+from llama_squad.tree import Tree
 
 ENCODER = ChatEncoder(tiny_tokenizer())
 END = tiny_tokenizer().eos_token_id
@@ -143,6 +146,30 @@ def test_the_share(tmp_path: Path) -> None:
     assert len(add_chat(encoded, examples, 0.01, 4096, seed=1)) == 12
     with pytest.raises(ValueError, match="no reply to plain prompts that fits into 3 tokens"):
         add_chat(encoded, examples, 0.4, 3, seed=1)
+
+
+@pytest.mark.parametrize("more", [[], ["--no_share_context"]])
+def test_chat_has_no_filler(more: list[str], tmp_path: Path) -> None:
+    train_llama_squad.main(
+        [
+            "--model_name", model_folder(tmp_path), "--no_quantize", "--report_to", "none",
+            "--dataset_name", dataset_folder(tmp_path, make_records(6, [2, 3])), "--max_steps", "1",
+            "--filler", "3", "--chat_share", "0.5", *more,
+        ]
+    )  # fmt: skip
+    encoder = ChatEncoder(tiny_tokenizer(), filler=3)
+    records = make_records(4, [3])
+    split = Dataset.from_list([{**r, "messages": build_messages(r)} for r in records])
+    encoded, _ = encode_split(split, encoder, 4096, "test")
+    mixed = add_chat(encoded, make(tiny_model(), tmp_path), 0.4, 4096, seed=1)
+    assert mixed[:12]["hidden"] == encoded["hidden"]
+    for row in mixed.select(range(12, 20)):
+        tree = Tree.build([[row], [mixed[0]]])
+        causal = [len(row["input_ids"])] * len(row["input_ids"])
+        assert (
+            tree.ends[tree.leaves[0].start : tree.leaves[0].stop]
+            == (causal[tree.leaves[0].start : tree.leaves[0].stop])
+        )
 
 
 @pytest.mark.parametrize("more", [[], ["--no_share_context"], ["--full_parameters"]])

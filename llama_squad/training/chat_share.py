@@ -141,14 +141,14 @@ def add_chat(
         )
     random.Random(seed).shuffle(fit)
     wanted = round(len(encoded) * share / (1 - share))
-    rows = [
-        {
-            **fit[index % len(fit)],
-            "paragraph": f"chat {index}",
-            "length": len(fit[index % len(fit)]["input_ids"]),
-        }
-        for index in range(wanted)
-    ]
+    rows = []
+    for index in range(wanted):
+        example = fit[index % len(fit)]
+        length = len(example["input_ids"])
+        row = {**example, "paragraph": f"chat {index}", "length": length}
+        if "hidden" in encoded.column_names:  # chat has no filler
+            row["hidden"] = [length, length]
+        rows.append(row)
     if not rows:
         return encoded
     return concatenate_datasets([encoded, Dataset.from_list(rows, features=encoded.features)])
