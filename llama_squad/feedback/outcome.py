@@ -35,7 +35,8 @@ def compare(feedback: Feedback, before: str | Path, after: str | Path) -> Outcom
     """
     answered = {(v.id, v.question): v for v in feedback.latest().values() if v.answers}
     first = {(row["id"], row["question"]): row for row in iter_results(before)}
-    corrected, others = [], []
+    corrected: list[tuple[Score, Score]] = []
+    others: list[tuple[Score, Score]] = []
     for row in iter_results(after):
         key = row["id"], row["question"]
         if key in first:
