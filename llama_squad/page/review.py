@@ -226,7 +226,8 @@ def show(seat: Seat) -> tuple[Any, ...]:
 def why_here(item: Item, answer: Reading) -> str:
     """Say why a question is shown, and where the model answers otherwise than its result file.
 
-    It does so near the threshold, by rounding: here the adapter stands apart from its base.
+    In 16 bits it does so near the threshold: there it read all questions of a text in one pass,
+    and sums round otherwise.
     """
     why = f"Here because {item.doubt.why or 'it comes next'}."
     said = item.said
