@@ -109,7 +109,7 @@ def _records_of(path: Path, dataset_name: str) -> dict[str, dict[str, Any]]:
     from llama_squad.result_reader import iter_results
 
     wanted = {row["id"] for row in iter_results(path)}
-    records = {}
+    records: dict[str, dict[str, Any]] = {}
     for split in load_squad(dataset_name).values():
         places = [n for n, id_ in enumerate(split["id"]) if id_ in wanted]
         records |= {row["id"]: _record(row) for row in split.select(places)}
