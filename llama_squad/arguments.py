@@ -106,7 +106,8 @@ class TrainArguments:
     from_adapter: str | None = _option(
         None,
         "Go on from this adapter, a folder or a name on the Hub, instead of a new one: it brings "
-        "its base model and the LoRA settings. It stays as it is; see --output_dir.",
+        "its base model, --quantize and --dtype as it was trained with, and the LoRA settings. It "
+        "stays as it is; see --output_dir.",
     )
     quantize: bool = _option(True, "QLoRA: hold the frozen base in 4 bits (--no_quantize: not).")
     full_parameters: bool = _option(

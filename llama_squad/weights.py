@@ -62,7 +62,10 @@ def saved_settings(adapter_name: str | None, model_name: str | None = None) -> d
 
 
 def lora_settings(adapter_name: str) -> dict[str, Any]:
-    """Return the LoRA settings that a new training goes on with, by the names of its flags.
+    """Return the settings that a new training goes on with, by the names of its flags.
+
+    Those of LoRA, and how the base was held: in 4 bits or not, and in which type. Adapters made
+    elsewhere do not tell the latter.
 
     Raises:
         ValueError: it is no adapter, or not one of LoRA.
@@ -74,7 +77,8 @@ def lora_settings(adapter_name: str) -> dict[str, Any]:
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{adapter_name} is no LoRA adapter, but one of {config.peft_type}")
     modules = config.target_modules
-    return _training_settings(adapter_name) | {
+    trained = _training_settings(adapter_name) | _base_settings(adapter_name)
+    return trained | {
         "model_name": base,
         "lora_r": config.r,
         "lora_alpha": config.lora_alpha,
@@ -154,6 +158,14 @@ def _training_settings(source: str) -> dict[str, Any]:
         settings["reasoning_tokens"] = saved["train"]["reasoning_tokens"]
         settings["filler"] = saved["train"].get("filler", 0)
     return settings
+
+
+def _base_settings(adapter_name: str) -> dict[str, Any]:
+    """Return how an adapter's base was held in its training; {} where it does not say."""
+    path = find_file(adapter_name, RUN_CONFIG)
+    saved = load_run_config(path.parent) if path else {}
+    told = [(saved.get("train", {}), "quantize"), (saved.get("model", {}), "dtype")]
+    return {name: settings[name] for settings, name in told if name in settings}
 
 
 def acts_from(adapter_name: str) -> ActsFrom:

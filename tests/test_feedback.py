@@ -15,10 +15,13 @@ import pytest
 from helpers import make_records
 
 import create_squad_dataset
+from llama_squad.answers import Answer
 from llama_squad.data import load_squad, read_files
 from llama_squad.feedback import __main__ as shell
 from llama_squad.feedback import exchange, verdicts
 from llama_squad.feedback.verdicts import FeedbackFile, Verdict
+from llama_squad.results import ResultsFile
+from llama_squad.rows import make_row
 from llama_squad.sources.cleaning import Cleaner
 
 CONTEXT = "The mill opened in 1912. It closed in 1954, “for good”."
@@ -207,6 +210,47 @@ def test_import_of_a_file_labelled_elsewhere(
 def test_nothing_to_export_is_said(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="there is nothing to export"):
         shell.main(["--feedback", str(tmp_path / "none.jsonl"), "--export", str(tmp_path / "x")])
+
+
+# What came of it -----------------------------------------------------------------------------
+
+
+def answered(path: Path, replies: dict[str, str]) -> None:
+    """Write a result file: question → reply; the dataset's answer to each is 1954."""
+    golds = {"text": ["1954"], "answer_start": [38]}
+    with ResultsFile(path, {}) as file:
+        file.append([
+            make_row({"id": q, "title": "Mill", "question": q, "answers": golds}, "",
+                     Answer("no_answer" if text == "?" else "answer", text), "")
+            for q, text in replies.items()
+        ])  # fmt: skip
+
+
+def test_what_came_of_it_tells_reviewed_questions_from_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "feedback.jsonl"
+    verdicts.append(path, [judged("q1"), judged("q2", verdict="unanswerable", corrected=None),
+                           judged("q3", verdict="wrong", corrected=None), judged("gone")])  # fmt: skip
+    before, after = tmp_path / "before.csv", tmp_path / "after.csv"
+    answered(before, {"q1": "1954", "q2": "1954", "q3": "?", "q4": "1954", "q5": "1954", "q6": "?"})
+    answered(after, {"q5": "in 1954", "q4": "?", "q3": "1954", "q2": "1954", "q1": "1912"})
+    # q1 by the reviewer's answer, 1912; q2 by hers, that there is none; q6 is not in both
+    compared = ["--feedback", str(path), "--before", str(before), "--after", str(after)]
+    shell.main(compared)
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == "Of 2 reviewed questions 0 were right before, and 1 are after."
+    assert said[2].startswith("3 other questions:")
+    # exact 0 1 1 → 1 0 0; F1 0 1 1 → 1 0 2/3; s of (1, -1, -1) is 1.1547, of (1, -1, -1/3) 1.0184
+    assert said[3].split() == ["exact", "66.67", "33.33", "-33.33", "±", "130.66"]
+    assert said[4].split() == ["F1", "66.67", "55.56", "-11.11", "±", "115.24"]
+    assert said[5] == "  1 became right (exact), 2 wrong."
+    answered(tmp_path / "other.csv", {"q7": "?"})
+    with pytest.raises(SystemExit, match=r"other.csv share no question: evaluate the same split"):
+        shell.main([*compared[:-1], str(tmp_path / "other.csv")])
+    with pytest.raises(SystemExit):
+        shell.main(compared[:-2])
+    assert "--before and --after go together" in capsys.readouterr().err
 
 
 # A dataset with feedback ---------------------------------------------------------------------

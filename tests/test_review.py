@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from helpers import dataset_folder, make_records
 
-from llama_squad.answers import Answer
+from llama_squad.answers import MALFORMED, Answer
 from llama_squad.arguments import AppArguments
 from llama_squad.config import write_json
 from llama_squad.feedback import queue, verdicts
 from llama_squad.feedback.queue import CHUNK, Doubt, Item, ReviewQueue, doubt
 from llama_squad.page.desk import Answering, Desk
+from llama_squad.page.review import why_here
 from llama_squad.page.seat import Review, new_seat
 from llama_squad.page.sources import SPLIT_LABEL, Sources
 from llama_squad.reader import Reading, SpanAnswer
@@ -126,6 +127,7 @@ def test_a_result_file_is_ranked_as_a_whole(tmp_path: Path) -> None:
     first = review.next("w", set())
     assert first and first.key == (answerable[0]["id"], answerable[0]["context"],
                                    answerable[0]["question"])  # fmt: skip
+    assert first.said == Answer("answer", "nonsense")
     second = review.next("w", {first.key})
     assert second and second.record["id"] == answerable[2]["id"]
     assert desk.reader.asked == 0
@@ -136,6 +138,24 @@ def test_a_result_file_is_ranked_as_a_whole(tmp_path: Path) -> None:
         queue.items_of_results(tmp_path / "other.csv", {r["id"]: r for r in RECORDS}, 0.5)
     with pytest.raises(ValueError, match="has no test split"):
         sources.get(SPLIT_LABEL.format("test", data))
+
+
+def test_it_is_said_where_the_model_answers_otherwise_than_its_result_file() -> None:
+    answers = Reading("here", 0, 4, 0.49, -0.1, ())
+    silent = Reading(None, None, None, 0.51, -0.1, ())
+    wrong = doubt(0.5, 0.5, [], False)
+    told = {
+        (said, reading.answer): why_here(Item(RECORDS[0], wrong, said), reading)
+        for said in (Answer("answer", "here"), Answer("no_answer", "?"), MALFORMED, None)
+        for reading in (answers, silent)
+    }
+    why = "Here because the dataset has another answer."
+    assert list(told.values()) == [
+        why, f"{why} The result file holds the answer “here”.",
+        f"{why} The result file holds no answer.", why,
+        f"{why} The result file holds no readable answer.",
+        f"{why} The result file holds no readable answer.", why, why,
+    ]  # fmt: skip
 
 
 def test_files_of_ones_own_with_answers_and_without(tmp_path: Path) -> None:

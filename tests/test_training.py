@@ -253,7 +253,8 @@ def test_merge_and_push(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_training_goes_on_from_an_adapter(tmp_path: Path) -> None:
     flags = stage_flags(tmp_path)
-    train_llama_squad.main([*flags, "--lora_r", "3", "--learning_rate", "1e-3"])
+    held = ["--no_quantize", "--dtype", "bfloat16"]
+    train_llama_squad.main([*flags, *held, "--lora_r", "3", "--learning_rate", "1e-3"])
     first = tmp_path / "results" / "final_checkpoints"
     flags = without_lora(flags)
     on = [*flags, "--from_adapter", str(first), "--output_dir", str(tmp_path / "on")]
@@ -262,7 +263,10 @@ def test_training_goes_on_from_an_adapter(tmp_path: Path) -> None:
     second = tmp_path / "on" / "final_checkpoints"
     assert tensors(second).keys() == before.keys()
     assert all(torch.equal(tensors(second)[name], tensor) for name, tensor in before.items())
-    assert load_run_config(second)["train"]["lora_r"] == 3
+    kept = load_run_config(second)
+    assert kept["train"]["lora_r"] == 3
+    # the base is held as it was: on another one, in 4 bits, it would not begin where it ended
+    assert (kept["train"]["quantize"], kept["model"]["dtype"]) == (False, "bfloat16")
     assert weights.saved_settings(str(second))["model_name"] == str(tmp_path / "model")
     train_llama_squad.main([*on, "--learning_rate", "1e-3"])
     moved = [not torch.equal(tensors(second)[name], tensor) for name, tensor in before.items()]

@@ -1,8 +1,9 @@
-"""Look at verdicts, export them as SQuAD 2.0 JSON, and take in files that were labelled elsewhere.
+"""Look at verdicts, export and import them, and see what came of training on them.
 
     python -m llama_squad.feedback                                 # what data/feedback.jsonl holds
     python -m llama_squad.feedback --export data/feedback.json     # and .provenance.json beside it
     python -m llama_squad.feedback --import theirs.json --reviewer Ada
+    python -m llama_squad.feedback --before results/results.csv --after results/after.csv
 
 The verdicts themselves are given on the page (``app.py``), and trained on by configs/feedback.yaml.
 """
@@ -12,7 +13,7 @@ import getpass
 import sys
 from collections.abc import Sequence
 
-from llama_squad.feedback import exchange, verdicts
+from llama_squad.feedback import exchange, outcome, verdicts
 
 DEFAULT_FILE = "data/feedback.jsonl"
 
@@ -28,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--export", metavar="FILE", help="Write the questions with an answer here.")
     add("--import", metavar="FILE", dest="source", help="Append a labelled file, of any form.")
     add("--reviewer", metavar="NAME", default=None, help="Who labelled it (default: you).")
+    add("--before", metavar="FILE", help="Compare this result file of test_llama_squad.py ...")
+    add("--after", metavar="FILE", help="... with this: the corrected questions, and the others.")
     args = parser.parse_args(argv)
+    if (args.before is None) != (args.after is None):
+        parser.error("--before and --after go together: the result files to compare")
     try:
         if args.source:
             reviewer = args.reviewer or getpass.getuser()
@@ -40,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             beside = exchange.provenance_path(args.export)
             print(f"{number:,} questions written to {args.export}; whose they are, to {beside}.")
         print(describe(feedback, args.feedback))
+        if args.before:
+            print(outcome.describe(outcome.compare(feedback, args.before, args.after)))
     except ValueError as error:
         sys.exit(f"python -m llama_squad.feedback: {error}")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_squad.answers import Answer
 from llama_squad.feedback.verdicts import Key
 from llama_squad.metrics import is_exact_match
 from llama_squad.result_reader import iter_results
@@ -69,26 +70,34 @@ def _log_odds(probability: float) -> float:
     return math.log(within / (1 - within))
 
 
-def doubt_of_row(row: Row, threshold: float) -> Doubt:
-    """Weigh a row of a result file; its golds are known."""
-    log_probs = [span["log_prob"] for span in row["n_best"] or ()]
-    if row["na_prob"] is not None and row["state"] != "failed":
-        row = rethreshold(row, threshold)
-    right = is_exact_match(row_answer(row), row["answers"])
-    return doubt(row["na_prob"], threshold, log_probs, right)
-
-
 @dataclass(frozen=True)
 class Item:
-    """A question to look at; its record has no "answers" where no right answer is known."""
+    """A question to look at.
+
+    Attributes:
+        record: the question's; it has no "answers" where no right answer is known.
+        doubt: how much it is worth a look.
+        said: the answer in the result file that it comes from; None where it comes from none.
+    """
 
     record: Mapping[str, Any]
     doubt: Doubt
+    said: Answer | None = None
 
     @property
     def key(self) -> Key:
         """What the question is told by."""
         return self.record["id"], self.record["context"], self.record["question"]
+
+
+def item_of_row(row: Row, record: Record, threshold: float) -> Item:
+    """Weigh a row of a result file; its golds are known."""
+    log_probs = [span["log_prob"] for span in row["n_best"] or ()]
+    if row["na_prob"] is not None and row["state"] != "failed":
+        row = rethreshold(row, threshold)
+    said = row_answer(row)
+    right = is_exact_match(said, row["answers"])
+    return Item(record, doubt(row["na_prob"], threshold, log_probs, right), said)
 
 
 class ReviewQueue:
@@ -181,7 +190,7 @@ def items_of_results(
         ValueError: it is none, or none of its questions is in the dataset.
     """
     items = [
-        Item(records[row["id"]], doubt_of_row(row, threshold))
+        item_of_row(row, records[row["id"]], threshold)
         for row in iter_results(path)
         if row["id"] in records
     ]

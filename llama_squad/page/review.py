@@ -12,7 +12,9 @@ from typing import Any
 
 import gradio as gr
 
+from llama_squad.answers import NO_ANSWER, Answer
 from llama_squad.feedback import exchange
+from llama_squad.feedback.queue import Item
 from llama_squad.feedback.verdicts import Kind
 from llama_squad.page.ask import answer_card
 from llama_squad.page.conversation import PRIVATE
@@ -30,6 +32,7 @@ from llama_squad.page.text import (
     text_element,
     text_value,
 )
+from llama_squad.reader import Reading
 
 NAME = "review-text"
 KEYS = (
@@ -208,7 +211,11 @@ def show(seat: Seat) -> tuple[Any, ...]:
     golds = record.get("answers")
     known = show_golds(golds["text"]) if golds else card("", note="The file gives none.")
     return (
-        card(record["title"] or "Question", [record["question"]], f"Here because {_why(seat)}."),
+        card(
+            record["title"].replace("_", " ") or "Question",
+            [record["question"]],
+            why_here(seat.item, answer),
+        ),
         text_value(NAME, record["context"], mark(answer), selectable=True),
         answer_card(answer, None, "The model's answer"),
         bars_value(NAME, seat.reading, answer, pick=True),
@@ -216,6 +223,20 @@ def show(seat: Seat) -> tuple[Any, ...]:
     )
 
 
-def _why(seat: Seat) -> str:
-    assert seat.item is not None
-    return seat.item.doubt.why or "it comes next"
+def why_here(item: Item, answer: Reading) -> str:
+    """Say why a question is shown, and where the model answers otherwise than its result file.
+
+    In 16 bits it does so near the threshold: there it read all questions of a text in one pass,
+    and sums round otherwise.
+    """
+    why = f"Here because {item.doubt.why or 'it comes next'}."
+    said = item.said
+    if said is None or said == _as_answer(answer):
+        return why
+    held = {"answer": f"the answer “{said.text}”", "no_answer": "no answer"}
+    return f"{why} The result file holds {held.get(said.state, 'no readable answer')}."
+
+
+def _as_answer(reading: Reading) -> Answer:
+    found = reading.answer
+    return Answer("no_answer", NO_ANSWER) if found is None else Answer("answer", found)

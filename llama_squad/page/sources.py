@@ -77,10 +77,7 @@ class Sources:
 
     def _of_file(self, path: Path) -> ReviewQueue:
         if path.suffix.lower() == ".csv" and _is_result_file(path):
-            from llama_squad.data import load_squad
-
-            dataset = load_squad(self.desk.args.dataset_name)
-            records = {row["id"]: _record(row) for split in dataset.values() for row in split}
+            records = _records_of(path, self.desk.args.dataset_name)
             return ReviewQueue(queue.items_of_results(path, records, self.desk.threshold))
         return ReviewQueue(unread=queue.records_of_file(path), weigh=self._weigh)
 
@@ -101,6 +98,22 @@ class Sources:
             right = is_exact_match(said, record["answers"]["text"])
         log_probs = [span.log_prob for span in reading.n_best]
         return doubt(reading.na_prob, self.desk.threshold, log_probs, right)
+
+
+def _records_of(path: Path, dataset_name: str) -> dict[str, dict[str, Any]]:
+    """Return the dataset's records of a result file's questions, by id.
+
+    Ids are read first, and then only those rows: all of SQuAD takes 6 s and 600 MB.
+    """
+    from llama_squad.data import load_squad
+    from llama_squad.result_reader import iter_results
+
+    wanted = {row["id"] for row in iter_results(path)}
+    records: dict[str, dict[str, Any]] = {}
+    for split in load_squad(dataset_name).values():
+        places = [n for n, id_ in enumerate(split["id"]) if id_ in wanted]
+        records |= {row["id"]: _record(row) for row in split.select(places)}
+    return records
 
 
 def _record(row: Mapping[str, Any]) -> dict[str, Any]:
