@@ -592,7 +592,7 @@ TRAINED = {
     "system_prompt": "Be exact.",
     "train": {"reasoning_tokens": 4, "lora_r": 8},
 }
-BROUGHT = {"prompt": "multi_turn", "system_prompt": "Be exact.", "reasoning_tokens": 4}
+BROUGHT = {"prompt": "multi_turn", "system_prompt": "Be exact.", "reasoning_tokens": 4, "filler": 0}
 
 
 def adapter_folder(folder: Path, base: str) -> Path:
