@@ -6,6 +6,7 @@ resumed, and holds the lock of the result file throughout.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -13,7 +14,6 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from llama_squad.predictors.base import (
 from llama_squad.processes import share, this_process
 from llama_squad.results import ResultsFile, config_path
 from llama_squad.rows import Row, make_row
-from llama_squad.weights import weights_digest
+from llama_squad.weights import weights_digest, whole_model
 
 THRESHOLD_FILE = "na_prob_thresh.json"
 """The threshold tuned on the validation split, beside the adapter."""
@@ -85,11 +85,14 @@ def settings_of(
 
 def resolved_settings(args: EvalArguments, model_args: ModelArguments) -> dict[str, Any]:
     """Return the flags, with the number format that the weights really have."""
-    settings = {**asdict(args), **asdict(model_args)}
+    settings = {**dataclasses.asdict(args), **dataclasses.asdict(model_args)}
     if args.predictor == "server":
         return settings
     exact = args.predictor == "encoder" and model_args.dtype == "auto"
-    dtype = torch.float32 if exact else weights_dtype(model_args)
+    loaded = model_args
+    if whole := whole_model(args.adapter_name):  # which takes the place of --model_name
+        loaded = dataclasses.replace(model_args, model_name=whole)
+    dtype = torch.float32 if exact else weights_dtype(loaded)
     return settings | {"dtype": str(dtype).removeprefix("torch.")}
 
 

@@ -11,8 +11,10 @@ from llama_squad.answers import escape_answer
 from llama_squad.decoding import batch as batches
 from llama_squad.decoding import lookahead
 from llama_squad.decoding.cache import TokenTree
-from llama_squad.decoding.generator import Generator
+from llama_squad.decoding.constraints import FreeSpeech
+from llama_squad.decoding.generator import Generator, stop_ids
 from llama_squad.decoding.replies import Paragraph, Reply
+from llama_squad.decoding.search import Closing, Successors
 from llama_squad.decoding.spans import SpanGrammar, span_vocabulary
 from llama_squad.encoding import ChatEncoder
 from llama_squad.prompts import build_messages
@@ -89,6 +91,47 @@ def test_guesses_outlive_a_compact_tree(model: Any, monkeypatch: pytest.MonkeyPa
     plain, _ = run(model, monkeypatch, num_beams=10)
     monkeypatch.setattr(batches, "COMPACT_AFTER", 1)
     assert_same(run(model, monkeypatch, num_beams=10)[0], plain)
+
+
+class Guessed(FreeSpeech):
+    """Three tokens in any order, and a guess which one follows another."""
+
+    def successors(self, state: Any) -> Successors:
+        """Guess a token that depends on the last; see ``Grammar``."""
+        last = state[0] if state else 0
+        return Successors([40, 41, 42], [None] * 3, last % 3)
+
+    def step(self, ids: Sequence[int], target: Any) -> Any:
+        """Keep the last token as the state; see ``Grammar``."""
+        step = super().step(ids, target)
+        return step if isinstance(step, Closing) else (ids[-1],)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])  # of the two searches
+def test_a_constraint_of_ones_own_may_guess(
+    model: Any, length_penalty: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {
+        "decoding": Guessed(ENCODER.tokenizer, stop_ids(model, ENCODER)),
+        "num_beams": 12, "max_new_tokens": 9, "length_penalty": length_penalty,
+    }  # fmt: skip
+    monkeypatch.setattr(lookahead, "PASS_TOKENS", 0)
+    plain, _ = run(model, monkeypatch, **options)
+    used = []
+    attach = lookahead.attach
+
+    def watched(node: Any, ahead: Any) -> None:
+        attach(node, ahead)
+        used.extend(child for child in node.children or () if child.ahead)
+
+    monkeypatch.setattr(batches, "attach", watched)
+    monkeypatch.setattr(lookahead, "PASS_TOKENS", 10**4)
+    monkeypatch.setattr(batches, "COMPACT_AFTER", 1)
+    ahead, _ = run(model, monkeypatch, **options)
+    assert used
+    assert [r.token_ids for r in chain(*ahead)] == [r.token_ids for r in chain(*plain)]
+    scores = [reply.score for reply in chain(*plain)]
+    assert [reply.score for reply in chain(*ahead)] == pytest.approx(scores, abs=1e-4)
 
 
 def test_finished_rows_are_dropped(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import train_llama_squad
 from llama_squad import merging, modeling
-from llama_squad.arguments import ModelArguments, TrainArguments
+from llama_squad.arguments import EvalArguments, ModelArguments, TrainArguments
 from llama_squad.config import load_run_config
+from llama_squad.evaluation import resolved_settings
 from llama_squad.training import publishing
 from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.merge_error import MergeError, Sample
@@ -200,6 +201,13 @@ def test_a_cpu_that_multiplies_in_bfloat16_keeps_what_was_saved_in_it(
     half_type = torch.bfloat16 if able else torch.float32
     for name, expected in ((whole, torch.float32), (half, half_type)):
         assert modeling.load_model(ModelArguments(model_name=name)).dtype == expected
+    # a whole model takes the place of the base, in what a result file says of its type, too
+    args = EvalArguments(adapter_name=whole)
+    said = resolved_settings(args, ModelArguments(model_name=half))["dtype"]
+    assert said == "float32"
+    assert modeling.load_model(ModelArguments(model_name=half), adapter_name=whole).dtype == (
+        torch.float32
+    )
 
 
 # What is measured ------------------------------------------------------------------------------

@@ -134,12 +134,7 @@ class BestFirstSearch:
     @property
     def branches(self) -> list[Branch]:
         """The branches that may yet grow."""
-        nodes = [*self._spare, *(node for _, _, node in self._queue)]
-        guessed = (one for node in nodes for one in (node, *(node.children or ())))
-        return [
-            *(node.branch or node.stem for node in nodes),
-            *(ahead.branch for node in guessed for ahead in node.ahead),
-        ]
+        return _growing([*self._spare, *(node for _, _, node in self._queue)])
 
     def _widen(self) -> None:
         self._beams = max(self._beams, N_BEST_BEAMS * self._n_best)
@@ -205,7 +200,7 @@ class BeamSearch:
     @property
     def branches(self) -> list[Branch]:
         """The branches that may yet grow."""
-        return [node.branch or node.stem for node in self._running]
+        return _growing(self._running)
 
     def set_aside(self, nodes: Sequence[Hypothesis]) -> None:
         """Forget nodes: one reply is looked for."""
@@ -220,3 +215,12 @@ class BeamSearch:
         if len(self._complete) < self._beams:
             return True
         return bool(still) and self._score(still[0]) > self._complete[-1][0]
+
+
+def _growing(nodes: Sequence[Hypothesis]) -> list[Branch]:
+    """Return the branches of hypotheses, and those that were run ahead of them."""
+    guessed = (one for node in nodes for one in (node, *(node.children or ())))
+    return [
+        *(node.branch or node.stem for node in nodes),
+        *(ahead.branch for node in guessed for ahead in node.ahead),
+    ]
