@@ -60,7 +60,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--weak_steps", type=int, default=25, help="steps of the weak adapter")
     add("--steps", type=int, default=40, help="steps of going on")
     add("--learning_rate", default="1e-4", help="of going on")
-    add("--replay", type=float, default=4, help="old questions for each verdict (100 at least)")
+    add("--replay", type=float, default=4.0, help="old questions for each verdict (100 at least)")
     add("--json", type=Path, default=Path("active_learning.json"), help="where results are kept")
     add("--work", type=Path, help="where data and adapters go (default: a temporary folder)")
     return parser.parse_args(argv)
@@ -116,16 +116,16 @@ class Seed:
             self._keep("weak", 0, self._answer("old", "weak"))
         rows = self._answer("pool", "weak", n_best=5)
         for way, number in missing:
-            self._keep(way, number, self._go_on(way, number, rows, old, test))
+            chosen = self._choose(way, rows)[:number]
+            self._keep(way, number, self._go_on(f"{way}{number}", chosen, old, test), chosen)
 
-    def _go_on(self, way: str, number: int, rows: Sequence[Row], old: str, test: str) -> list[Row]:
-        """Train on so many verdicts from the weak adapter; return the answers on the test split."""
-        name, data = f"{way}{number}", "old"
-        if number:
+    def _go_on(self, name: str, chosen: Sequence[Row], old: str, test: str) -> list[Row]:
+        """Train from the weak adapter on verdicts on these; return answers to the test split."""
+        data = "old"
+        if chosen:
             feedback = self._folder / f"{name}.jsonl"
             feedback.unlink(missing_ok=True)
             records = {r["id"]: r for r in load_squad(self._at("pool"))["test"]}
-            chosen = self._choose(way, rows)[:number]
             verdicts.append(feedback, [verdict_on(records[row["id"]], row) for row in chosen])
             data = f"data_{name}"
             self._stage(
@@ -141,7 +141,7 @@ class Seed:
 
     def _choose(self, way: str, rows: Sequence[Row]) -> list[Row]:
         shuffled = random.Random(self._seed).sample(rows, len(rows))
-        if way == "random":
+        if way not in ("queue", "errors"):
             return shuffled
         return sorted(shuffled, key=lambda row: -worth(row, knowing=way == "errors"))
 
@@ -186,9 +186,11 @@ class Seed:
         ):
             importlib.import_module(script).main([*config, *flags])
 
-    def _keep(self, way: str, number: int, rows: Sequence[Row]) -> None:
+    def _keep(self, way: str, number: int, rows: Sequence[Row], chosen: Sequence[Row] = ()) -> None:
         wrong = sorted(row["id"] for row in rows if not row["Exact match"])
-        self._results[self._name(way, number)] = {"n": len(rows), "wrong": wrong}
+        corrected = sum(not row["Exact match"] for row in chosen)
+        result = {"n": len(rows), "wrong": wrong, "corrected": corrected}
+        self._results[self._name(way, number)] = result
         write_json(self._path, self._results)
         print(
             f"{time.strftime('%H:%M:%S')} seed {self._seed} {way} {number}: "
@@ -235,14 +237,16 @@ def verdict_on(record: dict[str, Any], row: Row) -> verdicts.Verdict:
 
 def tables(results: Results, args: argparse.Namespace) -> str:
     """Return the figures, and the paired differences to choosing at random, as Markdown."""
-    lines = ["| % exact match | verdicts | " + " | ".join(f"seed {s}" for s in args.seeds)]
-    lines[0] += " | mean |"
-    lines.append("|---|--:|" + "--:|" * (len(args.seeds) + 1))
+    seeds = " | ".join(f"seed {s}" for s in args.seeds)
+    lines = [f"| % exact match | verdicts | of them on errors | {seeds} | mean |"]
+    lines.append("|---|--:|--:|" + "--:|" * (len(args.seeds) + 1))
     rows = [("weak", 0), ("none", 0), *((w, n) for n in args.verdicts for w in args.ways)]
     for way, number in rows:
-        figures = [exact(results[f"{way} {number} seed {s}"]) for s in args.seeds]
-        cells = [*figures, statistics.mean(figures)]
-        lines.append(f"| {way} | {number} | " + " | ".join(f"{x:.2f}" for x in cells) + " |")
+        runs = [results[f"{way} {number} seed {s}"] for s in args.seeds]
+        figures = [exact(run) for run in runs]
+        cells = " | ".join(f"{x:.2f}" for x in [*figures, statistics.mean(figures)])
+        corrected = statistics.mean(run["corrected"] for run in runs)
+        lines.append(f"| {way} | {number} | {corrected:.0f} | {cells} |")
     if "random" in args.ways:
         lines += ["", "| less random, points | verdicts | mean | standard deviation | "
                   "right only so : right only by random |", "|---|--:|--:|--:|--:|"]  # fmt: skip
