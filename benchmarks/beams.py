@@ -23,6 +23,7 @@ from llama_squad import modeling
 from llama_squad.answers import extract_answer
 from llama_squad.arguments import ModelArguments
 from llama_squad.data import load_squad, sample_paragraphs
+from llama_squad.evaluation import result_row
 from llama_squad.metrics import evaluate_predictions
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
@@ -73,7 +74,7 @@ def report(found: dict[int, list[Prediction]], seconds: dict[int, float]) -> Non
     print(f"\n{'beams':>5}{'% strict':>10}{'% exact':>9}{'% F1':>7}{'% F1 HasAns':>13}"
           f"{'best as widest':>16}{'seconds':>9}")  # fmt: skip
     for beams, predictions in found.items():
-        strict = sum(prediction.row()["Exact match"] for prediction in predictions)
+        strict = sum(result_row(prediction)["Exact match"] for prediction in predictions)
         scores = official(predictions)
         same = sum(
             getattr(a.reply.best, "text", "") == getattr(b.reply.best, "text", "")

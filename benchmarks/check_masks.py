@@ -106,7 +106,7 @@ def check(job: tuple[str, str, str, str, int | None]) -> tuple[str, int, list[st
 
 
 def main() -> None:
-    """Check all cases, one process a core."""
+    """Check all cases, one process per core."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--limit", type=int, help="questions to check (default: all)")
     parser.add_argument("--processes", type=int, default=os.cpu_count())

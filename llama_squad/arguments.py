@@ -93,7 +93,8 @@ class ModelArguments:
     )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = _option("nf4", "4-bit data type.")
     bnb_4bit_use_double_quant: bool = _option(
-        True, "Quantise the quantisation constants too: 0.4 bits a parameter less, a little slower."
+        True,
+        "Quantise the quantisation constants too: 0.4 bits per parameter less, a bit slower.",
     )
 
 

@@ -1,6 +1,6 @@
 """Typed configuration: dataclass defaults < ``config.yaml`` < the adapter's own < the command line.
 
-The file holds shared keys at the top and one section a stage. Every value goes through the same
+The file holds shared keys at the top and one section per stage. Every value goes through the same
 parser as the flags do, so a flag and a key of the file cannot mean two things, and an unknown one
 is refused with the nearest name. The scripts parse; the package only takes the dataclasses.
 """
@@ -292,3 +292,8 @@ def load_run_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged (no JSON object): restore it, or delete it")
     return content
+
+
+def prompt_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the prompt's settings among those that a stage saved; they may be none."""
+    return {key: saved[key] for key in ("prompt", "system_prompt") if key in saved}

@@ -1,6 +1,7 @@
 """SQuAD records: read them, split them by title, write and load datasets.
 
-What files may hold, and what becomes of it, is ``llama_squad.formats``' and ``.cleaning``'s.
+What files may hold, and what becomes of it, is told in ``llama_squad.sources.formats`` and
+``llama_squad.sources.cleaning``.
 """
 
 import csv

@@ -8,6 +8,7 @@ resumed, and holds the lock of the result file throughout.
 import contextlib
 import hashlib
 import json
+import math
 import random
 import re
 import sys
@@ -19,9 +20,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from llama_squad.answers import FAILED, extract_answer
 from llama_squad.arguments import EvalArguments, ModelArguments
 from llama_squad.config import provenance, write_json
 from llama_squad.data import sample_paragraphs
+from llama_squad.decoding.replies import Reply
 from llama_squad.durable import check_writable
 from llama_squad.modeling import resolve_dtype, weights_dtype
 from llama_squad.predictors.base import (
@@ -34,6 +37,7 @@ from llama_squad.predictors.base import (
 )
 from llama_squad.processes import share, this_process
 from llama_squad.results import ResultsFile, config_path
+from llama_squad.rows import Row, make_row
 from llama_squad.weights import weights_digest
 
 THRESHOLD_FILE = "na_prob_thresh.json"
@@ -141,9 +145,8 @@ def evaluate(
         else:
             own = ResultsFile(_shard_path(output, process.process_index), settings, _VOLATILE)
         with own as results:
-            for predictions in _progress(model, mine, done):
-                new = [item for item in predictions if item.record["id"] not in done]
-                results.append([prediction.row() for prediction in new])
+            for rows in _progress(model, mine, done):
+                results.append([row for row in rows if row["id"] not in done])
         share(None)
         if whole:
             _gather(whole, order, settings)
@@ -270,8 +273,8 @@ def _progress(
     model: Predictor,
     batches: Sequence[Batch],
     done: set[str],
-) -> Iterator[list[Prediction]]:
-    """Answer batches, with a bar: questions per second, time left, running exact match."""
+) -> Iterator[list[Row]]:
+    """Answer batches, as rows, with a bar: questions per second, time left, running exact match."""
     total, answers = _answers(model, batches, done)
     first = this_process().is_main_process
     if done and first:
@@ -279,8 +282,42 @@ def _progress(
     exact = count = 0
     with tqdm(total=total, unit=" questions", disable=not first) as bar:
         for predictions in answers:
-            yield predictions
-            exact += sum(prediction.row()["Exact match"] for prediction in predictions)
-            count += len(predictions)
+            rows = [result_row(prediction) for prediction in predictions]
+            yield rows
+            exact += sum(row["Exact match"] for row in rows)
+            count += len(rows)
             bar.set_postfix_str(f"exact match {100 * exact / count:.1f} %", refresh=False)
-            bar.update(len(predictions))
+            bar.update(len(rows))
+
+
+def result_row(prediction: Prediction) -> Row:
+    """Return a prediction's row of the result file."""
+    reply, best = prediction.reply, prediction.reply.best
+    return make_row(
+        prediction.record,
+        prediction.failure or reply.completion,
+        FAILED if prediction.failure else extract_answer(reply.completion),
+        prediction.prompt_text,
+        reply.na_prob,
+        score=reply.score,
+        best_span=best.text if best else None,
+        best_span_log_prob=best.score if best else None,
+        no_answer_log_prob=reply.no_answer_score,
+        n_best=_n_best(reply) if reply.spans else None,
+    )
+
+
+def _n_best(reply: Reply) -> list[dict[str, Any]]:
+    """Return a reply's spans; their probabilities and that of the abstention add up to 1."""
+    assert reply.no_answer_score is not None
+    scores = [span.score for span in reply.spans]
+    highest = max(*scores, reply.no_answer_score)
+    total = sum(math.exp(value - highest) for value in (*scores, reply.no_answer_score))
+    return [
+        {
+            "text": span.text,
+            "probability": math.exp(span.score - highest) / total,
+            "log_prob": span.score,
+        }
+        for span in reply.spans
+    ]

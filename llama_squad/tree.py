@@ -2,11 +2,11 @@
 
 Training runs a row of examples in one pass (``Tree``, ``batch_rows``), decoding lets branches grow
 on a key/value cache (``llama_squad.decoding.cache``). Both build their masks here (``make_masks``),
-for sdpa and eager attention and for layers that see a window. Whether a model may share contexts
-at all is asked in ``llama_squad.tree_check``.
+for each attention of ``MASK_FORMS`` and for layers that see a window. Whether a model may share
+contexts at all is asked in ``llama_squad.tree_check``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,8 +212,8 @@ def make_masks(
         apart: give each kind of layer its mask also where no window is felt.
 
     Returns:
-        A mask of the shape of ``visible``: bool for sdpa, numbers to add for eager attention; or
-        one by the name of each kind of layer.
+        A mask of the shape of ``visible``, in the form that ``MASK_FORMS`` has for the model's
+        attention; or one by the name of each kind of layer.
 
     Raises:
         ValueError: an attention that takes no such mask.
@@ -234,18 +234,35 @@ def make_masks(
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def _in_form(model: Any, visible: torch.Tensor) -> torch.Tensor:
-    kind = model.config.get_text_config()._attn_implementation
-    if kind == "sdpa":
-        return mark_blocks(visible)
-    if kind == "eager":  # which adds the mask to its scores
-        mask = torch.zeros(visible.shape, dtype=model.dtype, device=visible.device)
-        return mask.masked_fill_(~visible, torch.finfo(model.dtype).min)
-    raise ValueError(_other_attention(kind))
+def _added_to_scores(model: Any, visible: torch.Tensor) -> torch.Tensor:
+    mask = torch.zeros(visible.shape, dtype=model.dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(model.dtype).min)
 
 
-def _other_attention(kind: str) -> str:
+MASK_FORMS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "sdpa": lambda model, visible: mark_blocks(visible),
+    "eager": _added_to_scores,
+}
+"""Attention, by the name that transformers has for it → the form in which it takes a mask, made of
+the model and what is visible: bool, of shape (rows, 1, queries, keys). Others share no contexts."""
+
+
+def refused_attention(model: Any) -> str:
+    """Tell why a model's attention cannot hold a tree; "" where it has one of ``MASK_FORMS``."""
+    kind = _attention(model)
+    if kind in MASK_FORMS:
+        return ""
     return f"{kind} attention cannot hold a tree of questions: take --attn_implementation sdpa"
+
+
+def _attention(model: Any) -> str:
+    return str(model.config.get_text_config()._attn_implementation)
+
+
+def _in_form(model: Any, visible: torch.Tensor) -> torch.Tensor:
+    if refusal := refused_attention(model):
+        raise ValueError(refusal)
+    return MASK_FORMS[_attention(model)](model, visible)
 
 
 def longest_shared(model: Any) -> int | None:

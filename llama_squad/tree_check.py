@@ -15,11 +15,11 @@ from llama_squad.encoding import IGNORE, Encoded
 from llama_squad.head import exact_head
 from llama_squad.tree import (
     Tree,
-    _other_attention,
     batch_rows,
     is_out_of_memory,
     kept_logits,
     layer_kinds,
+    refused_attention,
 )
 
 _CARRY = ("linear", "conv", "mamba", "recurrent", "hybrid", "rwkv", "lstm", "ssm", "retention")
@@ -184,9 +184,8 @@ def why_not_shared(model: Any, probe: Probe, row: "RowProbe | None" = None) -> s
     carried = recurrent_layers(model.config)
     if carried:
         return f"{carried} carry what one question says into the next, whatever the mask"
-    kind = model.config.get_text_config()._attn_implementation
-    if kind not in ("sdpa", "eager"):
-        return _other_attention(kind)
+    if refusal := refused_attention(model):
+        return refusal
     training = model.training
     model.eval()
     try:

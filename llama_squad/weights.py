@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from llama_squad.config import RUN_CONFIG, load_run_config
+from llama_squad.config import RUN_CONFIG, load_run_config, prompt_settings
 from llama_squad.folders import is_hub_name
 from llama_squad.prompts import ActsFrom
 
@@ -149,7 +149,7 @@ def _training_settings(source: str) -> dict[str, Any]:
     """Return what a model or adapter was trained on; {} where it does not say."""
     path = find_file(source, RUN_CONFIG)
     saved = load_run_config(path.parent) if path else {}
-    settings: dict[str, Any] = {k: saved[k] for k in ("prompt", "system_prompt") if k in saved}
+    settings = prompt_settings(saved)
     if "train" in saved:
         settings["reasoning_tokens"] = saved["train"]["reasoning_tokens"]
         settings["filler"] = saved["train"].get("filler", 0)

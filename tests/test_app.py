@@ -697,3 +697,17 @@ def test_the_stop_button(serve: Any, browser_page: Any) -> None:
     page.wait_for_timeout(1000)
     assert page.locator(".chat").first.inner_text() == before
     assert page.get_by_role("button", name="Let the model speak freely").is_enabled()
+
+
+def test_the_heading_says_what_answers_as_seen_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    desk = SimpleNamespace(
+        args=SimpleNamespace(quantize=False, prompt="single_turn"),
+        answering=SimpleNamespace(adapter=str(tmp_path / "results" / "a&b"), model="org/model"),
+        session=SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu"))),
+    )
+    assert "<p>results/a&amp;b · on org/model · single_turn prompt · cpu</p>" in style.header(desk)
+    desk.answering = SimpleNamespace(adapter=None, model="/elsewhere/model")
+    assert "<p>/elsewhere/model · single_turn prompt · cpu</p>" in style.header(desk)

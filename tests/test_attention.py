@@ -32,6 +32,16 @@ def test_blocks_hold_all_that_is_seen(block_tokens: int, rows: int) -> None:
         assert torch.equal(visible[:, :, queries][..., keys], mask)
 
 
+@pytest.mark.parametrize("past", [50, 200])
+def test_blocks_of_queries_after_a_cache(past: int) -> None:
+    """The keys before the first query are those of a cache."""
+    visible = ROW["attention_mask"][:, :, past:].clone()
+    blocks = blocks_of(mark_blocks(visible, 64))
+    assert sum(int(mask.sum()) for _, _, mask in blocks) == int(visible.sum())
+    for queries, keys, mask in blocks:
+        assert torch.equal(visible[:, :, queries][..., keys], mask)
+
+
 def test_a_paragraph_is_cut_from_the_next() -> None:
     blocks = blocks_of(mark_blocks(ROW["attention_mask"], 300))
     pairs = sum(mask.shape[2] * mask.shape[3] for _, _, mask in blocks)

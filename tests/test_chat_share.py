@@ -163,7 +163,7 @@ def test_the_stage(more: list[str], tmp_path: Path, few_prompts: Path, capsys: A
     chat = sum(len(prompt) + min(6, len(reply) + 1) for prompt, reply in pairs)
     total = sum(encoded_dataset(make_records(6, [2, 3]))["length"]) + 3 * chat  # 15 and 15
     said = capsys.readouterr().out
-    assert f"tokens an epoch instead of {total:,}" in said or "--no_share_context" in more
+    assert f"tokens per epoch instead of {total:,}" in said or "--no_share_context" in more
     # the run goes on from its checkpoint, but not with other chat
     again = [*flags, "--resume_from_checkpoint", "results/checkpoint-2"]
     train_llama_squad.main(again)

@@ -5,11 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import make_records, tiny_model, tiny_tokenizer
+from helpers import (
+    collator,
+    difference,
+    encode_paragraphs,
+    flatten,
+    make_records,
+    tiny_model,
+    tiny_tokenizer,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llama_squad import metrics, prompts
+from llama_squad import metrics, prompts, tree
 from llama_squad.arguments import CreateArguments
 from llama_squad.config import parse_stage
+from llama_squad.decoding.cache import check_tree
 from llama_squad.decoding.constraints import FreeSpeech
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph, Reply
@@ -20,6 +30,7 @@ from llama_squad.predictors.base import Batch, Prediction
 from llama_squad.report import render_summaries
 from llama_squad.result_reader import read_results
 from llama_squad.summary import summarize
+from llama_squad.tree_check import RowProbe, why_not_shared
 
 RECORDS = make_records(3, [2], seed=7)
 
@@ -57,6 +68,25 @@ def test_a_predictor_and_a_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     summary = summarize(read_results(path))
     assert summary["% Wrong"] == pytest.approx(100 - summary["% Exact Match"])
     assert "Wrong" in render_summaries({"first word": summary}, "table")
+
+
+def test_an_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that transformers is told of, and the form in which it takes a mask: here its opposite."""
+
+    def attend(module: Any, query: Any, key: Any, value: Any, hidden: Any, **kwargs: Any) -> Any:
+        seen = None if hidden is None else ~hidden
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, seen, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "mine", attend)
+    model, paragraphs = tiny_model(attn_implementation="mine"), encode_paragraphs(RECORDS)
+    probe = RowProbe(model, collator(), paragraphs)
+    assert "mine attention cannot hold a tree" in why_not_shared(model, probe)
+    monkeypatch.setitem(tree.MASK_FORMS, "mine", lambda model, visible: ~visible)
+    assert why_not_shared(model, probe) == ""
+    check_tree(model, paragraphs[0][0]["input_ids"][:120])
+    separate = [collator()([example]) for example in flatten(paragraphs)]
+    found = difference(model, [collator()([{"paragraphs": paragraphs}])], separate)
+    assert max(found.values()) < 1e-5, found
 
 
 class YesOrNo:

@@ -5,6 +5,7 @@ function or at the top of the module.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -77,6 +78,16 @@ def imports(path: Path) -> set[str]:
 def name_of(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_first_lines_say_what_a_module_is_for(path: Path) -> None:
+    """And the modules that its docstrings name are there."""
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text))
+    rooms = {name_of(module) for module in MODULES}
+    for name in re.findall(r"``(llama_squad(?:\.\w+)+)", text):
+        assert rooms & {name, name.rpartition(".")[0]} - {"llama_squad"}, name
 
 
 def test_no_module_imports_one_that_imports_it() -> None:

@@ -44,7 +44,7 @@ class Branch:
 
 
 class TokenTree:
-    """Token sequences that share stems, one tree a row, run with one key/value cache.
+    """Token sequences that share stems, one tree per row, run with one key/value cache.
 
     Rows are padded on the right; a pad is seen by itself alone.
     """
@@ -263,7 +263,7 @@ _CHECKED: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
 
 
 def check_tree(model: PreTrainedModel, prompt: Sequence[int]) -> None:
-    """Ask ``why_not_shared`` before decoding, once a model.
+    """Ask ``why_not_shared`` before decoding, once per model.
 
     Raises:
         ValueError: this architecture's questions cannot share their context.

@@ -1,6 +1,6 @@
 """Answer the questions of a paragraph: its context is run once, and one search decodes them all.
 
-**One tree a paragraph.** The prompts of a paragraph's questions begin with the same tokens. They
+**One tree per paragraph.** The prompts of a paragraph's questions begin with the same tokens. They
 are run once into a key/value cache; the questions branch off it, and so does every partial reply
 that the search looks at. Each token attends to its own ancestors (a 4D mask) at its own depth
 (position ids), so nothing is copied and nothing is run twice (``TokenTree``).

@@ -1,6 +1,6 @@
 """The verdict of a reviewer on one answer, and the file that keeps them: ``data/feedback.jsonl``.
 
-One JSON object a line, only ever appended to. Each append takes the file's lock, so that several
+One JSON object per line, only ever appended to. Each append takes the file's lock, so that several
 windows and processes write at once, and returns when the line is on disk. A line that a killed
 process left half-written is moved to ``feedback.jsonl.torn`` by the next append: it is never read
 as a verdict, and never lost without a word.

@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 CSS = """
@@ -86,9 +87,16 @@ def percent(probability: float) -> str:
 def header(desk: Any) -> str:
     """Return the page's heading: what answers, and how it is asked."""
     args, answering = desk.args, desk.answering
-    parts = [answering.adapter or answering.model]
+    parts = [_from_here(answering.adapter or answering.model)]
     if answering.adapter and answering.adapter != answering.model:
-        parts.append(f"on {answering.model}")
+        parts.append(f"on {_from_here(answering.model)}")
     parts += ["in 4 bits"] if args.quantize else []
     parts.append(f"{args.prompt} prompt · {desk.session.model.device.type}")
     return f"<h1>Llama SQuAD</h1><p>{html.escape(' · '.join(parts))}</p>"
+
+
+def _from_here(name: str) -> str:
+    """Write a folder below the working one without the way there."""
+    path = Path(name)
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_absolute() and path.is_relative_to(here) else name

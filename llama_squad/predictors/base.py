@@ -1,13 +1,10 @@
 """What every predictor gives, and how records come to it: by paragraph, a batch at a time."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from llama_squad.answers import FAILED, extract_answer
 from llama_squad.decoding.replies import Reply
-from llama_squad.rows import Row, make_row
 
 Record = Mapping[str, Any]
 
@@ -21,38 +18,6 @@ class Prediction:
     reply: Reply
     failure: str = ""
     """Why there is no reply (the question was refused); "" where there is one."""
-
-    def row(self) -> Row:
-        """Return the row of the result file."""
-        reply, best = self.reply, self.reply.best
-        return make_row(
-            self.record,
-            self.failure or reply.completion,
-            FAILED if self.failure else extract_answer(reply.completion),
-            self.prompt_text,
-            reply.na_prob,
-            score=reply.score,
-            best_span=best.text if best else None,
-            best_span_log_prob=best.score if best else None,
-            no_answer_log_prob=reply.no_answer_score,
-            n_best=_n_best(reply) if reply.spans else None,
-        )
-
-
-def _n_best(reply: Reply) -> list[dict[str, Any]]:
-    """Return a reply's spans; their probabilities and that of the abstention add up to 1."""
-    assert reply.no_answer_score is not None
-    scores = [span.score for span in reply.spans]
-    highest = max(*scores, reply.no_answer_score)
-    total = sum(math.exp(value - highest) for value in (*scores, reply.no_answer_score))
-    return [
-        {
-            "text": span.text,
-            "probability": math.exp(span.score - highest) / total,
-            "log_prob": span.score,
-        }
-        for span in reply.spans
-    ]
 
 
 def group_paragraphs(records: Sequence[Record]) -> list[list[Record]]:

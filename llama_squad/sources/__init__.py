@@ -1,0 +1,1 @@
+"""The files that questions are read from: their forms, and what is mended or refused in them."""

@@ -1,8 +1,8 @@
 """The forms that question files come in: each file becomes rows of one loose shape.
 
 Reads SQuAD's official JSON and its relatives, the Hub's flat form, JSON lines, CSV and parquet.
-Nothing is judged here but the form; ``llama_squad.cleaning`` turns rows into checked records. Uses
-nothing of ours.
+Nothing is judged here but the form; ``llama_squad.sources.cleaning`` turns rows into checked
+records. Uses nothing of ours.
 """
 
 import ast

@@ -1,6 +1,7 @@
 """One loose row → one record: what can be read in one way is taken, and every change is told.
 
-Uses ``llama_squad.formats``' rows, ``llama_squad.matching`` and ``llama_squad.answers``.
+Uses the rows of ``llama_squad.sources.formats``, ``llama_squad.sources.matching`` and
+``llama_squad.answers``.
 """
 
 import math

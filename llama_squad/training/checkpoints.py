@@ -160,7 +160,7 @@ def _digest_rows(split: Any) -> str:
 
 
 def _plain(column: Any) -> Any:
-    """Return an Arrow column's content; several times as fast as with an object a row."""
+    """Return an Arrow column's content; several times as fast as with an object per row."""
     import pyarrow as pa
 
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

@@ -11,7 +11,13 @@ import torch
 
 from llama_squad import merging, modeling
 from llama_squad.arguments import ModelArguments, TrainArguments
-from llama_squad.config import RUN_CONFIG, load_run_config, save_run_config, write_json
+from llama_squad.config import (
+    RUN_CONFIG,
+    load_run_config,
+    prompt_settings,
+    save_run_config,
+    write_json,
+)
 from llama_squad.folders import FINAL, MERGED
 from llama_squad.training.merge_error import MergeError, MergeMeter, Sample
 
@@ -26,8 +32,7 @@ def run_settings(
         model_args: of the run.
         asked: the trainer's configuration as it was asked for.
     """
-    created = load_run_config(args.dataset_name).get("create", {})
-    prompts = {key: created[key] for key in ("prompt", "system_prompt") if key in created}
+    prompts = prompt_settings(load_run_config(args.dataset_name).get("create", {}))
     return {"train": args, "model": model_args, "trainer": asked, **prompts}
 
 

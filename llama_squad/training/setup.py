@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,11 @@ from llama_squad.activation import activate
 from llama_squad.answers import extract_answer
 from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.collator import SquadDataCollator
-from llama_squad.config import load_run_config
+from llama_squad.config import load_run_config, prompt_settings
 from llama_squad.decoding.cache import check_tree
 from llama_squad.encoding import ChatEncoder
-from llama_squad.metrics import is_exact_match
-from llama_squad.predictors.base import Prediction, batch_paragraphs
+from llama_squad.metrics import Outcome, strict_counts, strict_outcome
+from llama_squad.predictors.base import batch_paragraphs
 from llama_squad.predictors.local import LocalModel
 from llama_squad.processes import this_process
 from llama_squad.prompts import build_messages
@@ -183,6 +183,15 @@ def _plain_step(questions: int, train: Any) -> str:
     return f"A step holds {questions} questions{rest}."
 
 
+VALIDATED = {
+    "exact_match": "% Exact Match",
+    "valid_json": "% Valid JSON",
+    "correct_has_answer": "% Correct Has Answer",
+    "correct_no_answer": "% Correct No Answer",
+}
+"""What an evaluation during training tells → the column of the table, as a share."""
+
+
 def make_validation(
     sft_args: Any, dataset: Any, dataset_name: str, encoder: ChatEncoder
 ) -> Callable[[Any], dict[str, float]] | None:
@@ -194,8 +203,7 @@ def make_validation(
     """
     if "val" not in dataset or sft_args.eval_strategy == "no":
         return None
-    created = load_run_config(dataset_name).get("create", {})
-    prompts = {key: created[key] for key in ("prompt", "system_prompt") if key in created}
+    prompts = prompt_settings(load_run_config(dataset_name).get("create", {}))
     batches = list(batch_paragraphs(dataset["val"].to_list(), sft_args.per_device_eval_batch_size))[
         sft_args.process_index :: sft_args.world_size
     ]
@@ -209,33 +217,17 @@ def make_validation(
             print(f"No answers to the validation questions, only their loss: {error}.")
             return {}
         local = LocalModel(model, encoder, decoding="free", max_new_tokens=128, **prompts)
-        counts = Counter[str]()
+        outcomes = Counter[Outcome]()
         for batch in tqdm(batches, desc="Validating", leave=False, unit=" batches"):
-            counts.update(key for prediction in local.answer(batch) for key in _verdict(prediction))
-        keys = ("questions", "valid", "right", "answerable", "found", "abstained")
-        total = torch.tensor([counts[key] for key in keys], device=model.device)
+            outcomes.update(
+                strict_outcome(extract_answer(p.reply.completion), p.record["answers"]["text"])
+                for p in local.answer(batch)
+            )
+        counts = strict_counts(outcomes)
+        totals = torch.tensor([counts[c] for c in VALIDATED.values()], device=model.device)
         if sft_args.world_size > 1:
-            torch.distributed.all_reduce(total)
-        n = dict(zip(keys, total.tolist(), strict=True))
-        return {
-            "exact_match": n["right"] / max(n["questions"], 1),
-            "valid_json": n["valid"] / max(n["questions"], 1),
-            "correct_has_answer": n["found"] / max(n["answerable"], 1),
-            "correct_no_answer": n["abstained"] / max(n["questions"] - n["answerable"], 1),
-        }
+            torch.distributed.all_reduce(totals)
+        pairs = zip(VALIDATED, totals.tolist(), strict=True)
+        return {name: right / max(tried, 1) for name, (right, tried) in pairs}
 
     return validate
-
-
-def _verdict(prediction: Prediction) -> Iterator[str]:
-    """Yield the counters that one prediction adds to."""
-    answer = extract_answer(prediction.reply.completion)
-    golds = prediction.record["answers"]["text"]
-    yield "questions"
-    if golds:
-        yield "answerable"
-    if answer.state != "malformed":
-        yield "valid"
-    if is_exact_match(answer, golds):
-        yield "right"
-        yield "found" if golds else "abstained"
