@@ -614,7 +614,7 @@ def test_a_checkpoint_brings_its_settings(tmp_path: Path) -> None:
         save_only_model=True, trainer=functools.partial(SquadTrainer, settings=settings),
     )  # fmt: skip
     trainer.train()
-    brought = {"prompt": "multi_turn", "reasoning_tokens": 3}
+    brought = {"prompt": "multi_turn", "reasoning_tokens": 3, "filler": 0}
     name = "results/checkpoint-1"
     assert weights.saved_settings(name) == brought | {"model_name": name}
     assert weights.saved_settings(None, name) == brought
