@@ -218,7 +218,7 @@ def worth(row: Row, knowing: bool) -> float:
         knowing: whether the queue knows the right answers.
     """
     if knowing:
-        return queue.doubt_of_row(row, THRESHOLD).worth
+        return queue.item_of_row(row, {}, THRESHOLD).doubt.worth
     log_probs = [span["log_prob"] for span in row["n_best"] or ()]
     return queue.doubt(row["na_prob"], THRESHOLD, log_probs, right=None).worth
 
