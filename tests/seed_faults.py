@@ -431,7 +431,7 @@ def _test(folder: Path, flags: Sequence[str], log: Path) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(folder)
-    sys.path[:0] = [str(folder), str(folder / "tests")]
+    sys.path[:0] = [str(folder), str(folder / "tests"), str(folder / "benchmarks")]
     sys.dont_write_bytecode = True  # two faults in a second may have one size
     import pytest
 

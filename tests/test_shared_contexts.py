@@ -696,7 +696,7 @@ seen = epoch(encoded, folder / "run")
 def python_path() -> dict[str, str]:
     """Return an environment in which a subprocess finds the package and the tests."""
     return os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"
     }  # fmt: skip
 
 
