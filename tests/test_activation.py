@@ -318,6 +318,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str],
     return flags, str(tmp_path / "results" / "final_checkpoints")
 
 
+@pytest.mark.slow
 def test_trained_saved_and_loaded(trained: tuple[list[str], str], tmp_path: Path) -> None:
     flags, folder = trained
     assert weights.acts_from(folder) == "question"

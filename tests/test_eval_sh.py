@@ -187,6 +187,7 @@ def test_merged_and_full_models(adapter: Path, capsys: pytest.CaptureFixture[str
     assert "-0.2500" in out
 
 
+@pytest.mark.slow
 def test_errors_of_the_user(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for argv, message in [
         (["nowhere"], "nowhere holds neither an adapter nor a model"),

@@ -126,6 +126,7 @@ def test_help_loads_nothing_slow_and_keeps_the_examples_on_their_lines(
     assert "data:" in lines and lines.index("data:") < lines.index("more:")
 
 
+@pytest.mark.slow
 def test_help_all_lists_the_library_s_flags_but_those_that_are_refused(tmp_path: Path) -> None:
     own, everything = (
         run(tmp_path, "train_llama_squad.py", f).stdout for f in ("--help", "--help_all")

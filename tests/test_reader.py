@@ -67,6 +67,7 @@ def test_one_question_many_and_none(reader: Any, folder: str) -> None:
             reader(*asked)
 
 
+@pytest.mark.slow
 def test_a_long_text_is_read_in_windows(reader: Any) -> None:
     filler = "The road is long and the day is grey. " * 400
     text = f"{filler}{RECORDS[0]['context']} {filler}"
