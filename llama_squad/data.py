@@ -22,7 +22,7 @@ from llama_squad.prompts import build_messages
 from llama_squad.sources.cleaning import Cleaner, Dropped
 from llama_squad.sources.formats import COLUMNS, InputRow, check_columns, read_rows
 from llama_squad.sources.matching import context_key
-from llama_squad.sources.records import Record
+from llama_squad.sources.records import Record, paragraphs_at_random
 
 SAMPLE = Path(__file__).parent.parent / "quickstart" / "data"
 DROPPED = "dropped.csv"
@@ -330,17 +330,8 @@ def sample_paragraphs(split: Any, questions: int, seed: int) -> Any:
     """
     if not 0 < questions < len(split):
         return split
-    members: dict[str, list[int]] = {}
-    for index, (title, context) in enumerate(zip(split["title"], split["context"], strict=True)):
-        members.setdefault(paragraph_key(title, context), []).append(index)
-    paragraphs = list(members.values())
-    random.Random(seed).shuffle(paragraphs)
-    chosen: list[int] = []
-    for paragraph in paragraphs:
-        if len(chosen) >= questions:
-            break
-        chosen += paragraph
-    return split.select(sorted(chosen))
+    paragraphs = zip(split["title"], split["context"], strict=True)
+    return split.select(sorted(paragraphs_at_random(paragraphs, questions, seed)))
 
 
 def paragraph_key(title: str, context: str) -> str:

@@ -126,6 +126,12 @@ def base_of(adapter_name: str) -> str | None:
     return _from_here(base)
 
 
+def _run_config(source: str) -> dict[str, Any]:
+    """Read the run configuration of a folder or a name on the Hub; {} where it has none."""
+    path = find_file(source, RUN_CONFIG)
+    return load_run_config(path.parent) if path else {}
+
+
 def tuned_from(source: str) -> str | None:
     """Return the name or folder of what an adapter or a whole model was tuned from; None if unsaid.
 
@@ -137,9 +143,7 @@ def tuned_from(source: str) -> str | None:
     """
     if find_file(source, "adapter_config.json"):
         return base_of(source)
-    path = find_file(source, RUN_CONFIG)
-    saved = load_run_config(path.parent) if path else {}
-    return _from_here(saved.get("model", {}).get("model_name"))
+    return _from_here(_run_config(source).get("model", {}).get("model_name"))
 
 
 def _from_here(base: str | None) -> str | None:
@@ -151,8 +155,7 @@ def _from_here(base: str | None) -> str | None:
 
 def _training_settings(source: str) -> dict[str, Any]:
     """Return what a model or adapter was trained on; {} where it does not say."""
-    path = find_file(source, RUN_CONFIG)
-    saved = load_run_config(path.parent) if path else {}
+    saved = _run_config(source)
     settings = prompt_settings(saved)
     if "train" in saved:
         settings["reasoning_tokens"] = saved["train"]["reasoning_tokens"]
@@ -162,8 +165,7 @@ def _training_settings(source: str) -> dict[str, Any]:
 
 def _base_settings(adapter_name: str) -> dict[str, Any]:
     """Return how an adapter's base was held in its training; {} where it does not say."""
-    path = find_file(adapter_name, RUN_CONFIG)
-    saved = load_run_config(path.parent) if path else {}
+    saved = _run_config(adapter_name)
     told = [(saved.get("train", {}), "quantize"), (saved.get("model", {}), "dtype")]
     return {name: settings[name] for settings, name in told if name in settings}
 
@@ -176,9 +178,7 @@ def acts_from(adapter_name: str) -> ActsFrom:
     Raises:
         ValueError: a damaged configuration.
     """
-    path = find_file(adapter_name, RUN_CONFIG)
-    saved = load_run_config(path.parent) if path else {}
-    return saved.get("train", {}).get("alora_from", "start")
+    return _run_config(adapter_name).get("train", {}).get("alora_from", "start")
 
 
 def weights_digest(folder: str | None) -> str | None:

@@ -30,7 +30,7 @@ COMPACT_AFTER = 256
 """The tree drops its dead branches when it has grown by so many tokens."""
 
 KEPT_ROWS = 0.75
-"""The tree drops its finished rows when so many are left: a pass runs over all rows that it has."""
+"""The share of its rows at which the tree drops the finished ones: a pass runs over all it has."""
 
 
 @dataclass

@@ -32,7 +32,6 @@ from llama_squad.decoding.constraints import CONSTRAINTS, Constraint
 from llama_squad.decoding.replies import Paragraph, Reply
 from llama_squad.decoding.spans import reply_ids
 from llama_squad.encoding import ChatEncoder
-from llama_squad.head import renew_head
 from llama_squad.tree import common_prefix, is_out_of_memory
 
 SEARCHED_TOKENS = 16
@@ -93,7 +92,6 @@ class Generator:
         Raises:
             ValueError: this architecture cannot share contexts (see ``check_tree``).
         """
-        renew_head(self.model)
         check_tree(self.model, paragraphs[0].prompts[0])
         halves = _halve(paragraphs)
         questions = sum(len(paragraph.prompts) for paragraph in paragraphs)

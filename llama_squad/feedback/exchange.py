@@ -1,7 +1,6 @@
 """Verdicts out and in: SQuAD 2.0 files that other tools take, and datasets merged with verdicts."""
 
 import dataclasses
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -13,7 +12,7 @@ from llama_squad.feedback.verdicts import Feedback, Key, Verdict, append, load
 from llama_squad.prompts import gold_answer
 from llama_squad.sources.cleaning import Cleaner
 from llama_squad.sources.formats import read_rows
-from llama_squad.sources.records import Record
+from llama_squad.sources.records import Record, paragraphs_at_random
 
 CHANGED = "answers: a reviewer's, in place of others (--feedback)"
 CONFIRMED = "answers: as they were, and a reviewer agrees (--feedback)"
@@ -205,14 +204,5 @@ def _free_id(id_: str, ids: set[str]) -> str:
 
 def _sample(records: Sequence[Record], questions: int, seed: int) -> list[Record]:
     """Return whole paragraphs at random that hold so many questions, or a few more."""
-    paragraphs: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        paragraphs.setdefault((record["title"], record["context"]), []).append(record)
-    groups = list(paragraphs.values())
-    random.Random(seed).shuffle(groups)
-    chosen: list[Record] = []
-    for group in groups:
-        if len(chosen) >= questions:
-            break
-        chosen += group
-    return chosen
+    paragraphs = ((record["title"], record["context"]) for record in records)
+    return [records[index] for index in paragraphs_at_random(paragraphs, questions, seed)]

@@ -87,15 +87,15 @@ def percent(probability: float) -> str:
 def header(desk: Any) -> str:
     """Return the page's heading: what answers, and how it is asked."""
     args, answering = desk.args, desk.answering
-    parts = [_from_here(answering.adapter or answering.model)]
+    parts = [_shortened(answering.adapter or answering.model)]
     if answering.adapter and answering.adapter != answering.model:
-        parts.append(f"on {_from_here(answering.model)}")
+        parts.append(f"on {_shortened(answering.model)}")
     parts += ["in 4 bits"] if args.quantize else []
     parts.append(f"{args.prompt} prompt · {desk.session.model.device.type}")
     return f"<h1>Llama SQuAD</h1><p>{html.escape(' · '.join(parts))}</p>"
 
 
-def _from_here(name: str) -> str:
+def _shortened(name: str) -> str:
     """Write a folder below the working one without the way there."""
     path = Path(name)
     here = Path.cwd()

@@ -5,8 +5,9 @@ Uses the rows of ``llama_squad.sources.formats``, ``llama_squad.sources.matching
 """
 
 import math
+import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llama_squad.answers import NO_ANSWER
@@ -202,3 +203,26 @@ def _locate(
     if context[begin:end] != text:
         changes[RESPELT] = None
     return context[begin:end], begin
+
+
+def paragraphs_at_random(
+    paragraphs: Iterable[tuple[str, str]], questions: int, seed: int
+) -> list[int]:
+    """Return the indices of questions: whole paragraphs at random, until there are enough of them.
+
+    Args:
+        paragraphs: the title and the context of each question.
+        questions: how many are enough; all, where there are no more.
+        seed: of the choice.
+    """
+    members: dict[tuple[str, str], list[int]] = {}
+    for index, paragraph in enumerate(paragraphs):
+        members.setdefault(paragraph, []).append(index)
+    groups = list(members.values())
+    random.Random(seed).shuffle(groups)
+    chosen: list[int] = []
+    for group in groups:
+        if len(chosen) >= questions:
+            break
+        chosen += group
+    return chosen
