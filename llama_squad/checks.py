@@ -162,7 +162,9 @@ def check_training(argv: Sequence[str], parsed: Sequence[Any]) -> None:
     if args.from_adapter:
         check_output("--from_adapter", args.from_adapter, trainer.output_dir)
     if args.resume_anyway and not trainer.resume_from_checkpoint:
-        raise ValueError("--resume_anyway needs --resume_from_checkpoint: nothing is gone on from")
+        raise ValueError(
+            "--resume_anyway needs --resume_from_checkpoint: it changes how a run resumes"
+        )
     create = next_command("create", argv, dataset_name=args.dataset_name)
     check_dataset(args.dataset_name, ["train"], create)
     another = "give another folder, or a name on the Hub"
