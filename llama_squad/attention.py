@@ -35,6 +35,11 @@ def mark_blocks(visible: torch.Tensor, block_tokens: int | None = None) -> torch
     return visible
 
 
+def blocks_of(mask: torch.Tensor | None) -> list[Block] | None:
+    """Return the blocks that a mask was marked with; None where it was not."""
+    return getattr(mask, _BLOCKS, None)
+
+
 def _blocks(visible: torch.Tensor, block_tokens: int) -> list[Block]:
     blocks = []
     for begin, end in _spans(visible.any(0)[0], block_tokens):
@@ -86,7 +91,7 @@ def attend(
         attention_mask: of shape (rows, 1, queries, keys).
         kwargs: what ``sdpa_attention_forward`` takes.
     """
-    blocks = getattr(attention_mask, _BLOCKS, None)
+    blocks = blocks_of(attention_mask)
     if blocks is None or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     parts = [

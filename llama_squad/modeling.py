@@ -159,7 +159,9 @@ def resolve_dtype(name: str) -> torch.dtype:
     """Return the torch type; "auto" is bfloat16 on CUDA and on a CPU that multiplies in it."""
     if name == "auto":
         able = (
-            _on_gpu() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            torch.cuda.is_available()
+            or torch.cpu._is_avx512_bf16_supported()
+            or torch.cpu._is_amx_tile_supported()
         )
         return torch.bfloat16 if able else torch.float32
     return getattr(torch, name)
@@ -245,17 +247,13 @@ def weights_dtype(args: ModelArguments) -> torch.dtype:
     dtype = resolve_dtype(args.dtype)
     if args.dtype != "auto" or dtype == torch.float32:
         return dtype
-    if _on_gpu() and not find_file(args.model_name, RUN_CONFIG):
+    if torch.cuda.is_available() and not find_file(args.model_name, RUN_CONFIG):
         return dtype
     try:
         saved = AutoConfig.from_pretrained(args.model_name).dtype
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load("configuration", args.model_name, error)) from error
     return torch.float32 if saved in (None, torch.float32) else dtype
-
-
-def _on_gpu() -> bool:
-    return torch.cuda.is_available()
 
 
 def _is_lora(model: Any) -> bool:

@@ -338,6 +338,12 @@ class Page(HTMLParser):
                 self.marks[name] += data
 
 
+def replies_in(prompt: str) -> list[str]:
+    """Return what the model said in a prompt of several turns, in the tiny tokenizer's template."""
+    _, *turns = prompt.split("<|start_header_id|>assistant<|end_header_id|>\n\n")
+    return [turn.partition("<|eot_id|>")[0] for turn in turns[:-1]]
+
+
 # Models ------------------------------------------------------------------------------------------
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -469,6 +475,15 @@ def model_folder(folder: Path, architecture: str = "llama", **config: Any) -> st
     return name
 
 
+def training_flags(folder: Path, *flags: str, val: Sequence[dict] = (), **model: Any) -> list[str]:
+    """Make a model and a dataset of 15 questions; return the flags of a run on them, and others."""
+    data = dataset_folder(folder, make_records(6, [2, 3]), val)
+    return [
+        "--model_name", model_folder(folder, **model), "--dataset_name", data,
+        "--report_to", "none", "--disable_tqdm", "True", *flags,
+    ]  # fmt: skip
+
+
 def encoded_dataset(records: Sequence[dict], max_length: int | None = 4096) -> Any:
     """Encode records as the training stage does."""
     from datasets import Dataset
@@ -477,7 +492,7 @@ def encoded_dataset(records: Sequence[dict], max_length: int | None = 4096) -> A
     return encode_split(split, ChatEncoder(tiny_tokenizer()), max_length, "test")[0]
 
 
-def make_trainer(model: Any, train_dataset: Any, folder: Path, **settings: Any) -> SquadTrainer:
+def make_trainer(model: Any, train_dataset: Any, folder: Path, **settings: Any) -> Any:
     """Make our trainer with plain SGD, whose step shows the gradient as it is."""
     cls = settings.pop("trainer", SquadTrainer)
     options: dict[str, Any] = {

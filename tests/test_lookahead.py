@@ -117,7 +117,7 @@ def test_a_constraint_of_ones_own_may_guess(
     }  # fmt: skip
     monkeypatch.setattr(lookahead, "PASS_TOKENS", 0)
     plain, _ = run(model, monkeypatch, **options)
-    used = []
+    used: list[Any] = []
     attach = lookahead.attach
 
     def watched(node: Any, ahead: Any) -> None:
@@ -161,7 +161,7 @@ def test_what_is_guessed_is_the_context_s_next_token() -> None:
     context = 'He paid 1,200 pounds for the "unbelievable" Wednesday market, said Émile.'
     vocabulary = span_vocabulary(ENCODER)
     grammar = SpanGrammar(vocabulary, context)
-    state, ids = grammar.start, []
+    state, ids = grammar.start, list[int]()
     first = context.index("Wed")  # no other token of the context begins so
     while True:
         found = grammar.successors(state)

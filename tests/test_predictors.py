@@ -1,5 +1,6 @@
 """An extractive encoder that answers, and the flags of those who are not a local chat model."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,17 @@ def search(model: Any, tokenizer: Any, record: dict[str, Any]) -> tuple[str, flo
     return text, score, starts[0] + ends[0]
 
 
+def scorer(score: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Make a model that gives a token, as the first and as the last one of a span, one score."""
+
+    def forward(input_ids: torch.Tensor, **_: Any) -> Any:
+        logits = score(input_ids).expand(input_ids.shape)
+        return type("Output", (), {"start_logits": logits, "end_logits": logits})
+
+    forward.device, forward.config = torch.device("cpu"), BertConfig()  # type: ignore[attr-defined]
+    return forward
+
+
 def test_encoder_finds_the_best_span(reader: Path) -> None:
     encoder, model, tokenizer = load(reader, window=500, na_prob_thresh=1.0, batch_size=3)
     predictions = encoder.answer([RECORDS[:2], RECORDS[2:]])
@@ -121,8 +133,9 @@ def test_encoder_finds_the_best_span(reader: Path) -> None:
 
 
 def test_encoder_abstains_above_its_threshold(reader: Path) -> None:
-    chances = {p.record["id"]: p.reply.na_prob for p in load(reader)[0].answer([RECORDS])}
-    middle = sorted(chances.values())[len(chances) // 2]
+    found = load(reader)[0].answer([RECORDS])
+    chances = {p.record["id"]: p.reply.na_prob for p in found if p.reply.na_prob is not None}
+    middle = sorted(chances.values())[len(RECORDS) // 2]
     for prediction in load(reader, na_prob_thresh=middle)[0].answer([RECORDS]):
         abstained = prediction.reply.completion == format_answer("?")
         assert abstained == (chances[prediction.record["id"]] > middle)
@@ -130,21 +143,11 @@ def test_encoder_abstains_above_its_threshold(reader: Path) -> None:
 
 def test_encoder_reads_contexts_longer_than_its_window(reader: Path) -> None:
     """The end of the context, of which no other window has a thing, decides."""
-    encoder, model, tokenizer = load(reader, window=48, stride=8, na_prob_thresh=1.0)
-    width = int(model.config.hidden_size)
+    _, _, tokenizer = load(reader)
     wanted = tokenizer.convert_tokens_to_ids("zebra")
     assert wanted == tokenizer.unk_token_id
-
-    class Seeker(torch.nn.Module):
-        """Scores the unknown word highest."""
-
-        device = torch.device("cpu")
-
-        def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
-            logits = (input_ids == wanted).float() * width
-            return type("Output", (), {"start_logits": logits, "end_logits": logits})
-
-    encoder._model = Seeker()  # type: ignore[assignment]
+    model = scorer(lambda ids: (ids == wanted).float())
+    encoder = ExtractiveModel(model, tokenizer, 1.0, window=48, stride=8)
     record = RECORDS[0] | {"context": RECORDS[0]["context"] * 3 + " zebra"}
     record["question"] = "met"
     reply = encoder.answer([[record]])[0].reply
@@ -180,10 +183,16 @@ def test_encoder_is_held_in_float32_unasked(reader: Path, monkeypatch: pytest.Mo
 
 
 def test_encoder_gives_no_empty_span_and_no_question_mark(reader: Path) -> None:
-    encoder = load(reader)[0]
-    high = torch.tensor([9.0, 9.0, 8.0, 1.0, 7.0, 0.0])
-    assert encoder._best_span(high, high, ["", "", "?", "a", "", "b"]) == (2, 3, 9.0)
-    assert encoder._best_span(high[:3], high[:3], ["", "", "?"]) is None
+    """Whatever their scores: here special tokens and the question have the highest, then "?"."""
+    _, _, tokenizer = load(reader)
+    mark = tokenizer.convert_tokens_to_ids("?")
+    model = scorer(lambda ids: 9 - 4.0 * (torch.arange(ids.shape[1]) > 3) - (ids != mark) * 1.0)
+    encoder = ExtractiveModel(model, tokenizer, 1.0)
+    for context, best in (("? Ada", "? Ada"), ("?", None)):
+        record = {"id": "1", "question": "met", "context": context}
+        reply = encoder.answer([[record]])[0].reply
+        assert (reply.best.text if reply.best else None) == best
+        assert reply.completion == format_answer(best or "?")
 
 
 def test_encoder_through_the_command_line(reader: Path, dataset: str, tmp_path: Path) -> None:

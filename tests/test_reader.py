@@ -39,6 +39,7 @@ def test_readings_are_those_of_evaluation(reader: Any, folder: str) -> None:
     by_id = {p.record["id"]: p.reply for p in expected}
     for record, reading in zip(RECORDS, readings, strict=True):
         reply = by_id[record["id"]]
+        assert reply.best
         assert reading.answer == reply.best.text
         assert record["context"][reading.start : reading.end] == reading.answer
         assert reading.na_prob == pytest.approx(reply.na_prob, abs=1e-5)

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from helpers import make_records
 
@@ -385,7 +386,11 @@ def test_a_server_that_is_not_there_ends_the_run(
 
 def test_a_timeout_says_which_flags_help(server: Server) -> None:
     release = threading.Event()
-    server.respond = lambda *_: release.wait(20) and None
+
+    def respond(*_: Any) -> None:
+        release.wait(20)
+
+    server.respond = respond
     with pytest.raises(ValueError, match=r"timed out.*--timeout waits longer, a smaller --conc"):
         ask(server, timeout=0.05, concurrency=2)
     release.set()
@@ -479,7 +484,16 @@ def test_the_server_alone_is_asked(
 def test_no_variable_leads_to_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    assert str(ServerModel("m")._client._openai.base_url) == "https://api.openai.com/v1/"
+    asked = []
+
+    def send(self: httpx.Client, request: httpx.Request, **_: Any) -> httpx.Response:
+        asked.append(str(request.url))
+        return httpx.Response(401, json={"error": {"message": "no such key"}}, request=request)
+
+    monkeypatch.setattr(httpx.Client, "send", send)
+    with pytest.raises(ValueError, match="no such key"):
+        ServerModel("m").answer([RECORDS[:1]])
+    assert {*asked} == {"https://api.openai.com/v1/chat/completions"}
 
 
 def test_a_key_with_a_line_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,11 +87,14 @@ def test_a_long_context_is_read_in_windows(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(max(map(len, paragraph.prompts)) <= 512 - 8 for paragraph in asked)
     best = found[2].reply.best
     assert not found[2].failure
+    assert best
     assert LONG[best.start : best.start + len(best.text)] == best.text
     monkeypatch.undo()
     separate = [generators[0].reply([window])[0][0] for window in windows]
-    odds = [r.no_answer_score - r.best.score for r in separate]
-    assert best.text == separate[odds.index(min(odds))].best.text
+    chances = [r.na_prob for r in separate]
+    surest = separate[chances.index(min(chances))].best
+    assert surest
+    assert best.text == surest.text
     alone = local(n_best=3, max_new_tokens=8, na_prob_thresh=1.0).answer([short])
     assert [p.reply.best.text for p in alone] == [p.reply.best.text for p in found[:2]]
 
