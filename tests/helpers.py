@@ -33,7 +33,7 @@ from llama_squad.arguments import CreateArguments
 from llama_squad.collator import SquadDataCollator
 from llama_squad.data import write_dataset
 from llama_squad.encoding import ChatEncoder
-from llama_squad.prompts import build_messages
+from llama_squad.prompts import Record, build_messages
 from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.examples import encode_split
 from llama_squad.training.trainer import SquadTrainer, answer_loss
@@ -395,7 +395,7 @@ def _norm(module: Any, one_plus: bool, x: torch.Tensor) -> torch.Tensor:
 
 
 def encode_paragraphs(
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
     prompt: str = "single_turn",
     reasoning_tokens: int = 0,
 ) -> list[list[dict[str, list[int]]]]:
@@ -458,7 +458,7 @@ def difference(
 
 
 def dataset_folder(
-    folder: Path, records: Sequence[dict], val: Sequence[dict] = (), **create: Any
+    folder: Path, records: Sequence[Record], val: Sequence[Record] = (), **create: Any
 ) -> str:
     """Write a dataset as ``create_squad_dataset.py`` does."""
     splits = {"train": list(records)} | ({"val": list(val)} if val else {})
@@ -475,7 +475,9 @@ def model_folder(folder: Path, architecture: str = "llama", **config: Any) -> st
     return name
 
 
-def training_flags(folder: Path, *flags: str, val: Sequence[dict] = (), **model: Any) -> list[str]:
+def training_flags(
+    folder: Path, *flags: str, val: Sequence[Record] = (), **model: Any
+) -> list[str]:
     """Make a model and a dataset of 15 questions; return the flags of a run on them, and others."""
     data = dataset_folder(folder, make_records(6, [2, 3]), val)
     return [
@@ -484,7 +486,7 @@ def training_flags(folder: Path, *flags: str, val: Sequence[dict] = (), **model:
     ]  # fmt: skip
 
 
-def encoded_dataset(records: Sequence[dict], max_length: int | None = 4096) -> Any:
+def encoded_dataset(records: Sequence[Record], max_length: int | None = 4096) -> Any:
     """Encode records as the training stage does."""
     from datasets import Dataset
 

@@ -366,6 +366,14 @@ def test_any_file_can_be_thresholded_anew(run: Any) -> None:
     assert len({f["NoAns_exact"] for f in figures}) > 1
 
 
+def with_best(prediction: Prediction, text: str, gap: float) -> Prediction:
+    """Return a prediction whose best span is another, which is likelier by ``gap`` nats."""
+    reply = prediction.reply
+    assert reply.best
+    span = Span(text, reply.best.score + gap)
+    return replace(prediction, reply=replace(reply, best=span, proven_best=True))
+
+
 @pytest.mark.parametrize(("gap", "counted"), [(0.0, "2 (100.0 %)"), (1.0, "0 (0.0 %)")])
 def test_audit_from_the_command_line(
     folder: Any,
@@ -383,13 +391,8 @@ def test_audit_from_the_command_line(
 
     def scripted(self: Any, batch: Any) -> Any:
         predictions = answer(self, batch)
-        if beams[self] == 2:
-            return predictions
-        spans = [Span("other", prediction.reply.best.score + gap) for prediction in predictions]
-        return [
-            replace(prediction, reply=replace(prediction.reply, best=span, proven_best=True))
-            for prediction, span in zip(predictions, spans, strict=True)
-        ]
+        wide = beams[self] != 2
+        return [with_best(p, "other", gap) if wide else p for p in predictions]
 
     monkeypatch.setattr(LocalModel, "__init__", made)
     monkeypatch.setattr(LocalModel, "answer", scripted)
@@ -410,11 +413,7 @@ def test_audit_of_a_search_that_is_wide_and_of_one_that_misses() -> None:
 
     class Misses(LocalModel):
         def answer(self, batch: Any) -> Any:
-            found = super().answer(batch)
-            return [
-                replace(item, reply=replace(item.reply, best=Span("?!", item.reply.best.score - 1)))
-                for item in found
-            ]  # fmt: skip
+            return [with_best(prediction, "?!", -1.0) for prediction in super().answer(batch)]
 
     wide = LocalModel(tiny_model(), encoder, num_beams=1000)
     assert audit(wide, wide, records, 2) == Audit(3, 3, 0, LEAST_NOISE)

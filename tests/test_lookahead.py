@@ -165,22 +165,23 @@ def test_what_is_guessed_is_the_context_s_next_token() -> None:
     first = context.index("Wed")  # no other token of the context begins so
     while True:
         found = grammar.successors(state)
-        assert found.ids is not None
+        following = found.ids
+        assert following is not None
         if not ids or not vocabulary.to_bytes(ids)[len(vocabulary.lead_text) :]:
             # the lead, and then the one start that is looked at
             wanted = vocabulary.lead_text + context[first:].encode()
             spelled = vocabulary.to_bytes(ids)
             index = max(
-                (i for i, token in enumerate(found.ids)
+                (i for i, token in enumerate(following)
                  if not isinstance(found.targets[i], int)
                  and wanted.startswith(spelled + vocabulary.to_bytes([token]))),
-                key=lambda i: len(vocabulary.to_bytes([found.ids[i]])),
+                key=lambda i: len(vocabulary.to_bytes([following[i]])),
             )  # fmt: skip
         elif found.guess is None:
             break
         else:
             index = found.guess
-        ids.append(found.ids[index])
+        ids.append(following[index])
         state = tuple(found.targets[index])
     said = vocabulary.to_bytes(ids)[len(vocabulary.lead_text) :].decode()
     assert len(said) > 20
