@@ -13,9 +13,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when its library is imported; without
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Work in an empty folder, with no token for the Hub."""
+    """Train in an empty folder, with no token for the Hub; validation's replies are short."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setattr("llama_squad.training.setup.VALIDATION_TOKENS", 8)
 
 
 @pytest.fixture(scope="session")

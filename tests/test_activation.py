@@ -1,6 +1,7 @@
 """Adapters that act from the question or the reply on: exact in training, decoding and chat."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -307,16 +308,27 @@ def test_the_demo(tmp_path: Path) -> None:
 # The stages ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], str]:
-    """Train an adapter that acts from the question on; return the flags and its folder."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """Train an adapter that acts from the question on, once; return the flags and the folder."""
+    folder = tmp_path_factory.mktemp("made")
     flags = training_flags(
-        tmp_path, "--no_quantize", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2",
+        folder, "--no_quantize", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2",
         "--learning_rate", "2e-2", "--lora_r", "4", "--lora_dropout", "0.1",
         "--alora_from", "question", val=RECORDS[:3],
     )  # fmt: skip
-    train_llama_squad.main(flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("llama_squad.training.setup.VALIDATION_TOKENS", 8)
+        train_llama_squad.main(flags)
+    return flags, folder
+
+
+@pytest.fixture
+def trained(made: tuple[list[str], Path], tmp_path: Path, offline: None) -> tuple[list[str], str]:
+    """Work in a copy of it; return the flags and the adapter's folder."""
+    flags, folder = made
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     return flags, str(tmp_path / "results" / "final_checkpoints")
 
 

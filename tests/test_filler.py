@@ -169,8 +169,7 @@ def test_the_demo(reasoning_tokens: int) -> None:
     assert said == expected
 
 
-def test_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_stage(tmp_path: Path, offline: None) -> None:
     flags = training_flags(
         tmp_path, "--no_quantize", "--max_steps", "2", "--eval_steps", "2", "--lora_r", "4",
         "--filler", "2", val=RECORDS[:3],

@@ -192,6 +192,10 @@ VALIDATED = {
 """What an evaluation during training tells → the column of the table, as a share."""
 
 
+VALIDATION_TOKENS = 128
+"""Length limit of a reply to a validation question."""
+
+
 def make_validation(
     sft_args: Any, dataset: Any, dataset_name: str, encoder: ChatEncoder
 ) -> Callable[[Any], dict[str, float]] | None:
@@ -216,7 +220,9 @@ def make_validation(
         except ValueError as error:
             print(f"No answers to the validation questions, only their loss: {error}.")
             return {}
-        local = LocalModel(model, encoder, decoding="free", max_new_tokens=128, **prompts)
+        local = LocalModel(
+            model, encoder, decoding="free", max_new_tokens=VALIDATION_TOKENS, **prompts
+        )
         outcomes = Counter[Outcome]()
         for batch in tqdm(batches, desc="Validating", leave=False, unit=" batches"):
             outcomes.update(
