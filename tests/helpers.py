@@ -420,9 +420,10 @@ def flatten(paragraphs: Sequence[Sequence[Any]]) -> list[Any]:
     return [example for paragraph in paragraphs for example in paragraph]
 
 
-def outcome(
-    model: Any, batches: Sequence[Mapping[str, torch.Tensor]]
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+Outcome = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+def outcome(model: Any, batches: Sequence[Mapping[str, torch.Tensor]]) -> Outcome:
     """Return the logits of the supervised positions, the mean loss, and its gradients by name."""
     count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     model.zero_grad(set_to_none=True)
@@ -443,17 +444,21 @@ def difference(
     shared: Sequence[Mapping[str, torch.Tensor]],
     separate: Sequence[Mapping[str, torch.Tensor]],
 ) -> dict[str, float]:
-    """Return how far shared batches are from separate ones, relative to the largest figure."""
-    first, second = outcome(model, shared), outcome(model, separate)
+    """Return how far shared batches are from separate ones; see ``gaps``."""
+    return gaps(outcome(model, shared), outcome(model, separate))
+
+
+def gaps(first: Outcome, second: Outcome) -> dict[str, float]:
+    """Return how far an outcome is from another, relative to the largest figure."""
     assert first[2].keys() == second[2].keys()
     assert first[2], "nothing is trained"
     largest = max(float(gradient.abs().max()) for gradient in second[2].values())
     assert largest > 0
-    gaps = [float((first[2][name] - second[2][name]).abs().max()) for name in second[2]]
+    moved = [float((first[2][name] - second[2][name]).abs().max()) for name in second[2]]
     return {
         "logits": float((first[0] - second[0]).abs().max() / second[0].abs().max()),
         "loss": float(abs(first[1] - second[1]) / second[1]),
-        "gradients": max(gaps) / largest,
+        "gradients": max(moved) / largest,
     }
 
 

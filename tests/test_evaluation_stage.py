@@ -38,6 +38,8 @@ from llama_squad.results import ResultsFile
 from llama_squad.rows import rethreshold
 from llama_squad.summary import summarize
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 PYTHON = sys.executable
 
 

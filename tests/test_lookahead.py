@@ -73,6 +73,7 @@ def assert_same(replies: Sequence[Sequence[Reply]], others: Sequence[Sequence[Re
         assert reply.no_answer_score == pytest.approx(other.no_answer_score, abs=1e-4)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 1}, {"num_beams": 10}, {"n_best": 4}], ids=str
 )

@@ -15,6 +15,8 @@ from llama_squad.arguments import ModelArguments
 from llama_squad.predictors.base import group_paragraphs
 from llama_squad.predictors.local import LocalModel
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 RECORDS = make_records(3, [2], seed=11)
 
 

@@ -65,6 +65,7 @@ def test_the_window_that_is_surest_of_an_answer_gives_it() -> None:
     assert merge_windows([(0, nothing), (9, nothing)]).best is None
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_long_context_is_read_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"id": "1", "context": LONG, "question": "Which?", "answers": {"text": []}}
     short = make_records(1, [2])
