@@ -352,7 +352,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
     "mistral": {"sliding_window": None},
     "gemma": {"head_dim": 8},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 2048, "num_hidden_layers": 6},
+    "gemma3_text": {
+        "head_dim": 8,
+        "sliding_window": 2048,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "phi": {},
     "phi3": {"pad_token_id": 0},
 }

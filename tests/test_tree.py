@@ -261,8 +261,7 @@ def test_a_window_of_zero_is_none(window: int | None) -> None:
 
 
 def test_masks_of_a_window_follow_positions() -> None:
-    model = tree_model("gemma3_text", num_hidden_layers=2,
-                       layer_types=["sliding_attention", "full_attention"], sliding_window=2)  # fmt: skip
+    model = tree_model("gemma3_text", sliding_window=2)
     visible = torch.tensor([[[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]]]).bool()
     positions = torch.tensor([[0, 1, 2, 2]])
     masks = make_masks(model, visible, positions, positions)
