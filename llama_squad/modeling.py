@@ -158,13 +158,14 @@ def say_device() -> None:
 def resolve_dtype(name: str) -> torch.dtype:
     """Return the torch type; "auto" is bfloat16 on CUDA and on a CPU that multiplies in it."""
     if name == "auto":
-        able = (
-            torch.cuda.is_available()
-            or torch.cpu._is_avx512_bf16_supported()
-            or torch.cpu._is_amx_tile_supported()
-        )
+        able = torch.cuda.is_available() or cpu_multiplies_bfloat16()
         return torch.bfloat16 if able else torch.float32
     return getattr(torch, name)
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Return whether the CPU has instructions for it (AVX512-BF16, AMX); others crawl."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def load_model(
