@@ -436,12 +436,14 @@ def test_n_best_widens_nothing_before_the_answer_is_found(
         return forward(self, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", watched)
-    Generator(model, encoder).reply([paragraph])
-    alone = passes[:]
-    passes.clear()
-    Generator(model, encoder, n_best=5).reply([paragraph])
-    assert len(passes) > len(alone) > 1
-    assert passes[: len(alone)] == alone
+    for beams in (1, 3):
+        passes.clear()
+        Generator(model, encoder, num_beams=beams).reply([paragraph])
+        alone = passes[:]
+        passes.clear()
+        Generator(model, encoder, num_beams=beams, n_best=5).reply([paragraph])
+        assert len(passes) > len(alone) > 1
+        assert passes[: len(alone)] == alone
 
 
 def test_n_best_spans_are_distinct_and_in_order(model: Any, encoder: ChatEncoder) -> None:

@@ -98,6 +98,7 @@ def test_no_module_imports_one_that_imports_it() -> None:
     assert order.index("llama_squad.answers") < order.index("llama_squad.evaluation")
 
 
+@pytest.mark.slow
 def test_rooms_that_load_neither_trl_nor_datasets() -> None:
     code = "import sys"
     for room in ("decoding", "predictors"):
