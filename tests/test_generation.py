@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import unicodedata
+from collections.abc import Sequence
 from typing import Any, Never
 
 import pytest
@@ -127,7 +128,7 @@ def test_free_replies_lose_their_end_of_turn(
 class Scripted(FreeSpeech):
     """Says what it is told to, token by token."""
 
-    script: list[int] = []
+    script: Sequence[int] = ()
 
     def successors(self, state: Any) -> Successors:
         return Successors([self.script[len(state)]], [None])
