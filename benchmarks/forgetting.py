@@ -21,37 +21,31 @@ and adapters may come in later. Options of test_llama_squad.py come after "--".
 import argparse
 import dataclasses
 import json
-import math
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from forgetting_figures import Figures, compare_chat, compare_rows, compare_windows
+
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from llama_squad.answers import Answer
 from llama_squad.arguments import ModelArguments
-from llama_squad.chat_check import ChatReply, chat, summarize_chat
+from llama_squad.chat_check import ChatReply, chat
 from llama_squad.config import load_run_config, provenance, write_json
 from llama_squad.encoding import ChatEncoder
-from llama_squad.harness import Run, paired_errors
-from llama_squad.metrics import score_answer
 from llama_squad.plots import plot_forgetting
 from llama_squad.result_reader import read_results
-from llama_squad.rows import Row, row_answer
-from llama_squad.summary import summarize
+from llama_squad.rows import Row
 from llama_squad.weights import weights_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "base"
-TASKS = ("local_arc_easy", "local_hellaswag", "local_piqa", "local_lambada")
+TASKS = ["local_arc_easy", "local_hellaswag", "local_piqa", "local_lambada"]
 WINDOW = 512
 """Tokens of WikiText that are read at once; each window's first one is not predicted."""
-
-Figures = dict[str, Any]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -151,12 +145,10 @@ class Study:
     def _parts(self, name: str, adapter: str | None) -> Iterable[tuple[str, Figures]]:
         yield "task", compare_rows(*(self._answers(each) for each in (BASE, name)))
         model: list[Any] = []  # loaded when it is needed, once
-        replies, windows = (
-            [part(each, model if each == name else []) for each in (BASE, name)]
-            for part in (self._chat, self._wikitext)
-        )
-        yield "chat", compare_chat(*replies)
-        yield "wikitext", compare_windows(*windows)
+        base = model if name == BASE else []
+        yield "chat", compare_chat(self._chat(BASE, base), self._chat(name, model))
+        windows = self._wikitext(BASE, base), self._wikitext(name, model)
+        yield "wikitext", compare_windows(*windows, WINDOW - 1)
         if self._args.eval_python and adapter:
             yield "benchmarks", self._benchmarks(name, adapter)
 
@@ -299,93 +291,6 @@ def trained_with(adapter: str) -> Figures:
     names = ("learning_rate", "max_steps", "per_device_train_batch_size", "lora_r", "alora_from",
              "loss_on", "chat_share", "chat_kl")  # fmt: skip
     return {name: told[name] for name in names if name in told}
-
-
-# Comparing -----------------------------------------------------------------------------------
-
-
-def paired(before: Sequence[float], after: Sequence[float]) -> Figures:
-    """Return the mean difference of paired figures, with its standard error."""
-    differences = [b - a for a, b in zip(before, after, strict=True)]
-    spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
-    return {
-        "difference": statistics.fmean(differences),
-        "standard_error": spread / math.sqrt(len(differences)),
-    }
-
-
-def compare_rows(base: Sequence[Row], tuned: Sequence[Row]) -> Figures:
-    """Return the figures of the task in %, and their differences to the base."""
-    rows = [{row["id"]: row for row in side} for side in (base, tuned)]
-    if rows[0].keys() != rows[1].keys():
-        raise ValueError("base and adapter have not answered the same questions")
-    wanted = ("% Valid JSON", "% Exact Match", "exact", "f1", "HasAns_f1", "NoAns_f1")
-    summary = summarize(tuned)
-    scores = [
-        [_scores(row_answer(side[id_]), side[id_]) for id_ in rows[0]] for side in rows
-    ]  # of each side and question: strict, exact, F1
-    columns = [zip(*side, strict=True) for side in scores]
-    names = ("% Exact Match", "exact", "f1")
-    return {
-        "questions": len(tuned),
-        **{name: summary[name] for name in wanted if name in summary},
-        "paired": {n: paired(b, t) for n, b, t in zip(names, *columns, strict=True)},
-    }
-
-
-def _scores(answer: Answer, row: Row) -> tuple[float, float, float]:
-    exact, f1 = score_answer(answer.official, row["answers"])
-    return 100.0 * row["Exact match"], 100.0 * exact, 100.0 * f1
-
-
-def compare_chat(base: Sequence[ChatReply], tuned: Sequence[ChatReply]) -> Figures:
-    """Return the figures of the replies, the share of the base's prose that is kept, differences.
-
-    ``prose_kept`` is in % of the base's share, its standard error by the delta method;
-    None where the base gives no prose.
-    """
-    prose = [[100.0 * (reply.kind == "prose") for reply in side] for side in (base, tuned)]
-    means = [statistics.fmean(side) for side in prose]
-    kept = None
-    if means[0]:
-        share = means[1] / means[0]
-        error = paired([share * value for value in prose[0]], prose[1])["standard_error"] / means[0]
-        kept = {"share": 100.0 * share, "standard_error": 100.0 * error}
-    both = [
-        (math.log(b.perplexity), math.log(t.perplexity))
-        for b, t in zip(base, tuned, strict=True)
-        if b.perplexity and t.perplexity
-    ]
-    return {
-        **summarize_chat(tuned),
-        "prose_kept": kept,
-        "paired": {
-            "prose": paired(*prose),
-            **{
-                name: paired(*([getattr(reply, name) for reply in side] for side in (base, tuned)))
-                for name in ("words", "repetition")
-            },
-            **({"log_perplexity": paired(*zip(*both, strict=True))} if both else {}),
-        },
-    }
-
-
-def compare_windows(base: Sequence[float], tuned: Sequence[float]) -> Figures:
-    """Return the perplexity of WikiText, and its difference to the base's."""
-    runs = []
-    for side in (base, tuned):
-        tokens = float(WINDOW - 1)  # that are predicted in each window
-        values = {("t", str(n), ""): (value, tokens) for n, value in enumerate(side)}
-        perplexity = math.exp(-sum(side) / (tokens * len(side)))
-        runs.append(Run({"t": {"p,": perplexity}}, {}, {("t", "p,"): values}))
-    before, after = (run.results["t"]["p,"] for run in runs)
-    return {
-        "perplexity": after,
-        "paired": {
-            "difference": after - before,
-            "standard_error": paired_errors(*runs).get(("t", "p,"), 0.0),
-        },
-    }
 
 
 if __name__ == "__main__":

@@ -189,7 +189,8 @@ def _label_points(panel: Any, points: Mapping[str, tuple[float, float]]) -> None
     figure = panel.figure
     figure.draw_without_rendering()  # which settles the layout, and so where points are
     spots = [panel.transData.transform(point) for point in points.values()]
-    room, taken = panel.get_window_extent(), []
+    room = panel.get_window_extent()
+    taken: list[Any] = []
     around = [
         (distance * math.cos(turn * math.pi / 6), distance * math.sin(turn * math.pi / 6))
         for distance in range(14, 160, 12)

@@ -12,6 +12,7 @@ import forgetting
 import peft
 import pytest
 import torch
+from forgetting_figures import compare_chat
 from helpers import dataset_folder, make_records, model_folder, tiny_model
 
 from llama_squad import chat_check
@@ -118,8 +119,9 @@ def test_the_study(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )  # fmt: skip
     loads: list[str] = []
     both = ["--adapter", f"plain={plain}", "--adapter", f"acts from the question={acting}"]
+    both += ["--eval_python", "a python"]
     models = study(*both, "--plot", "pictures/p.svg")["models"]
-    assert set(loads) == {"acts from the question"} and len(study.calls) == 4
+    assert set(loads) == {"acts from the question"} and len(study.calls) == 5
     assert models["plain"] == tuned
     assert "acts from the question" in Path("pictures/p.svg").read_text()
     # an activated adapter takes no part in chat and given texts; a plain one does
@@ -188,7 +190,7 @@ def test_given_results_must_answer_the_same(study: Any, tmp_path: Path) -> None:
 
 
 def test_paired_errors_of_chat() -> None:
-    found = forgetting.compare_chat([PROSE, PROSE, PROSE, LOST], [PROSE, LOST, LOST, LOST])
+    found = compare_chat([PROSE, PROSE, PROSE, LOST], [PROSE, LOST, LOST, LOST])
     # differences 0, -100, -100, 0
     assert found["paired"]["prose"] == {
         "difference": -50.0, "standard_error": pytest.approx(100 * math.sqrt(1 / 3) / 2),
@@ -198,8 +200,8 @@ def test_paired_errors_of_chat() -> None:
     spread = statistics.stdev([200 / 3, -100 / 3, -100 / 3, 0]) / 2 / 0.75
     assert found["prose_kept"]["standard_error"] == pytest.approx(spread)
     assert found["paired"]["log_perplexity"]["difference"] == 0.0
-    assert forgetting.compare_chat([LOST, LOST], [PROSE, LOST])["prose_kept"] is None
-    same = forgetting.compare_chat([PROSE, LOST], [PROSE, LOST])
+    assert compare_chat([LOST, LOST], [PROSE, LOST])["prose_kept"] is None
+    same = compare_chat([PROSE, LOST], [PROSE, LOST])
     assert same["prose_kept"] == {"share": 100.0, "standard_error": 0.0}
 
 
