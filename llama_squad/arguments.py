@@ -197,7 +197,7 @@ class TrainerArguments:
     )
     bf16: bool = _option(
         None,  # resolved by SquadSFTConfig, so that one given is told apart
-        "Compute in bfloat16 (default: on GPUs that can; a CPU without AMX or AVX512-BF16 crawls).",
+        "Compute in bfloat16 (default: on GPUs, and CPUs with AMX or AVX512-BF16; others crawl).",
     )
     max_length: int | None = _option(
         4096,

@@ -158,11 +158,13 @@ def say_device() -> None:
 def resolve_dtype(name: str) -> torch.dtype:
     """Return the torch type; "auto" is bfloat16 on CUDA and on a CPU that multiplies in it."""
     if name == "auto":
-        able = (
-            _on_gpu() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        )
-        return torch.bfloat16 if able else torch.float32
+        return torch.bfloat16 if _on_gpu() or cpu_multiplies_bfloat16() else torch.float32
     return getattr(torch, name)
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Return whether the CPU has instructions for it (AVX512-BF16, AMX); others crawl."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def load_model(
