@@ -221,7 +221,12 @@ def make_validation(
             print(f"No answers to the validation questions, only their loss: {error}.")
             return {}
         local = LocalModel(
-            model, encoder, decoding="free", max_new_tokens=VALIDATION_TOKENS, **prompts
+            model,
+            encoder,
+            decoding="free",
+            max_new_tokens=VALIDATION_TOKENS,
+            stop_after_answer=True,
+            **prompts,
         )
         outcomes = Counter[Outcome]()
         for batch in tqdm(batches, desc="Validating", leave=False, unit=" batches"):
