@@ -2,9 +2,9 @@
 
 Run by eval.sh, with a Python that has lm_eval. The lm-evaluation-harness scores texts that are
 given (``harness``); then both models speak, in reply to plain prompts (``chat_check``). Reads the
-tuned model; writes the harness's own files, the replies and comparison.md to --output_path. What
-the base did is kept, and taken again for the next tuned model. Both are asked the same, so the
-standard error of their difference is the paired one.
+tuned model; writes the harness's own files, the replies, comparison.md and the benchmarks' figures
+as comparison.json to --output_path. What the base did is kept, and taken again for the next tuned
+model. Both are asked the same, so the standard error of their difference is the paired one.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from llama_squad.arguments import ModelArguments
 from llama_squad.config import write_json
-from llama_squad.harness import load_run, paired_errors, run_harness, stay_offline
+from llama_squad.harness import compare, load_run, paired_errors, run_harness, stay_offline
 from llama_squad.report import render_comparison
 from llama_squad.sides import Side, Sides, base_key, digest_of, digests, find_sides, version
 from llama_squad.weights import acts_from
@@ -190,6 +190,7 @@ def compare_benchmarks(
         )  # fmt: skip
         folders = folders[0], folders[0]
     before, after = map(load_run, folders)
+    write_json(args.output_path / "comparison.json", compare(before, after))
     return render_comparison(before.results, after.results, paired_errors(before, after))
 
 

@@ -117,6 +117,29 @@ def _value(logged: Any) -> tuple[float, float] | None:
     return None
 
 
+def compare(base: Run, tuned: Run) -> dict[str, dict[str, Any]]:
+    """Return task → metric → both sides' figures, their difference and its paired standard error.
+
+    The error is None where ``paired_errors`` has none.
+    """
+    errors = paired_errors(base, tuned)
+    found: dict[str, dict[str, Any]] = {}
+    for task, metrics in base.results.items():
+        for key, before in metrics.items():
+            metric, _, kind = key.partition(",")
+            after = tuned.results.get(task, {}).get(key)
+            numbers = isinstance(before, int | float) and isinstance(after, int | float)
+            if not kind or metric.endswith("_stderr") or not numbers:
+                continue
+            found.setdefault(task, {})[metric if kind == "none" else key] = {
+                "base": before,
+                "tuned": after,
+                "difference": after - before,
+                "standard_error": errors.get((task, key)),
+            }
+    return found
+
+
 # Pairing -------------------------------------------------------------------------------------
 
 _FORMS: tuple[tuple[Callable[[float], float], Callable[[float], float]], ...] = (

@@ -23,7 +23,7 @@ from llama_squad.activation import activate, activation_of
 from llama_squad.arguments import ModelArguments
 from llama_squad.config import RUN_CONFIG
 from llama_squad.encoding import ChatEncoder
-from llama_squad.processes import this_process
+from llama_squad.processes import take_free_cores, this_process
 from llama_squad.weights import acts_from, base_of, find_file, one_line, whole_model
 
 _COMPUTE_4BIT = torch.bfloat16
@@ -150,19 +150,26 @@ def device() -> torch.device:
 
 
 def say_device() -> None:
-    """Say once, and from the first process only, where no GPU is found."""
-    if not torch.cuda.is_available() and this_process().is_main_process:
-        print("No CUDA device: running on the CPU.", file=sys.stderr)
+    """Where no GPU is found take the cores that are free, and say so from the first process."""
+    if torch.cuda.is_available():
+        return
+    default, threads = torch.get_num_threads(), take_free_cores()
+    busy = f", as other work keeps the rest of {default} cores busy" if threads < default else ""
+    if this_process().is_main_process:
+        count = f"{threads} thread{'s' * (threads > 1)}"
+        print(f"No CUDA device: running on the CPU, {count}{busy}.", file=sys.stderr)
 
 
 def resolve_dtype(name: str) -> torch.dtype:
     """Return the torch type; "auto" is bfloat16 on CUDA and on a CPU that multiplies in it."""
     if name == "auto":
-        able = (
-            _on_gpu() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        )
-        return torch.bfloat16 if able else torch.float32
+        return torch.bfloat16 if _on_gpu() or cpu_multiplies_bfloat16() else torch.float32
     return getattr(torch, name)
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Return whether the CPU has instructions for it (AVX512-BF16, AMX); others crawl."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def load_model(

@@ -1,6 +1,7 @@
-"""Plots of no-answer probabilities: thresholds, histogram, precision and recall, coverage."""
+"""Plots: of no-answer probabilities, and of what adapters have learned and forgotten."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,84 @@ def _plot_coverage(panel: Any, table: ScoreTable) -> None:
     panel.set(xlabel="questions given an answer (%)", ylabel="answers right (%)")
     panel.set(title="Coverage and accuracy", xlim=(0, 100), ylim=(0, 105))
     _legend(panel)
+
+
+def plot_forgetting(models: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    """Draw task gained against chat kept: a point per adapter, with its standard errors.
+
+    Args:
+        models: name → what benchmarks/forgetting.py says of it; "base" is the origin of the gains.
+        path: of the picture; its ending says the format, such as .svg.
+
+    Raises:
+        ValueError: matplotlib is not installed, or no adapter is measured.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
+    points = {
+        name: (
+            found["task"]["paired"]["% Exact Match"]["difference"],
+            found["chat"]["prose_kept"]["share"],
+            found["task"]["paired"]["% Exact Match"]["standard_error"],
+            found["chat"]["prose_kept"]["standard_error"],
+        )
+        for name, found in models.items()
+        if name != "base" and "task" in found and found.get("chat", {}).get("prose_kept")
+    }
+    if not points:
+        raise ValueError("no adapter is measured yet: there is nothing to draw")
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    panel = figure.subplots()
+    panel.axhline(100, color="0.8", zorder=0)
+    panel.axvline(0, color="0.8", zorder=0)
+    panel.plot(0, 100, "s", color="black")
+    for index, (gain, kept, gain_error, kept_error) in enumerate(points.values()):
+        panel.errorbar(
+            gain, kept, xerr=gain_error, yerr=kept_error, capsize=2, color=f"C{index}",
+            fmt="oD^v"[index // 10 % 4],  # there are ten colours
+        )  # fmt: skip
+    panel.set(
+        xlabel="exact match on dev, gained over the base (percentage points)",
+        ylabel="plain prompts answered in prose (% of the base's share)",
+        title="Task gained, chat kept",
+    )
+    panel.margins(0.12)
+    _label_points(panel, {"base": (0.0, 100.0)} | {n: p[:2] for n, p in points.items()})
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _label_points(panel: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write each name, the base's first, where it covers no point and no other name.
+
+    A line leads from it to its point. Of the places around a point, the nearest free one is taken.
+    """
+    from matplotlib.text import Text
+
+    figure = panel.figure
+    figure.draw_without_rendering()  # which settles the layout, and so where points are
+    spots = [panel.transData.transform(point) for point in points.values()]
+    room = panel.get_window_extent()
+    taken: list[Any] = []
+    around = [
+        (distance * math.cos(turn * math.pi / 6), distance * math.sin(turn * math.pi / 6))
+        for distance in range(14, 160, 12)
+        for turn in (1, 11, 5, 7, 2, 10, 4, 8, 3, 9, 0, 6)
+    ]
+    for index, (name, point) in enumerate(points.items()):
+        color = f"C{index - 1}" if index else "black"
+        label = panel.annotate(
+            name, point, fontsize=9, va="center", textcoords="offset points", xytext=(0, 0),
+            color=color, arrowprops={"arrowstyle": "-", "color": color, "shrinkA": 0, "lw": 0.6},
+        )  # fmt: skip
+        for x, y in around:
+            label.set(position=(x, y), horizontalalignment="left" if x > 0 else "right")
+            label.get_window_extent()  # moves it
+            box = Text.get_window_extent(label).padded(3)  # without the line to its point
+            free = not any(box.overlaps(other) for other in taken)
+            free = free and not any(box.contains(*spot) for spot in spots)
+            if free and room.contains(*box.min) and room.contains(*box.max):
+                break
+        taken.append(box)

@@ -119,6 +119,11 @@ def test_base_and_tuned_side_by_side(adapter: Path) -> None:
     ]
     assert done.stdout.splitlines()[-1] == "\\* of two independent samples: the true one is smaller"
     assert Path("results/lm_eval/comparison.md").read_text() == done.stdout
+    found = json.loads(Path("results/lm_eval/comparison.json").read_text())
+    assert found["t"]["acc"] == {
+        "base": 0.5, "tuned": 0.25, "difference": -0.25, "standard_error": 0.25
+    }  # fmt: skip
+    assert found["t"]["em,strict"]["standard_error"] is None and "alias" not in found["t"]
     base, tuned = calls()
     name = "meta-llama/Llama-2-7b-chat-hf"
     assert model_args(base) == {"pretrained": name, "tokenizer": name, "dtype": "float32"}

@@ -52,17 +52,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The flags that make each stage tiny."""
     folder = tmp_path_factory.mktemp("tiny")
     train = squad_file(folder / "train.json", make_records(9, [3, 2], seed=1))
-    test = squad_file(folder / "test.json", make_records(2, [3], seed=2))
+    for records in (make_records(2, [3], seed=2), make_records(16, [4], seed=2)):
+        squad_file(folder / f"test_{len(records)}.json", records)
     model = ["--model_name", model_folder(folder)]
     return {
-        "create_squad_dataset.py": ["--train_files", train, "--test_files", test],
+        "create_squad_dataset.py": ["--train_files", train, "--test_files"],  # see ``run``
+
         "train_llama_squad.py": [
-            *model, "--max_steps", "2", "--no_quantize", "--bf16", "False",
+            *model, "--max_steps", "3", "--no_quantize", "--bf16", "False",
             "--per_device_train_batch_size", "4", "--eval_samples", "4", "--eval_steps", "100",
             "--disable_tqdm", "True", "--report_to", "none",
         ],
         "test_llama_squad.py": [*model, "--max_new_tokens", "4", "--quantize", "False"],
         "summarize_results.py": [],
+        "benchmarks/disfl_qa.py": [],
+        "benchmarks/abstentions.py": [],
     }  # fmt: skip
 
 
@@ -85,7 +89,9 @@ def run_script(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> An
             except (SystemExit, Exception) as error:
                 self.wfile.write(f"{stage} {argv}: {error!r}".encode())
 
-    def run(name: str, **environment: str) -> list[list[str]]:
+    def run(name: str, questions: int = 6, **environment: str) -> list[list[str]]:
+        files = tiny["create_squad_dataset.py"]
+        files[3:] = [str(Path(files[1]).with_name(f"test_{questions}.json"))]
         with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
             shim = tmp_path / "bin" / "python"
             shim.parent.mkdir(exist_ok=True)
@@ -119,16 +125,43 @@ def run_script(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> An
     ],
 )  # fmt: skip
 def test_run(name: str, files: Any, trainings: Any, run_script: Any, tmp_path: Path) -> None:
-    calls = run_script(name)
+    questions = 64 if name == "smollm2_135m.sh" else 6
+    calls = run_script(name, questions, PROCESSES="1")
     assert sum(call[0] == "train_llama_squad.py" for call in calls) == trainings
     written = [path.relative_to(tmp_path / "results") for path in tmp_path.glob("results/*/*.csv")]
     assert sorted(map(str, written)) == sorted(files)
     for file in files:
         rows = (tmp_path / "results" / file).read_text().count('"2-')
-        assert rows >= 6, file  # each question's row begins with its id
+        assert rows == questions, file  # each question's row begins with its id
+
+
+@pytest.mark.slow
+def test_carry_over(run_script: Any, tmp_path: Path) -> None:
+    files = tmp_path / "data" / "carry_over"
+    files.mkdir(parents=True)
+    records = make_records(2, [3], seed=2)
+    said = {record["id"]: {"disfluent": f"Er, {record['question']}"} for record in records[1:]}
+    for name in ("new_wiki_v1.0", "reddit_v1.0", "xquad.en", "dev-v2.0"):
+        squad_file(files / f"{name}.json", records)
+    for part in ("dev", "test"):
+        (files / f"disfl_qa_{part}.json").write_text(json.dumps(said))
+    rows = [f"{record['id']}\tE\n" for record in records]
+    (files / "reason_gold_test.tsv").write_text("qid\treason\n" + "".join(rows))
+    calls = run_script("carry_over.sh", QUESTIONS="4")
+    tested = [call for call in calls if call[0] == "test_llama_squad.py"]
+    assert len(tested) == 6 and not any("--adapter_name" in str(call) for call in tested)
+    published = tmp_path / "results_published"
+    summaries = json.loads((published / "carry_over_base.json").read_text())
+    names = ["dev", "new_wiki", "reddit", "xquad_en", "plain", "disfluent"]
+    assert [summary["name"] for summary in summaries] == names
+    assert summaries[0]["n"] == 6  # whole paragraphs
+    assert json.loads((published / "abstentions_base.json").read_text())["E"]["n"] > 0
 
 
 def test_every_script_is_run() -> None:
     (cases,) = [mark.args[1] for mark in test_run.pytestmark if mark.name == "parametrize"]
     tested = {name for name, *_ in cases}
-    assert {path.name for path in (ROOT / "runs").glob("*.sh")} == tested | {"others.sh"}
+    assert {path.name for path in (ROOT / "runs").glob("*.sh")} == tested | {
+        "others.sh",
+        "carry_over.sh",
+    }

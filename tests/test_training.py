@@ -531,7 +531,11 @@ def test_one_type_to_compute_in(
     assert "--bf16 and --fp16 name two types" in capsys.readouterr().err
     assert parse("--bf16")[2].bf16
     assert parse("--fp16", "--bf16", "False")[2].fp16
-    assert parse()[2].bf16 is False  # on a CPU
+    for able in (True, False):
+        monkeypatch.setattr(
+            "llama_squad.training.arguments.cpu_multiplies_bfloat16", functools.partial(bool, able)
+        )
+        assert parse()[2].bf16 is able
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(SFTConfig, "__post_init__", lambda self: None)

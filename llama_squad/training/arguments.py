@@ -11,6 +11,7 @@ import torch
 from trl import SFTConfig
 
 from llama_squad.arguments import TrainerArguments
+from llama_squad.modeling import cpu_multiplies_bfloat16
 from llama_squad.training import preflight
 
 # Flags of TRL's own data preparation, whose part is taken by our encoder and collator. Setting one
@@ -58,7 +59,8 @@ class SquadSFTConfig(TrainerArguments, SFTConfig):  # type: ignore[misc]  # bf16
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 name two types to compute in: give one of them")
         if self.bf16 is None:
-            able = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            on_gpu = torch.cuda.is_available()
+            able = torch.cuda.is_bf16_supported() if on_gpu else cpu_multiplies_bfloat16()
             self.bf16 = able and not self.fp16
         if self.activation_checkpointing is None:  # the new name of the same
             self.activation_checkpointing = self.gradient_checkpointing

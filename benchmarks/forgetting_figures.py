@@ -1,0 +1,106 @@
+"""Figures of one adapter against its base, for forgetting.py: differences and their errors."""
+
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from llama_squad.chat_check import ChatReply, summarize_chat
+from llama_squad.harness import Run, paired_errors
+from llama_squad.metrics import score_answer
+from llama_squad.rows import Row, row_answer
+from llama_squad.summary import summarize
+
+Figures = dict[str, Any]
+
+
+def paired(before: Sequence[float], after: Sequence[float]) -> Figures:
+    """Return the mean difference of paired figures, with its standard error."""
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
+    return {
+        "difference": statistics.fmean(differences),
+        "standard_error": spread / math.sqrt(len(differences)),
+    }
+
+
+def compare_rows(base: Sequence[Row], tuned: Sequence[Row]) -> Figures:
+    """Return the figures of the task in %, and their differences to the base."""
+    rows = [{row["id"]: row for row in side} for side in (base, tuned)]
+    if rows[0].keys() != rows[1].keys():
+        raise ValueError("base and adapter have not answered the same questions")
+    wanted = ("% Valid JSON", "% Exact Match", "exact", "f1", "HasAns_f1", "NoAns_f1")
+    summary = summarize(tuned)
+    scores = [
+        [_scores(side[id_]) for id_ in rows[0]] for side in rows
+    ]  # of each side and question: strict, exact, F1
+    columns = [zip(*side, strict=True) for side in scores]
+    names = ("% Exact Match", "exact", "f1")
+    return {
+        "questions": len(tuned),
+        **{name: summary[name] for name in wanted if name in summary},
+        "paired": {n: paired(b, t) for n, b, t in zip(names, *columns, strict=True)},
+    }
+
+
+def _scores(row: Row) -> tuple[float, float, float]:
+    exact, f1 = score_answer(row_answer(row).official, row["answers"])
+    return 100.0 * row["Exact match"], 100.0 * exact, 100.0 * f1
+
+
+def compare_chat(base: Sequence[ChatReply], tuned: Sequence[ChatReply]) -> Figures:
+    """Return the figures of the replies, the share of the base's prose that is kept, differences.
+
+    ``prose_kept`` is in % of the base's share, its standard error by the delta method;
+    None where the base gives no prose.
+    """
+    prose = [[100.0 * (reply.kind == "prose") for reply in side] for side in (base, tuned)]
+    means = [statistics.fmean(side) for side in prose]
+    kept = None
+    if means[0]:
+        share = means[1] / means[0]
+        error = paired([share * value for value in prose[0]], prose[1])["standard_error"] / means[0]
+        kept = {"share": 100.0 * share, "standard_error": 100.0 * error}
+    both = [
+        (math.log(b.perplexity), math.log(t.perplexity))
+        for b, t in zip(base, tuned, strict=True)
+        if b.perplexity and t.perplexity
+    ]
+    return {
+        **summarize_chat(tuned),
+        "prose_kept": kept,
+        "paired": {
+            "prose": paired(*prose),
+            **{
+                name: paired(*([getattr(reply, name) for reply in side] for side in (base, tuned)))
+                for name in ("words", "repetition")
+            },
+            **({"log_perplexity": paired(*zip(*both, strict=True))} if both else {}),
+        },
+    }
+
+
+def compare_windows(base: Sequence[float], tuned: Sequence[float], tokens: int) -> Figures:
+    """Return the perplexity of a text, and its difference to the base's.
+
+    Args:
+        base: log-probabilities of its windows, in nats.
+        tuned: the same of the adapter.
+        tokens: that are predicted in each window.
+    """
+    runs = []
+    for side in (base, tuned):
+        values = {("t", str(n), ""): (value, float(tokens)) for n, value in enumerate(side)}
+        perplexity = math.exp(-sum(side) / (tokens * len(side)))
+        runs.append(Run({"t": {"p,": perplexity}}, {}, {("t", "p,"): values}))
+    before, after = (run.results["t"]["p,"] for run in runs)
+    return {
+        "perplexity": after,
+        "paired": {
+            "difference": after - before,
+            "standard_error": paired_errors(*runs).get(("t", "p,"), 0.0),
+        },
+    }

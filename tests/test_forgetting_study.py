@@ -1,0 +1,233 @@
+"""Task gained against chat kept: what is measured of some adapters, kept, compared and drawn."""
+
+import importlib
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import forgetting
+import peft
+import pytest
+import torch
+from forgetting_figures import compare_chat
+from helpers import dataset_folder, make_records, model_folder, tiny_model
+
+from llama_squad import chat_check
+from llama_squad.chat_check import ChatReply
+from llama_squad.config import write_json
+from llama_squad.plots import plot_forgetting
+from llama_squad.result_reader import read_results
+
+PROSE = ChatReply("p", "It is so and not otherwise.", "prose", 6, 0.0, 2.0)
+LOST = ChatReply("p", "", "empty", 0, 0.0, None)
+
+
+def adapter_folder(base: str, folder: Path, alora_from: str = "start") -> str:
+    """Save an adapter that changes what its base says."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(tiny_model(), config)
+    tuned.peft_config["default"].base_model_name_or_path = base
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=1.0)
+    tuned.save_pretrained(folder)
+    settings = {"alora_from": alora_from, "reasoning_tokens": 0, "chat_share": 0.1}
+    write_json(folder / "llama_squad.json", {"train": settings, "trainer": {"learning_rate": 1.0}})
+    return str(folder)
+
+
+def data_folder(folder: Path) -> str:
+    """Write the files of benchmarks that the study reads."""
+    folder.mkdir()
+    turns = [json.dumps({"turns": [f"Who met {name}?", "And?"]}) for name in ("Kalomir", "whom")]
+    (folder / "mt_bench_questions.jsonl").write_text("\n".join(turns))
+    (folder / "ifeval_prompts.jsonl").write_text('{"prompt": "Write a word."}\n{"prompt": "x"}')
+    pages = [json.dumps({"page": "The mill opened in 1912 . " * 200}) for _ in range(2)]
+    (folder / "wikitext2_test.jsonl").write_text("\n".join(pages))
+    return str(folder)
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Return what runs the study, with the stages in this process, and reads its figures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chat_check, "PROSE_WORDS", 2)  # which a tiny model may reach
+    base = model_folder(tmp_path)
+    flags = [
+        "--base", base, "--data", data_folder(tmp_path / "data"), "--output", "out.json",
+        "--dataset_name", dataset_folder(tmp_path, make_records(2, [2])), "--questions", "3",
+        "--prompts", "2", "1", "--reply_tokens", "6", "--batch_size", "2", "--limit", "4",
+        "--wikitext_tokens", "1024",
+    ]  # fmt: skip
+
+    run = forgetting.subprocess.run
+
+    def stage(command: list[str], **options: Any) -> Any:
+        if command[0] == "git":
+            return run(command, **options)
+        study.calls.append(command)
+        if command[0].endswith("eval.sh"):
+            assert options["env"]["PYTHON"] == "a python"
+            write_json(Path("results/forgetting/lm_eval/comparison.json"), {"t": {"acc": {}}})
+        else:
+            importlib.import_module("test_llama_squad").main([*command[2:], "--split", "train"])
+        return None
+
+    def study(*more: str) -> dict[str, Any]:
+        forgetting.main([*flags, *more, "--", "--max_new_tokens", "8"])
+        return json.loads(Path("out.json").read_text())
+
+    study.calls = []
+    monkeypatch.setattr(forgetting.subprocess, "run", stage)
+    return study
+
+
+def test_the_study(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All parts are measured once, adapters come in later, and the picture is drawn."""
+    base = str(tmp_path / "model")
+    plain = adapter_folder(base, tmp_path / "a" / "plain")
+    found = study("--adapter", f"plain={plain}", "--eval_python", "a python")
+    assert [Path(c[0 if c[0].endswith("eval.sh") else 1]).name for c in study.calls] == [
+        "test_llama_squad.py", "test_llama_squad.py", "eval.sh",
+    ]  # fmt: skip
+    models = found["models"]
+    assert models["base"].keys() == {"task", "chat", "wikitext"}
+    assert "paired" not in models["base"]["chat"]
+    tuned = models["plain"]
+    assert tuned["adapter"] == plain
+    assert tuned["trained_with"] == {
+        "learning_rate": 1.0, "alora_from": "start", "chat_share": 0.1,
+    }  # fmt: skip
+    assert tuned["task"]["questions"] == 4  # whole paragraphs
+    assert tuned["chat"]["prompts"] == 3
+    assert tuned["benchmarks"] == {"t": {"acc": {}}}
+    assert tuned["wikitext"]["paired"]["standard_error"] > 0
+    assert tuned["wikitext"]["perplexity"] == pytest.approx(
+        models["base"]["wikitext"]["perplexity"] + tuned["wikitext"]["paired"]["difference"]
+    )
+    assert "--adapter plain=" in found["command"]
+
+    # again, with another: what is there is not measured again
+    acting = adapter_folder(base, tmp_path / "a" / "question", "question")
+    monkeypatch.setattr(
+        forgetting.Study, "_load", lambda self, name, loaded, load=forgetting.Study._load: (
+            loads.append(name), load(self, name, loaded))[1],
+    )  # fmt: skip
+    loads: list[str] = []
+    both = ["--adapter", f"plain={plain}", "--adapter", f"acts from the question={acting}"]
+    both += ["--eval_python", "a python"]
+    models = study(*both, "--plot", "pictures/p.svg")["models"]
+    assert set(loads) == {"acts from the question"} and len(study.calls) == 5
+    assert models["plain"] == tuned
+    assert "acts from the question" in Path("pictures/p.svg").read_text()
+    # an activated adapter takes no part in chat and given texts; a plain one does
+    at_rest = models["acts from the question"]
+    assert at_rest["chat"]["paired"]["words"] == {"difference": 0.0, "standard_error": 0.0}
+    assert at_rest["wikitext"]["paired"] == {"difference": 0.0, "standard_error": 0.0}
+    replies = [
+        [r["text"] for r in json.loads(path.read_text())["replies"]]
+        for name in ("base", "acts from the question", "plain")
+        for path in [Path("results/forgetting") / name / "chat.json"]
+    ]
+    assert replies[0] == replies[1] != replies[2]
+    prompts = [r["prompt"] for r in json.loads(
+        Path("results/forgetting/base/chat.json").read_text())["replies"]]  # fmt: skip
+    assert prompts == ["Who met whom?", "Write a word.", "Who met Kalomir?"]
+
+
+def test_a_study_goes_on_where_it_stopped(
+    study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    made = forgetting.chat
+
+    def stopped(model: Any, encoder: Any, prompts: Any, **options: Any) -> Any:
+        asked.append(len(prompts))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return made(model, encoder, prompts, **options)
+
+    monkeypatch.setattr(forgetting, "chat", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        study()
+    assert len(study()["models"]["base"]["chat"]["prose_interval"]) == 2
+    assert asked == [2, 1, 1]
+    with pytest.raises(SystemExit, match=r"was made from .*delete it, or name another folder"):
+        study("--reply_tokens", "7", "--output", "other.json")
+    with pytest.raises(SystemExit, match="out.json holds figures with .*--output"):
+        study("--reply_tokens", "7")
+
+
+def test_faults_of_the_user(study: Any, tmp_path: Path) -> None:
+    for flags, message in (
+        (["--adapter", "x"], "expected NAME=PATH, not x"),
+        (["--adapter", "x=none"], "no folder none: train that adapter first"),
+        (["--adapter", "x/y=z"], "expected NAME=PATH"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            study(*flags)
+    with pytest.raises(SystemExit):
+        study("--adapter", "base=z")
+
+
+def test_given_results_must_answer_the_same(study: Any, tmp_path: Path) -> None:
+    study()
+    text = Path("results/forgetting/base/results.csv").read_text()
+    plain = adapter_folder(str(tmp_path / "model"), tmp_path / "plain")
+    Path("given.csv").write_text(text)
+    flags = ["--adapter", f"plain={plain}", "--results", "plain=given.csv"]
+    found = study(*flags)["models"]["plain"]["task"]
+    assert found["paired"]["f1"] == {"difference": 0.0, "standard_error": 0.0}
+    assert len(study.calls) == 1
+    other = read_results("given.csv")[0]["id"]
+    Path("given.csv").write_text(text.replace(f'"{other}"', '"another"'))
+    with pytest.raises(SystemExit, match="have not answered the same questions"):
+        study(*flags)
+
+
+def test_paired_errors_of_chat() -> None:
+    found = compare_chat([PROSE, PROSE, PROSE, LOST], [PROSE, LOST, LOST, LOST])
+    # differences 0, -100, -100, 0
+    assert found["paired"]["prose"] == {
+        "difference": -50.0, "standard_error": pytest.approx(100 * math.sqrt(1 / 3) / 2),
+    }  # fmt: skip
+    assert found["prose_kept"]["share"] == pytest.approx(100 / 3)
+    # of the tuned less a third of the base's: 2/3, -1/3, -1/3, 0, over the base's share
+    spread = statistics.stdev([200 / 3, -100 / 3, -100 / 3, 0]) / 2 / 0.75
+    assert found["prose_kept"]["standard_error"] == pytest.approx(spread)
+    assert found["paired"]["log_perplexity"]["difference"] == 0.0
+    assert compare_chat([LOST, LOST], [PROSE, LOST])["prose_kept"] is None
+    same = compare_chat([PROSE, LOST], [PROSE, LOST])
+    assert same["prose_kept"] == {"share": 100.0, "standard_error": 0.0}
+
+
+def point(gain: float, kept: float) -> dict[str, Any]:
+    paired = {"% Exact Match": {"difference": gain, "standard_error": 1.0}}
+    return {
+        "task": {"paired": paired},
+        "chat": {"prose_kept": {"share": kept, "standard_error": 2.0}},
+    }
+
+
+def test_labels_of_near_points_do_not_overlap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    names = [f"an adapter called {number}" for number in range(12)]
+    models = {"base": {}} | {n: point(0.1 * i, 100 - 0.2 * i) for i, n in enumerate(names)}
+    plot_forgetting(models | {"not measured": {}}, tmp_path / "p.png")
+    (panel,) = drawn[0].axes
+    assert [label.get_text() for label in panel.texts] == ["base", *names]
+    boxes = [Text.get_window_extent(label) for label in panel.texts]
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:index])
+    with pytest.raises(ValueError, match="no adapter is measured yet"):
+        plot_forgetting({"base": {}}, tmp_path / "p.png")
