@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from llama_squad.activation import ADAPTER_MASK
 from llama_squad.attention import mark_blocks
@@ -128,24 +127,6 @@ def batch_rows(
     if trees[0].adapted:
         batch[ADAPTER_MASK] = torch.tensor([pad(t.adapted, False) for t in trees])
     return batch
-
-
-def answer_logits(
-    model: Any, inputs: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits that predict the supervised tokens, row by row, and these tokens.
-
-    Args:
-        model: causal language model.
-        inputs: a batch of ``SquadDataCollator``: "input_ids" and "labels" of shape (rows, length),
-            and what the model takes beside them.
-
-    Returns:
-        Logits of shape (supervised tokens, vocabulary), and ids of shape (supervised tokens,).
-    """
-    targets = F.pad(inputs["labels"], (0, 1), value=IGNORE)[:, 1:]
-    keep = targets != IGNORE
-    return kept_logits(model, inputs, keep), targets[keep]
 
 
 def kept_logits(model: Any, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ from transformers import ProgressCallback
 from trl import SFTTrainer
 
 from llama_squad.config import save_run_config
+from llama_squad.supervised import answer_logits
 from llama_squad.training.packing import count_questions
-from llama_squad.tree import answer_logits
 
 
 def answer_loss(
