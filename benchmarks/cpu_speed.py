@@ -1,7 +1,7 @@
 """What makes a real model faster on a CPU, each against its absence: the same work, in turns.
 
 Training: a step's row of real paragraphs, forward and backward, of an adapter that acts from the
-question on (``--alora_from``): attention in blocks as torch has it, as plain products
+question on (``--alora_from``): attention over the whole row, in blocks, by plain products
 (``llama_squad/attention.py``), and the base's tokens first (``llama_squad/supervised.py``).
 Evaluation: whole paragraphs answered in batches, with neither finished rows dropped nor tokens run
 ahead (``decoding/lookahead.py``), then with one, and with both. Every way takes its turn in each
@@ -99,7 +99,8 @@ def training(args: argparse.Namespace, settings: ModelArguments, dataset: Any) -
         return loss.item() / int(count)
 
     ways = {
-        "torch's attention in blocks": lambda: step("products", "base first"),
+        "torch's attention over the whole row": lambda: step("blocks", "base first"),
+        "in blocks": lambda: step("products", "base first"),
         "by plain products": lambda: step("base first"),
         "and the base's tokens first": step,
     }
@@ -121,6 +122,8 @@ def torchs_own(
 def without(*parts: str) -> Iterator[None]:
     """Switch parts of training and of decoding off."""
     with contextlib.ExitStack() as stack:
+        if "blocks" in parts:
+            stack.enter_context(mock.patch.object(attention, "BLOCK_TOKENS", 10**9))
         if "products" in parts:
             stack.enter_context(mock.patch.object(attention.Products, "apply", torchs_own))
         if "base first" in parts:
