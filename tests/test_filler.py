@@ -171,6 +171,7 @@ def test_the_demo(reasoning_tokens: int) -> None:
     assert said == expected
 
 
+@pytest.mark.slow
 def test_the_stage(tmp_path: Path, offline: None) -> None:
     flags = training_flags(
         tmp_path, "--no_quantize", "--max_steps", "2", "--eval_steps", "2", "--lora_r", "4",

@@ -245,6 +245,7 @@ def test_merge_and_push(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert kept == saved
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_adapter(tmp_path: Path) -> None:
     flags = stage_flags(tmp_path)
     held = ["--no_quantize", "--dtype", "bfloat16"]
