@@ -9,7 +9,7 @@ from llama_squad import modeling
 from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.collator import SquadDataCollator
 from llama_squad.data import load_squad, sample_paragraphs
-from llama_squad.encoding import ChatEncoder
+from llama_squad.encoding import ChatEncoder, label_all
 from llama_squad.stage import if_interrupted
 from llama_squad.training import checkpoints, preflight, publishing
 from llama_squad.training.chat_share import add_chat, chat_examples
@@ -39,9 +39,12 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
                 model, encoder, args, model_args, settings.get("system_prompt", "")
             )
         encoded["train"] = add_chat(
-            encoded["train"], chat, args.chat_share, sft_args.max_length, sft_args.seed
-        )
+            encoded["train"], chat, args.chat_share, sft_args.max_length, sft_args.seed,
+            marked=args.chat_kl > 0,
+        )  # fmt: skip
         made["chat"] = checkpoints.digest(chat)
+    if args.loss_on == "all":
+        encoded["train"] = encoded["train"].map(label_all, desc="Labelling all tokens")
     collator = _collator(encoder, sft_args)
     validate = make_validation(sft_args, dataset, args.dataset_name, encoder)
     layout = lay_out(args, sft_args, encoded, model, collator)
@@ -58,6 +61,7 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
         processing_class=encoder.tokenizer,
         validate=validate,
         settings=settings,
+        chat_kl=args.chat_kl,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     final = publishing.save_final(trainer, settings)
