@@ -17,6 +17,9 @@ what follows, so only ``ANSWER_HEADER[:-2]`` (up to the colon) may be forced on 
 ANSWER_FOOTER = '"\n}\n```'
 """Everything after the answer's last character."""
 
+_FENCE = "```"
+_OPENING_FENCE = f"{_FENCE}json"
+
 ANSWER_SCHEMA = {
     "type": "object",
     "properties": {"answer": {"type": "string"}},
@@ -84,15 +87,29 @@ def extract_answer(completion: str) -> Answer:
     object (reasoning before it, chatter after it) is ignored. The JSON is read by a JSON decoder,
     so braces and quotes inside the answer are no obstacle.
     """
-    fence = completion.find("```json")
+    fence = completion.find(_OPENING_FENCE)
     if fence >= 0:
         found = _first_answer(completion, fence)
         if found is not None:
-            return found
-    return _first_answer(completion, 0) or MALFORMED
+            return found[0]
+    found = _first_answer(completion, 0)
+    return found[0] if found else MALFORMED
 
 
-def _first_answer(text: str, start: int) -> Answer | None:
+def answer_is_closed(completion: str) -> bool:
+    """Tell whether a reply so far has its answer in a fence, and closes that fence right after it.
+
+    Whatever is said after that, ``extract_answer`` reads the same. That does not hold of an object
+    without a fence (one in a fence may follow, and is preferred), nor of a fence that holds no
+    answer, nor of an object that something else follows (it may be part of a larger one).
+    """
+    fence = completion.find(_OPENING_FENCE)
+    found = _first_answer(completion, fence) if fence >= 0 else None
+    return found is not None and completion[found[1] :].lstrip().startswith(_FENCE)
+
+
+def _first_answer(text: str, start: int) -> tuple[Answer, int] | None:
+    """Return the first object with a usable "answer", and where it ends; None if there is none."""
     decoder = json.JSONDecoder()
     position = text.find("{", start)
     while position >= 0:
@@ -103,6 +120,6 @@ def _first_answer(text: str, start: int) -> Answer | None:
         else:
             found = _as_answer(value)
             if found is not None:
-                return found
+                return found, end
         position = text.find("{", end)
     return None

@@ -281,6 +281,11 @@ class EvalArguments:
         "Free decoding with several beams: a reply counts log P / tokens ** this, as in generate "
         "(0: the likeliest reply).",
     )
+    stop_after_answer: bool = _option(
+        None,  # resolved by resolve_decoding, so that one given is told apart
+        "Free decoding: end a reply with the fence of its answer, as nothing after it counts "
+        "(default: with one beam, where no figure changes by it). false: to see what comes next.",
+    )
     batch_size: int | None = _option(
         None,
         "Questions at once, in whole paragraphs; halved by itself on out-of-memory "
@@ -316,13 +321,16 @@ class EvalArguments:
 
 
 def resolve_decoding(args: EvalArguments) -> EvalArguments:
-    """Return the arguments with the decoding and the number of beams that they mean."""
+    """Return the arguments with the decoding, beams and end of a reply that they mean."""
     if args.predictor == "server":
         args = dataclasses.replace(args, decoding="free")  # it knows nothing of spans
-    if args.num_beams is not None:
-        return args
-    spans = args.predictor == "local" and args.decoding == "span"
-    return dataclasses.replace(args, num_beams=SPAN_BEAMS if spans else 1)
+    local = args.predictor == "local"
+    beams, stop = args.num_beams, args.stop_after_answer
+    if beams is None:
+        beams = SPAN_BEAMS if local and args.decoding == "span" else 1
+    if stop is None:
+        stop = local and args.decoding == "free" and beams == 1
+    return dataclasses.replace(args, num_beams=beams, stop_after_answer=stop)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,8 +38,8 @@ _GROUPS = {
         *("resume_from_checkpoint", "resume_anyway", "eval_strategy", "eval_steps", "show_mask"),
     ),
     "answers": (
-        *("decoding", "num_beams", "batch_size", "max_new_tokens", "na_prob_thresh"),
-        *("tune_threshold", "n_best"),
+        *("decoding", "num_beams", "batch_size", "max_new_tokens", "stop_after_answer"),
+        *("na_prob_thresh", "tune_threshold", "n_best"),
     ),
     "output": (
         *("output_dir", "output", "predictions_dir", "overwrite", "format", "intervals", "plot"),

@@ -23,7 +23,7 @@ from llama_squad.activation import activate, activation_of
 from llama_squad.arguments import ModelArguments
 from llama_squad.config import RUN_CONFIG
 from llama_squad.encoding import ChatEncoder
-from llama_squad.processes import this_process
+from llama_squad.processes import take_free_cores, this_process
 from llama_squad.weights import acts_from, base_of, find_file, one_line, whole_model
 
 _COMPUTE_4BIT = torch.bfloat16
@@ -150,9 +150,14 @@ def device() -> torch.device:
 
 
 def say_device() -> None:
-    """Say once, and from the first process only, where no GPU is found."""
-    if not torch.cuda.is_available() and this_process().is_main_process:
-        print("No CUDA device: running on the CPU.", file=sys.stderr)
+    """Where no GPU is found take the cores that are free, and say so from the first process."""
+    if torch.cuda.is_available():
+        return
+    default, threads = torch.get_num_threads(), take_free_cores()
+    busy = f", as other work keeps the rest of {default} cores busy" if threads < default else ""
+    if this_process().is_main_process:
+        count = f"{threads} thread{'s' * (threads > 1)}"
+        print(f"No CUDA device: running on the CPU, {count}{busy}.", file=sys.stderr)
 
 
 def resolve_dtype(name: str) -> torch.dtype:

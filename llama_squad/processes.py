@@ -1,8 +1,15 @@
-"""This process among those that torchrun or accelerate started; alone without them."""
+"""This process among others: those that torchrun or accelerate started, and other work's.
 
+Uses nothing of ours.
+"""
+
+import os
+import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import get_int_from_env
@@ -28,3 +35,53 @@ def share(value: Any) -> Any:
     dist.broadcast_object_list(box)
     dist.barrier()  # not accelerate's, which names GPUs that gloo does not take
     return box[0]
+
+
+# Cores ---------------------------------------------------------------------------------------
+
+THREADS_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""A user who sets one of them has chosen the number of threads; torchrun sets the first."""
+
+IDLE_WINDOW_S = 1.0
+"""So long the cores are watched."""
+
+
+def take_free_cores() -> int:
+    """Let torch compute on no more threads than cores are idle now, and return how many it has.
+
+    The threads of a product wait for the slowest one, so that a second thread on a core that
+    another run keeps busy makes both runs slower than one thread would. Runs that start within the
+    same second do not see each other. Nothing changes where the user has set the number, or where
+    the system does not tell (it is not Linux).
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or any(os.environ.get(name) for name in THREADS_VARIABLES):
+        return threads
+    before = _core_times()
+    if not before:
+        return threads
+    time.sleep(IDLE_WINDOW_S)
+    after = _core_times()
+    idle = sum(
+        (after[core][0] - before[core][0]) / max(1, after[core][1] - before[core][1])
+        for core in before.keys() & after.keys()
+    )
+    torch.set_num_threads(max(1, min(threads, round(idle))))
+    return torch.get_num_threads()
+
+
+def _core_times() -> dict[int, tuple[int, int]]:
+    """Return the ticks that each core of ours has been idle, and all its ticks; {} if untold."""
+    try:
+        lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
+        mine = os.sched_getaffinity(0)
+    except (OSError, AttributeError):
+        return {}
+    times = {}
+    for line in lines:
+        name, *ticks = line.split()
+        core = name.removeprefix("cpu")
+        if name.startswith("cpu") and core.isdigit() and int(core) in mine:
+            counts = [int(tick) for tick in ticks[:8]]  # user … steal; guests are in user
+            times[int(core)] = (counts[3] + counts[4], sum(counts))  # idle, or waiting for a disk
+    return times

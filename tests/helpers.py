@@ -26,7 +26,13 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForQuestionAnswering,
+    PreTrainedTokenizerFast,
+)
 
 from llama_squad.answers import format_answer
 from llama_squad.arguments import CreateArguments
@@ -467,6 +473,30 @@ def model_folder(folder: Path, architecture: str = "llama", **config: Any) -> st
     tiny_model(architecture, **config).save_pretrained(name)
     tiny_tokenizer().save_pretrained(name)
     return name
+
+
+def encoder_folder(folder: Path, records: Sequence[dict[str, Any]]) -> Path:
+    """Save a small BERT of random weights, with a head for questions and a tokenizer of words."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special)
+    tokenizer.train_from_iterator([r["context"] + r["question"] for r in records], trainer)
+    pieces = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=pieces
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]",
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=64, initializer_range=0.5,
+    )  # fmt: skip
+    BertForQuestionAnswering(config).save_pretrained(folder)
+    return folder
 
 
 def encoded_dataset(records: Sequence[dict], max_length: int | None = 4096) -> Any:

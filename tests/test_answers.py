@@ -1,6 +1,7 @@
 """The answer format and its parser, on what models really say and on what they might."""
 
 import json
+import random
 
 import pytest
 
@@ -8,6 +9,7 @@ from llama_squad.answers import (
     MALFORMED_PREDICTION,
     NO_ANSWER,
     Answer,
+    answer_is_closed,
     extract_answer,
     format_answer,
 )
@@ -115,3 +117,42 @@ def test_a_malformed_reply_is_wrong_everywhere() -> None:
 def test_format_and_json_agree_on_the_string() -> None:
     body = format_answer('a "b" \\ c').removeprefix("```json\n").removesuffix("\n```")
     assert json.loads(body) == {"answer": 'a "b" \\ c'}
+
+
+# Where a reply may end -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("completion", "closed"),
+    [
+        (format_answer("Paris"), True),
+        (format_answer("?"), True),
+        ("I think so.\n" + format_answer("a ``` and a }") + "\n\nThat is", True),
+        ('```json\n{"answer": "x"}```', True),
+        (format_answer("Paris")[:-1], False),
+        ("```json", False),
+        ("```json\n```", False),
+        ('```json\n{"answer": 7}\n```', False),  # an object that holds an answer may follow
+        ('{"answer": "Paris"}', False),  # one in a fence may follow
+        ('{"answer": "Paris"}\n```json', False),
+        ('```\n{"answer": "Paris"}\n```', False),
+        ('```json\n{"answer": "Paris"}\nThat is it.\n```', False),
+        ('```json\n{"a": {"answer": "Paris"}, "b": "```', False),  # part of a larger object
+    ],
+)
+def test_where_the_answer_is_closed(completion: str, closed: bool) -> None:
+    assert answer_is_closed(completion) is closed
+
+
+def test_what_follows_a_closed_answer_does_not_count() -> None:
+    pieces = ["```json", "```", "``", "`", "\n", "{", "}", '"', '{"answer": "', "Paris", '"}', "?",
+              ", ", ': "', '"a": ', "[", "]", '{"answer": "b"}', "\\"]  # fmt: skip
+    closed = 0
+    rng = random.Random(5)
+    for _ in range(20_000):
+        reply = "```json\n" * (rng.random() < 0.7) + "".join(rng.choices(pieces, k=14))
+        ends = [end for end in range(len(reply)) if answer_is_closed(reply[:end])]
+        if ends:
+            closed += 1
+            assert extract_answer(reply[: ends[0]]) == extract_answer(reply), reply
+    assert closed > 500

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import test_llama_squad
 from llama_squad.answers import NO_ANSWER, format_answer
-from llama_squad.arguments import CreateArguments
+from llama_squad.arguments import CreateArguments, EvalArguments, resolve_decoding
 from llama_squad.config import load_yaml, save_run_config
 from llama_squad.data import write_dataset
 from llama_squad.decoding.boundaries import is_span
@@ -32,7 +32,7 @@ from llama_squad.evaluation import THRESHOLD_FILE, evaluate
 from llama_squad.predictors.base import Prediction
 from llama_squad.predictors.local import LocalModel
 from llama_squad.result_reader import read_results
-from llama_squad.results import ResultsFile
+from llama_squad.results import ResultsFile, config_path
 from llama_squad.rows import rethreshold
 from llama_squad.summary import summarize
 
@@ -116,9 +116,26 @@ def test_rows_hold_spans_or_abstain(run: Any, capsys: pytest.CaptureFixture[str]
 
 def test_free_decoding_writes_what_the_model_says(run: Any) -> None:
     rows = run("--decoding=free", "--num_samples=5")
+    settings = json.loads(config_path(Path("results/results.csv")).read_text())
+    assert settings["stop_after_answer"] is True
     assert len(rows) == 5
     assert {row["na_prob"] for row in rows} == {None}
     assert all(row["score"] < 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "stops"),
+    [
+        ({"decoding": "free"}, True),
+        ({"decoding": "free", "stop_after_answer": False}, False),
+        ({"decoding": "free", "num_beams": 2}, False),  # whose search would compare other replies
+        ({"decoding": "free", "num_beams": 2, "stop_after_answer": True}, True),
+        ({"decoding": "span"}, False),
+        ({"predictor": "server"}, False),
+    ],
+)
+def test_when_replies_stop_after_the_answer(flags: Any, stops: bool) -> None:
+    assert resolve_decoding(EvalArguments(**flags)).stop_after_answer is stops
 
 
 def test_shuffled_sample_is_the_same_for_a_seed(run: Any) -> None:
@@ -654,6 +671,8 @@ def test_what_cannot_be_written_is_said_before_a_model_is_loaded(
         (["--tune_threshold"], "local --adapter_name"),
         (["--tune_for=f1"], "--tune_for says what --tune_threshold tunes for"),
         (["--num_beams=0"], "at least 1"),
+        (["--stop_after_answer"], "--stop_after_answer needs --decoding free"),
+        (["--predictor=server", "--stop_after_answer"], "means nothing to --predictor server"),
     ],
 )
 def test_mistakes_are_explained(

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import unicodedata
+from collections.abc import Sequence
 from typing import Any, Never
 
 import pytest
@@ -11,14 +12,14 @@ import torch
 from helpers import TOKENIZERS, load_encoder, read_quickstart, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llama_squad.answers import NO_ANSWER, extract_answer, format_answer
+from llama_squad.answers import NO_ANSWER, answer_is_closed, extract_answer, format_answer
 from llama_squad.decoding.batch import DecodingBatch
 from llama_squad.decoding.boundaries import is_span
 from llama_squad.decoding.cache import TokenTree
 from llama_squad.decoding.constraints import FreeSpeech
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph
-from llama_squad.decoding.search import BestFirstSearch, Hypothesis
+from llama_squad.decoding.search import BestFirstSearch, Hypothesis, Successors
 from llama_squad.decoding.spans import SpanGrammar, reply_ids, span_vocabulary
 from llama_squad.encoding import ChatEncoder
 from llama_squad.prompts import build_messages
@@ -122,6 +123,45 @@ def test_free_replies_lose_their_end_of_turn(
     ends = FreeSpeech(encoder.tokenizer, frozenset(reply.token_ids))
     generator = Generator(model, encoder, decoding=ends, max_new_tokens=1)
     assert generator.reply(paragraphs)[0][0].completion == ""
+
+
+class Scripted(FreeSpeech):
+    """Says what it is told to, token by token."""
+
+    script: Sequence[int] = ()
+
+    def successors(self, state: Any) -> Successors:
+        return Successors([self.script[len(state)]], [None])
+
+    def step(self, ids: Any, target: Any) -> Any:
+        end = super().step(ids, target)
+        return tuple(ids) if end == () else end
+
+
+SAID_BEFORE, SAID_AFTER = "It says:\n", "\n\nThat is `it`. ```json"
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["fence", "backticks apart"])
+@pytest.mark.parametrize("stop", [True, False])
+def test_replies_end_with_the_fence_of_the_answer(
+    model: Any, encoder: ChatEncoder, paragraphs: Any, apart: bool, stop: bool
+) -> None:
+    tokenizer = encoder.tokenizer
+    answer = SAID_BEFORE + format_answer("an `answer`")
+    if apart:
+        script = tokenizer(answer[:-3], add_special_tokens=False)["input_ids"]
+        script += [tokenizer.convert_tokens_to_ids("`")] * 3
+        script += tokenizer(SAID_AFTER, add_special_tokens=False)["input_ids"]
+    else:
+        script = tokenizer(answer + SAID_AFTER, add_special_tokens=False)["input_ids"]
+    speech = Scripted(tokenizer, frozenset({tokenizer.eos_token_id}), stop)
+    speech.script = [*script, tokenizer.eos_token_id]
+    replies = Generator(model, encoder, decoding=speech).reply(paragraphs)
+    ends = [n for n in range(len(script)) if answer_is_closed(tokenizer.decode(script[:n]))]
+    assert 0 < ends[0] < len(script) - 5
+    for reply in itertools.chain(*replies):
+        assert reply.token_ids == (script[: ends[0]] if stop else speech.script)
+        assert extract_answer(reply.completion).text == "an `answer`"
 
 
 # The tree ------------------------------------------------------------------------------------

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_records
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from helpers import encoder_folder, make_records
 from transformers import BertConfig, BertForQuestionAnswering, BertModel, PreTrainedTokenizerFast
 
 import test_llama_squad
@@ -61,27 +60,7 @@ def test_flags_that_the_predictor_does_not_know(flags: list[str], message: str) 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small BERT of random weights, with a head for questions and a tokenizer of words."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special)
-    tokenizer.train_from_iterator([r["context"] + r["question"] for r in RECORDS], trainer)
-    pieces = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=pieces
-    )
-    folder = tmp_path_factory.mktemp("reader")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]",
-    ).save_pretrained(folder)  # fmt: skip
-    torch.manual_seed(1)
-    config = BertConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, num_hidden_layers=2,
-        num_attention_heads=2, intermediate_size=64, initializer_range=0.5,
-    )  # fmt: skip
-    BertForQuestionAnswering(config).save_pretrained(folder)
-    return folder
+    return encoder_folder(tmp_path_factory.mktemp("reader"), RECORDS)
 
 
 def load(folder: Path, **options: Any) -> tuple[ExtractiveModel, Any, Any]:

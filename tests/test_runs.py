@@ -69,6 +69,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "test_llama_squad.py": [*model, "--max_new_tokens", "4", "--quantize", "False"],
         "summarize_results.py": [],
         "benchmarks/forgetting.py": [],
+        "benchmarks/disfl_qa.py": [],
+        "benchmarks/abstentions.py": [],
     }  # fmt: skip
 
 
@@ -159,10 +161,34 @@ def test_forgetting(run_script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert path == f"results/forgetting/{folder}/final_checkpoints"
 
 
+@pytest.mark.slow
+def test_carry_over(run_script: Any, tmp_path: Path) -> None:
+    files = tmp_path / "data" / "carry_over"
+    files.mkdir(parents=True)
+    records = make_records(2, [3], seed=2)
+    said = {record["id"]: {"disfluent": f"Er, {record['question']}"} for record in records[1:]}
+    for name in ("new_wiki_v1.0", "reddit_v1.0", "xquad.en", "dev-v2.0"):
+        squad_file(files / f"{name}.json", records)
+    for part in ("dev", "test"):
+        (files / f"disfl_qa_{part}.json").write_text(json.dumps(said))
+    rows = [f"{record['id']}\tE\n" for record in records]
+    (files / "reason_gold_test.tsv").write_text("qid\treason\n" + "".join(rows))
+    calls = run_script("carry_over.sh", QUESTIONS="4")
+    tested = [call for call in calls if call[0] == "test_llama_squad.py"]
+    assert len(tested) == 6 and not any("--adapter_name" in str(call) for call in tested)
+    published = tmp_path / "results_published"
+    summaries = json.loads((published / "carry_over_base.json").read_text())
+    names = ["dev", "new_wiki", "reddit", "xquad_en", "plain", "disfluent"]
+    assert [summary["name"] for summary in summaries] == names
+    assert summaries[0]["n"] == 6  # whole paragraphs
+    assert json.loads((published / "abstentions_base.json").read_text())["E"]["n"] > 0
+
+
 def test_every_script_is_run() -> None:
     (cases,) = [mark.args[1] for mark in test_run.pytestmark if mark.name == "parametrize"]
     tested = {name for name, *_ in cases}
     assert {path.name for path in (ROOT / "runs").glob("*.sh")} == tested | {
+        "carry_over.sh",
         "forgetting.sh",
         "others.sh",
     }

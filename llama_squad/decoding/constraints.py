@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from llama_squad.answers import NO_ANSWER, format_answer
+from llama_squad.answers import NO_ANSWER, answer_is_closed, format_answer
 from llama_squad.decoding.boundaries import Boundaries, find_span
 from llama_squad.decoding.replies import Reply, Span
 from llama_squad.decoding.search import Closing, Hypothesis, State, Successors
@@ -81,7 +81,13 @@ class Constraint(Protocol):
 
 
 class FreeSpeech:
-    """Any tokens, up to one that ends a turn. It is its own grammar, whatever the context."""
+    """Any tokens, up to one that ends a turn. It is its own grammar, whatever the context.
+
+    Args:
+        tokenizer: reads them.
+        stop_ids: tokens that end a turn.
+        stop_after_answer: a reply also ends with the fence of its answer.
+    """
 
     header: Sequence[int] = ()
     reserve = 0
@@ -92,8 +98,14 @@ class FreeSpeech:
     windowed = False
     start: State = ()
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: frozenset[int],
+        stop_after_answer: bool = False,
+    ) -> None:
         self._tokenizer, self._stop_ids = tokenizer, stop_ids
+        self._stop_after_answer = stop_after_answer
 
     def width(self, num_beams: int) -> int:
         """Room for each beam's own continuation, however many ends of turn are likelier."""
@@ -108,8 +120,17 @@ class FreeSpeech:
         return Successors(None)
 
     def step(self, ids: Sequence[int], target: Any) -> State | Closing | None:
-        """End where a turn ends; see ``Grammar``."""
-        return Closing() if ids[-1] in self._stop_ids else self.start
+        """End where a turn ends, or the answer's fence; see ``Grammar``."""
+        ends = ids[-1] in self._stop_ids or (self._stop_after_answer and self._closes(ids))
+        return Closing() if ends else self.start
+
+    def _closes(self, ids: Sequence[int]) -> bool:
+        """Tell whether the last token closes the answer's fence, however that is tokenized."""
+        # Only a token with a backtick can; the whole is decoded for those alone.
+        return "`" in self._text(ids[-1:]) and answer_is_closed(self._text(ids))
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def read(
         self, found: Sequence[Hypothesis], alternative: float, pruned_log_prob: float
@@ -117,8 +138,7 @@ class FreeSpeech:
         """Return the reply as it is; see ``Grammar``."""
         ids = list(found[0].ids)
         said = ids[:-1] if ids[-1] in self._stop_ids else ids
-        text = str(self._tokenizer.decode(said, skip_special_tokens=True))
-        return Reply(text, ids, found[0].log_prob)
+        return Reply(self._text(said), ids, found[0].log_prob)
 
 
 class Spans:
@@ -185,8 +205,10 @@ class _SpansOf(SpanGrammar):
         )  # fmt: skip
 
 
-def _free(encoder: ChatEncoder, stop_ids: frozenset[int], **_: Any) -> Constraint:
-    return FreeSpeech(encoder.tokenizer, stop_ids)
+def _free(
+    encoder: ChatEncoder, stop_ids: frozenset[int], *, stop_after_answer: bool, **_: Any
+) -> Constraint:
+    return FreeSpeech(encoder.tokenizer, stop_ids, stop_after_answer)
 
 
 def _span(
@@ -195,13 +217,14 @@ def _span(
     *,
     span_boundaries: Boundaries,
     na_prob_thresh: float,
+    **_: Any,
 ) -> Constraint:
     return Spans(span_vocabulary(encoder), span_boundaries, na_prob_thresh)
 
 
 CONSTRAINTS: Mapping[str, Callable[..., Constraint]] = {"free": _free, "span": _span}
 """The values of ``--decoding`` → what makes the constraint of an encoder, given the tokens that end
-a reply, ``span_boundaries`` and ``na_prob_thresh``."""
+a reply, ``span_boundaries``, ``na_prob_thresh`` and ``stop_after_answer``."""
 
 
 def _sigmoid(x: float) -> float:

@@ -56,6 +56,8 @@ class Generator:
             ``generate`` (free decoding; 0: the likeliest reply).
         span_boundaries: "word": a span begins and ends at word boundaries and holds a letter or
             digit; "any": every substring is a span.
+        stop_after_answer: a reply ends with the fence of its answer (free decoding). Of one beam
+            it is the same reply up to there; of several the search compares shorter ones.
     """
 
     def __init__(
@@ -70,12 +72,14 @@ class Generator:
         n_best: int = 1,
         length_penalty: float = 0.0,
         span_boundaries: Boundaries = "word",
+        stop_after_answer: bool = False,
     ) -> None:
         stops = stop_ids(model, encoder)
         if isinstance(decoding, str):
             decoding = CONSTRAINTS[decoding](
-                encoder, stops, span_boundaries=span_boundaries, na_prob_thresh=na_prob_thresh
-            )
+                encoder, stops, span_boundaries=span_boundaries, na_prob_thresh=na_prob_thresh,
+                stop_after_answer=stop_after_answer,
+            )  # fmt: skip
         self.model, self.constraint = model, decoding
         self.options = DecodingOptions(
             model, decoding, num_beams, 1 if decoding.ranked else n_best, max_new_tokens,

@@ -52,5 +52,6 @@ def load_predictor(args: EvalArguments, model_args: ModelArguments) -> "Callable
     weights = modeling.load_model(model_args, args.quantize, args.adapter_name).eval()
     return partial(
         LocalModel, weights, encoder, decoding=args.decoding, num_beams=args.num_beams,
-        length_penalty=args.length_penalty, span_boundaries=args.span_boundaries, **chat,
+        length_penalty=args.length_penalty, span_boundaries=args.span_boundaries,
+        stop_after_answer=bool(args.stop_after_answer), **chat,
     )  # fmt: skip

@@ -55,7 +55,7 @@ class LocalModel:
         prompt: a key of ``PROMPTS``.
         system_prompt: "" for none.
         options: what ``Generator`` takes: decoding, num_beams, max_new_tokens, na_prob_thresh,
-            n_best, length_penalty, span_boundaries.
+            n_best, length_penalty, span_boundaries, stop_after_answer.
     """
 
     def __init__(

@@ -218,7 +218,9 @@ def make_validation(
         except ValueError as error:
             print(f"No answers to the validation questions, only their loss: {error}.")
             return {}
-        local = LocalModel(model, encoder, decoding="free", max_new_tokens=128, **prompts)
+        local = LocalModel(
+            model, encoder, decoding="free", max_new_tokens=128, stop_after_answer=True, **prompts
+        )
         outcomes = Counter[Outcome]()
         for batch in tqdm(batches, desc="Validating", leave=False, unit=" batches"):
             outcomes.update(

@@ -1,0 +1,106 @@
+"""An encoder is trained beside the chat model: its windows, its run, and that evaluation takes it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train_encoder
+from helpers import encoder_folder, make_records
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer, TrainerCallback
+
+from llama_squad import modeling
+from llama_squad.arguments import CreateArguments, ModelArguments
+from llama_squad.data import write_dataset
+from llama_squad.predictors.extractive import ExtractiveModel
+
+RECORDS = make_records(6, [2, 4], seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder in "base", and a dataset of 18 training questions in "data"."""
+    root = tmp_path_factory.mktemp("encoder")
+    encoder_folder(root / "base", RECORDS)
+    splits = {"train": RECORDS, "test": make_records(2, [3], seed=4)}
+    write_dataset(splits, CreateArguments(dataset_name=str(root / "data")))
+    return root
+
+
+# Windows -------------------------------------------------------------------------------------
+
+
+def marked(window: dict[str, Any], tokenizer: Any) -> str:
+    ids = window["input_ids"][window["start_positions"] : window["end_positions"] + 1]
+    return str(tokenizer.decode(ids)).replace(" ", "")
+
+
+def test_windows_mark_the_first_answer(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    found = train_encoder.windows(tokenizer, RECORDS)
+    assert len(found) == len(RECORDS)
+    for window, record in zip(found, RECORDS, strict=True):
+        assert set(window) == {*tokenizer.model_input_names, "start_positions", "end_positions"}
+        golds = record["answers"]["text"]
+        assert marked(window, tokenizer) == (golds[0] if golds else "[CLS]")
+        # in the context, though the question may name it
+        question = window["input_ids"].index(tokenizer.sep_token_id)
+        assert not golds or window["start_positions"] > question
+
+
+def test_a_long_context_is_read_in_windows(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    context = " ".join(record["context"] for record in RECORDS) + " Zzz was last."
+    answers = {"text": ["Zzz"], "answer_start": [context.index("Zzz")]}
+    record = {"question": "Who was last? " * 100, "context": context, "answers": answers}
+    found = train_encoder.windows(tokenizer, [record])
+    assert len(found) > 3
+    assert all(len(window["input_ids"]) <= train_encoder.WINDOW for window in found)
+    assert [marked(window, tokenizer) for window in found[:-1]] == ["[CLS]"] * (len(found) - 1)
+    assert found[-1]["start_positions"] > train_encoder.QUESTION
+    assert found[0]["input_ids"].index(tokenizer.sep_token_id) == train_encoder.QUESTION + 1
+
+
+# The run -------------------------------------------------------------------------------------
+
+
+def train(folder: Path, out: Path) -> dict[str, torch.Tensor]:
+    """Train for five steps; return the weights."""
+    train_encoder.main([
+        f"--model={folder}/base", f"--dataset_name={folder}/data", f"--output_dir={out}",
+        "--batch_size=4", "--save_steps=2", "--questions=17",
+    ])  # fmt: skip
+    return AutoModelForQuestionAnswering.from_pretrained(out).state_dict()
+
+
+class Stop(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step == 3:
+            raise InterruptedError
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    whole = train(folder, tmp_path / "whole")
+    assert "17 questions in 17 windows" in capsys.readouterr().out
+    base = AutoModelForQuestionAnswering.from_pretrained(folder / "base").state_dict()
+    assert not torch.equal(whole["qa_outputs.weight"], base["qa_outputs.weight"])
+    with monkeypatch.context() as patch:
+        trainer = train_encoder.Trainer
+        patch.setattr(train_encoder, "Trainer", lambda **o: trainer(**o, callbacks=[Stop()]))
+        with pytest.raises(InterruptedError):
+            train(folder, tmp_path / "stopped")
+    capsys.readouterr()
+    resumed = train(folder, tmp_path / "stopped")
+    assert "\n10 questions in" in capsys.readouterr().out  # 3 of 5 steps
+    for name, weights in whole.items():
+        torch.testing.assert_close(resumed[name], weights, rtol=0, atol=1e-6, msg=name)
+
+
+def test_evaluation_takes_what_was_trained(folder: Path, tmp_path: Path) -> None:
+    train(folder, tmp_path / "out")
+    settings = ModelArguments(model_name=str(tmp_path / "out"))
+    reader = ExtractiveModel(*modeling.load_reader(settings))
+    for prediction in reader.answer([RECORDS[:2]]):
+        assert 0 < (prediction.reply.na_prob or 0) < 1
