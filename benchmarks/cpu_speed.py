@@ -1,11 +1,12 @@
 """What makes a real model faster on a CPU, each against its absence: the same work, in turns.
 
-Training: a step's rows of real paragraphs, forward and backward, with attention over the whole row
-and in blocks (``llama_squad/attention.py``). Evaluation: whole paragraphs answered in batches, with
-neither finished rows dropped nor tokens run ahead (``decoding/lookahead.py``), then with one, and
-with both. Every way takes its turn in each round, so that other work on the machine falls on all
-alike; what is printed is the median of the rounds, in seconds of processor time, and how many
-answers differ.
+Training: a step's row of real paragraphs, forward and backward, of an adapter that acts from the
+question on (``--alora_from``): attention over the whole row, in blocks, by plain products
+(``llama_squad/attention.py``), and the base's tokens first (``llama_squad/supervised.py``).
+Evaluation: whole paragraphs answered in batches, with neither finished rows dropped nor tokens run
+ahead (``decoding/lookahead.py``), then with one, and with both. Every way takes its turn in each
+round, so that other work on the machine falls on all alike; what is printed is the median of the
+rounds, in seconds of processor time, and how many answers differ.
 
     python benchmarks/cpu_speed.py --model MODEL --adapter DIR
 """
@@ -21,16 +22,16 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from llama_squad import attention, modeling
+from llama_squad import attention, modeling, supervised
 from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.data import load_squad, sample_paragraphs
 from llama_squad.decoding import batch, lookahead
 from llama_squad.predictors.base import batch_paragraphs
 from llama_squad.predictors.local import LocalModel
-
-NEVER = 10**9
+from llama_squad.prompts import adapter_start
 
 
 def parse() -> argparse.Namespace:
@@ -40,8 +41,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--adapter", help="of evaluation; training begins with a fresh one")
     parser.add_argument("--dataset_name", default="data/squad_v2", help="Dataset's folder.")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--alora_from", default="question", choices=("question", "reply"))
+    parser.add_argument("--bf16", action="store_true", help="of training: its products in bfloat16")
     parser.add_argument("--paragraphs", type=int, default=7, help="of a training step")
-    parser.add_argument("--questions", type=int, default=60, help="to answer, about")
+    parser.add_argument("--questions", type=int, default=60, help="to answer, about; 0: none")
     parser.add_argument("--num_beams", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
@@ -78,31 +81,53 @@ def training(args: argparse.Namespace, settings: ModelArguments, dataset: Any) -
     records = sample_paragraphs(dataset["train"], args.paragraphs * 8, 1).to_list()
     groups: dict[str, list[Any]] = {}
     for record in records:
-        groups.setdefault(record["context"], []).append(record["messages"])
-    tree = Tree.build([encoder.encode(found) for found in [*groups.values()][: args.paragraphs]])
-    lora = TrainArguments(quantize=False, lora_r=32, lora_alpha=64, lora_dropout=0.0)
+        place = adapter_start(record["messages"], record, "single_turn", args.alora_from)
+        groups.setdefault(record["context"], []).append((record["messages"], place))
+    found = [[*zip(*group, strict=True)] for group in [*groups.values()][: args.paragraphs]]
+    tree = Tree.build([encoder.encode(messages, places) for messages, places in found])
+    lora = TrainArguments(
+        quantize=False, lora_r=32, lora_alpha=64, lora_dropout=0.0, alora_from=args.alora_from
+    )
     model = prepare_model(lora, settings, encoder).train()
 
-    def step(block_tokens: int) -> float:
+    def step(*parts: str) -> float:
         model.zero_grad()
-        with mock.patch.object(attention, "BLOCK_TOKENS", block_tokens):
+        # as --bf16 has it
+        with without(*parts), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             loss, _, count = answer_loss(model, batch_rows([tree], 0))
-            (loss / count).backward()
+        (loss / count).backward()
         return loss.item() / int(count)
 
     ways = {
-        "attention over the whole row": lambda: step(NEVER),
-        "attention in blocks": lambda: step(attention.BLOCK_TOKENS),
+        "torch's attention over the whole row": lambda: step("blocks", "base first"),
+        "in blocks": lambda: step("products", "base first"),
+        "by plain products": lambda: step("base first"),
+        "and the base's tokens first": step,
     }
     seconds, losses = take_turns(ways, args.rounds)
     title = f"A step of {len(tree.leaves)} questions, {len(tree.input_ids):,} tokens"
     report(title, seconds, {name: f"loss {loss:.5f}" for name, loss in losses.items()})
 
 
+def torchs_own(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float | None
+) -> torch.Tensor:
+    """Run torch's attention in the place of our products."""
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
+    )
+
+
 @contextlib.contextmanager
 def without(*parts: str) -> Iterator[None]:
-    """Switch parts of decoding off."""
+    """Switch parts of training and of decoding off."""
     with contextlib.ExitStack() as stack:
+        if "blocks" in parts:
+            stack.enter_context(mock.patch.object(attention, "BLOCK_TOKENS", 10**9))
+        if "products" in parts:
+            stack.enter_context(mock.patch.object(attention._Products, "apply", torchs_own))
+        if "base first" in parts:
+            stack.enter_context(mock.patch.object(supervised, "_runs_base_first", lambda *_: False))
         if "lookahead" in parts:
             stack.enter_context(mock.patch.object(lookahead, "PASS_TOKENS", 0))
         if "rows" in parts:
@@ -150,7 +175,8 @@ def main() -> None:
     )
     dataset = load_squad(args.dataset_name)
     training(args, settings, dataset)
-    evaluation(args, settings, dataset)
+    if args.questions:
+        evaluation(args, settings, dataset)
 
 
 if __name__ == "__main__":

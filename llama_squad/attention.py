@@ -4,7 +4,8 @@ A row of training holds several paragraphs, and a paragraph's questions do not s
 ``sdpa`` computes every query against every key before it applies the mask: half of a training
 step of a small model (``benchmarks/RESULTS.md``). Here a row's queries are cut where the mask
 allows it, and each block is run against the keys alone that it sees. The result is the same sum
-without its zeros. Uses torch and transformers only; ``tree.make_masks`` marks the masks.
+without its zeros. Where gradients are taken, a block is three plain products (``_Products``).
+Uses torch and transformers only; ``tree.make_masks`` marks the masks.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-BLOCK_TOKENS = 384
+BLOCK_TOKENS = 256
 """Queries of a block, at most: a paragraph with its questions has 285 tokens on average."""
 
 _BLOCKS = "llama_squad_blocks"
@@ -89,13 +90,65 @@ def attend(
     blocks = getattr(attention_mask, _BLOCKS, None)
     if blocks is None or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    parts = [
-        sdpa_attention_forward(
-            module, query[:, :, rows], key[:, :, keys], value[:, :, keys], mask, **kwargs
-        )[0]
-        for rows, keys, mask in blocks
-    ]
+    plain = (
+        torch.is_grad_enabled()
+        and query.requires_grad
+        and query.dtype == key.dtype == value.dtype  # else autocast has a say
+        and not kwargs.get("dropout")
+    )
+    parts = []
+    for rows, keys, mask in blocks:
+        part = query[:, :, rows], key[:, :, keys], value[:, :, keys], mask
+        if plain:
+            parts.append(_Products.apply(*part, kwargs.get("scaling")).transpose(1, 2))
+        else:
+            parts.append(sdpa_attention_forward(module, *part, **kwargs)[0])
     return torch.cat(parts, dim=1), None
+
+
+class _Products(torch.autograd.Function):
+    """Attention as three products, for gradients: torch's own is slow backward on a CPU.
+
+    Scores and their softmax are in float32 at least, as in torch's own; the probabilities are kept
+    for the gradient, in the type of the query.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0917  # torch gives them by position
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        """Return what is attended to, of shape (rows, heads, queries, width)."""
+        rows, heads, queries, width = query.shape
+        # the heads that share keys are one product
+        together = query.reshape(-1, heads // key.shape[1] * queries, width)
+        key, value = key.flatten(0, 1), value.flatten(0, 1)
+        ctx.scaling = width**-0.5 if scaling is None else scaling
+        wide = torch.promote_types(query.dtype, torch.float32)
+        with torch.autocast("cpu", enabled=False):
+            scores = torch.bmm(together.to(wide), key.to(wide).mT).mul_(ctx.scaling)
+            unseen = torch.zeros(mask.shape, dtype=wide).masked_fill_(~mask, -torch.inf)
+            scores.view(rows, heads, queries, -1).add_(unseen)
+            shares = scores.softmax(-1).to(query.dtype)
+            ctx.save_for_backward(together, key, value, shares)
+            return torch.bmm(shares, value).view(rows, heads, queries, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of query, key and value."""
+        query, key, value, shares = ctx.saved_tensors
+        (given,) = gradients
+        rows, heads, queries, _ = given.shape
+        given = given.reshape(*query.shape[:2], -1)
+        moved = torch._softmax_backward_data(given @ value.mT, shares, -1, shares.dtype)
+        moved.mul_(ctx.scaling)
+        found = moved @ key, moved.mT @ query, shares.mT @ given
+        first, second, third = (f.view(rows, -1, *f.shape[1:]) for f in found)
+        return first.reshape(rows, heads, queries, -1), second, third, None, None
 
 
 ALL_ATTENTION_FUNCTIONS["sdpa"] = attend

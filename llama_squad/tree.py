@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from llama_squad.activation import ADAPTER_MASK
 from llama_squad.attention import mark_blocks
@@ -138,29 +137,6 @@ def batch_rows(
 
 NOT_OF_MODEL = ("labels", "counts", "chat")
 """What a batch holds that a model does not take, or not here."""
-
-
-def answer_logits(
-    model: Any, inputs: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits that predict the supervised tokens, row by row, and these tokens.
-
-    Args:
-        model: causal language model.
-        inputs: a batch of ``SquadDataCollator``: "input_ids" and "labels" of shape (rows, length),
-            and what the model takes beside them.
-
-    Returns:
-        Logits of shape (supervised tokens, vocabulary), and ids of shape (supervised tokens,).
-    """
-    targets = next_tokens(inputs["labels"], IGNORE)
-    keep = targets != IGNORE
-    return kept_logits(model, inputs, keep), targets[keep]
-
-
-def next_tokens(values: torch.Tensor, fill: int) -> torch.Tensor:
-    """Return at each token what stands at the next one, of shape (rows, length)."""
-    return F.pad(values, (0, 1), value=fill)[:, 1:]
 
 
 def kept_logits(model: Any, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:

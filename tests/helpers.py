@@ -40,10 +40,10 @@ from llama_squad.collator import SquadDataCollator
 from llama_squad.data import write_dataset
 from llama_squad.encoding import ChatEncoder
 from llama_squad.prompts import build_messages
+from llama_squad.supervised import answer_logits
 from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.examples import encode_split
 from llama_squad.training.trainer import SquadTrainer, answer_loss
-from llama_squad.tree import answer_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -16,13 +16,16 @@ from helpers import (
     load_encoder,
     make_records,
     model_folder,
+    outcome,
     tiny_model,
     tiny_tokenizer,
 )
 from peft import LoraConfig, get_peft_model
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 import train_llama_squad
-from llama_squad import forgetting, modeling, weights
+from llama_squad import forgetting, modeling, supervised, weights
 from llama_squad.activation import ADAPTER_MASK, activate, activation_of
 from llama_squad.arguments import AppArguments, ModelArguments
 from llama_squad.config import RUN_CONFIG
@@ -34,16 +37,22 @@ from llama_squad.predictors.local import LocalModel
 from llama_squad.prompts import PROMPTS, adapter_start, build_messages
 from llama_squad.reader import Reader
 from llama_squad.training.setup import check_shared_contexts
+from llama_squad.training.trainer import answer_loss
 
 RECORDS = make_records(3, [3, 1, 2])
 WHERE = ["question", "reply"]
 CHAT = [{"role": "user", "content": "Hello, who are you? Question: who met Ada?"}]
 
 
-def activated(where: str, architecture: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+def activated(
+    where: str,
+    architecture: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    base: Any = None,
+) -> Any:
     """Make a model with an adapter, no matrix of it zero."""
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
-    model = get_peft_model(tiny_model(architecture, dtype), config)
+    model: Any = get_peft_model(base or tiny_model(architecture, dtype), config)
     activate(model, where)  # type: ignore[arg-type]
     torch.manual_seed(1)
     with torch.no_grad():
@@ -164,6 +173,45 @@ def test_rows_equal_two_passes(where: str, prompt: str) -> None:
         assert (plain.logits[0] - expected).abs().max() > 1e-2, "plain LoRA would do"
         with model.disable_adapter():
             assert (model(**batch).logits[0] - expected).abs().max() > 1e-2, "the base would do"
+
+
+@pytest.mark.parametrize("base", ["llama", "windows", "ddp"])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("where", WHERE)
+def test_the_bases_tokens_take_no_gradient(
+    where: str, rows: int, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_tree import tree_model
+
+    windows = tree_model("gemma3_text", sliding_window=24) if base == "windows" else None
+    model = activated(where, base=windows).train()
+    groups = paragraphs(where)
+    batch = collator()([{"paragraphs": groups}, {"paragraphs": groups[:2]}][:rows])
+    own = int((~batch[ADAPTER_MASK]).sum(1).min())  # in two rows the shorter one's pads are others
+    passes = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: passes.append((args[0].shape[1], torch.is_grad_enabled()))
+    )
+    monkeypatch.setattr(supervised, "_runs_base_first", lambda *_: False)
+    expected = outcome(model, [batch])
+    length = batch["input_ids"].shape[1]
+    assert passes == [(length, True), (length, False)]
+    monkeypatch.undo()
+    passes.clear()
+    if base == "ddp":
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        called = DistributedDataParallel(model) if base == "ddp" else model
+        loss, _, count = answer_loss(called, batch)
+        model.zero_grad(set_to_none=True)
+        (loss / count).backward()
+    finally:
+        if base == "ddp":
+            distributed.destroy_process_group()
+    assert passes == [(own, False), (length - own, True)]
+    torch.testing.assert_close((loss / count).detach(), expected[1])
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(gradients, expected[2], atol=1e-5, rtol=1e-4)
 
 
 def test_examples_that_begin_elsewhere_share_less() -> None:

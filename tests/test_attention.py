@@ -69,16 +69,15 @@ def test_blocks_change_neither_loss_nor_gradients(
     if kind == "recomputed":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
+    monkeypatch.setattr(attention, "BLOCK_TOKENS", 10**9)
     whole = answer_loss(model, ROW)[0]
     whole.backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     called = []
-    real = attention.sdpa_attention_forward
+    real = attention._Products.apply
     monkeypatch.setattr(attention, "BLOCK_TOKENS", block_tokens)
-    monkeypatch.setattr(
-        attention, "sdpa_attention_forward", lambda *a, **k: called.append(1) or real(*a, **k)
-    )
+    monkeypatch.setattr(attention._Products, "apply", lambda *a: called.append(1) or real(*a))
     loss = answer_loss(model, ROW)[0]
     loss.backward()
     layers = model.config.num_hidden_layers * (2 if kind == "recomputed" else 1)
@@ -87,6 +86,41 @@ def test_blocks_change_neither_loss_nor_gradients(
     for name, p in model.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(p.grad, wanted[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_products_round_like_torchs_own(rows: int, autocast: bool) -> None:
+    batch = collator()([{"paragraphs": PARAGRAPHS}, {"paragraphs": PARAGRAPHS[:2]}][:rows])
+    visible, past = batch["attention_mask"][:, :, 30:], 30
+    keys, queries = visible.shape[3], visible.shape[3] - past
+    torch.manual_seed(0)
+    # six heads on two of keys, which are wider than the values
+    shapes = (6, queries, 16), (2, keys, 16), (2, keys, 8), (6, queries, 8)
+    query, key, value, given = (torch.randn(rows, *shape) for shape in shapes)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True  # type: ignore[assignment]
+
+    def run(mask: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+        inputs = [x.bfloat16().to(dtype).requires_grad_() for x in (query, key, value)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
+            found = attention.attend(module, *inputs, mask, scaling=0.3)[0]
+        wanted = given.bfloat16().to(dtype).transpose(1, 2)
+        return [found, *torch.autograd.grad(found, inputs, wanted)]
+
+    exact = run(visible, torch.float64)
+    whole, blocks = (
+        run(visible, torch.bfloat16),
+        run(mark_blocks(visible.clone(), 64), torch.bfloat16),
+    )
+    assert all(found.dtype == torch.bfloat16 for found in blocks)
+    assert (blocks[0] - exact[0]).norm() < 1.6 * (whole[0] - exact[0]).norm()
+    for right, ours in zip(exact, blocks, strict=True):
+        assert (ours - right).norm() < 0.01 * right.norm()
+    for right, ours in zip(
+        exact, run(mark_blocks(visible.clone(), 64), torch.float64), strict=True
+    ):
+        torch.testing.assert_close(ours, right)
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "mistral"])

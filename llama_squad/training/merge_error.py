@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llama_squad.tree import answer_logits
+from llama_squad.supervised import answer_logits
 
 MEASURED_QUESTIONS = 64
 """The same ones for all three models, so that few of them tell what was lost."""

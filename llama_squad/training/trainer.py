@@ -12,8 +12,9 @@ from trl import SFTTrainer
 
 from llama_squad.config import save_run_config
 from llama_squad.encoding import IGNORE
+from llama_squad.supervised import answer_logits, next_tokens
 from llama_squad.training.packing import count_questions
-from llama_squad.tree import answer_logits, kept_logits, next_tokens
+from llama_squad.tree import kept_logits
 
 
 def answer_loss(
