@@ -19,8 +19,8 @@ from llama_squad.config import parse_stage
 from llama_squad.stage import if_interrupted, next_command, run_stage
 
 if TYPE_CHECKING:
+    from llama_squad.prompts import Record
     from llama_squad.sources.cleaning import Cleaner
-    from llama_squad.sources.records import Record
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,8 +21,9 @@ from llama_squad.config import parse_stage
 from llama_squad.data import load_squad
 from llama_squad.decoding.replies import Reply
 from llama_squad.evaluation import choose_records
-from llama_squad.predictors.base import Predictor, Record, batch_paragraphs
+from llama_squad.predictors.base import Predictor, batch_paragraphs
 from llama_squad.predictors.loading import adapter_settings, load_predictor
+from llama_squad.prompts import Record
 
 AUDIT_BEAMS = 1000
 """So many partial replies of a length are rarely wanted: then the audit's answer is proven best."""

@@ -35,8 +35,9 @@ from llama_squad import modeling
 from llama_squad.answers import extract_answer
 from llama_squad.arguments import ModelArguments
 from llama_squad.data import load_squad, sample_paragraphs
-from llama_squad.predictors.base import Record, batch_paragraphs
+from llama_squad.predictors.base import batch_paragraphs
 from llama_squad.predictors.local import LocalModel
+from llama_squad.prompts import Record
 
 
 def parse() -> argparse.Namespace:

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from multiprocessing import Pool
 from pathlib import Path
@@ -53,12 +53,14 @@ def chat_template(name: str) -> str:
     return (own if own.is_file() else trls).read_text(encoding="utf-8")
 
 
-def batches(records: Sequence[dict]) -> Iterator[Sequence[dict]]:
+def batches(records: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[Mapping[str, Any]]]:
     """Cut the records into batches."""
     return (records[start : start + BATCH] for start in range(0, len(records), BATCH))
 
 
-def faults(encoder: Any, records: Sequence[dict], prompt: str, end: str) -> Iterator[str]:
+def faults(
+    encoder: Any, records: Sequence[Mapping[str, Any]], prompt: str, end: str
+) -> Iterator[str]:
     """Yield what is wrong with the masks of some records."""
     from llama_squad.answers import format_answer
     from llama_squad.encoding import IGNORE

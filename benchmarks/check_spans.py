@@ -28,8 +28,9 @@ from llama_squad.answers import escape_answer, format_answer
 from llama_squad.data import read_files
 from llama_squad.decoding.spans import SpanGrammar, SpanVocabulary, span_vocabulary
 from llama_squad.encoding import IGNORE, ChatEncoder
-from llama_squad.predictors.base import Record, batch_paragraphs, group_paragraphs
+from llama_squad.predictors.base import batch_paragraphs, group_paragraphs
 from llama_squad.predictors.local import LocalModel
+from llama_squad.prompts import Record
 
 CASES = [("llama2", "llama2"), ("llama3", "llama3"), ("qwen2_5_rebuilt", "qwen2_5")]
 

@@ -125,9 +125,9 @@ def without(*parts: str) -> Iterator[None]:
         if "blocks" in parts:
             stack.enter_context(mock.patch.object(attention, "BLOCK_TOKENS", 10**9))
         if "products" in parts:
-            stack.enter_context(mock.patch.object(attention._Products, "apply", torchs_own))
+            stack.enter_context(mock.patch.object(attention.Products, "apply", torchs_own))
         if "base first" in parts:
-            stack.enter_context(mock.patch.object(supervised, "_runs_base_first", lambda *_: False))
+            stack.enter_context(mock.patch.object(supervised, "runs_base_first", lambda *_: False))
         if "lookahead" in parts:
             stack.enter_context(mock.patch.object(lookahead, "PASS_TOKENS", 0))
         if "rows" in parts:

@@ -36,8 +36,8 @@ from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph
 from llama_squad.decoding.search import SPECULATION
 from llama_squad.encoding import IGNORE, ChatEncoder
-from llama_squad.predictors.base import Record, group_paragraphs
-from llama_squad.prompts import build_messages, gold_answer
+from llama_squad.predictors.base import group_paragraphs
+from llama_squad.prompts import Record, build_messages, gold_answer
 
 Run = Callable[[], list[str]]
 """Answers all questions; returns the completions, by paragraph."""

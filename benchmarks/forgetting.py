@@ -169,7 +169,7 @@ class Study:
             )
         return path, content or {"made_from": made_from}
 
-    def _load(self, name: str, loaded: list[Any]) -> tuple[Any, ChatEncoder]:
+    def load(self, name: str, loaded: list[Any]) -> tuple[Any, ChatEncoder]:
         """Load a model, its adapter apart so that it can be switched off, and its encoder."""
         from llama_squad import modeling
 
@@ -209,7 +209,7 @@ class Study:
         replies = content.setdefault("replies", [])
         while len(replies) < len(self._prompts):
             batch = self._prompts[len(replies) : len(replies) + size]
-            model, encoder = self._load(name, loaded)
+            model, encoder = self.load(name, loaded)
             said = chat(model, encoder, batch, max_new_tokens=limit, batch_size=size)
             replies += map(dataclasses.asdict, said)
             write_json(path, content)
@@ -221,7 +221,7 @@ class Study:
         tokens = self._args.wikitext_tokens
         path, content = self._kept(name, "wikitext", tokens=tokens, window=WINDOW)
         if "windows" not in content:
-            model, encoder = self._load(name, loaded)
+            model, encoder = self.load(name, loaded)
             lines = (self._args.data / "wikitext2_test.jsonl").read_text("utf-8").splitlines()
             text = "\n".join(json.loads(line)["page"] for line in lines)
             ids = encoder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

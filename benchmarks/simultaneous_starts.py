@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama_squad.answers import format_answer
 from llama_squad.decoding.replies import Reply
 from llama_squad.evaluation import evaluate
-from llama_squad.predictors.base import Batch, Prediction, Record
+from llama_squad.predictors.base import Batch, Prediction
+from llama_squad.prompts import Record
 from llama_squad.result_reader import read_results
 from llama_squad.results import ResultsFile
 

@@ -96,11 +96,11 @@ def encode_sample(args: argparse.Namespace) -> tuple[Any, Any, float]:
 
     from llama_squad.data import read_files
     from llama_squad.encoding import ChatEncoder
-    from llama_squad.prompts import build_messages
+    from llama_squad.prompts import Record, build_messages
     from llama_squad.training.examples import encode_split
 
     records = read_files([args.train_files])
-    members: dict[tuple[str, str], list[dict]] = {}
+    members: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         members.setdefault((record["title"], record["context"]), []).append(record)
     chosen = random.Random(args.seed).sample(list(members.values()), args.paragraphs)

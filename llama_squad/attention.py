@@ -4,7 +4,7 @@ A row of training holds several paragraphs, and a paragraph's questions do not s
 ``sdpa`` computes every query against every key before it applies the mask: half of a training
 step of a small model (``benchmarks/RESULTS.md``). Here a row's queries are cut where the mask
 allows it, and each block is run against the keys alone that it sees. The result is the same sum
-without its zeros. Where gradients are taken, a block is three plain products (``_Products``).
+without its zeros. Where gradients are taken, a block is three plain products (``Products``).
 Uses torch and transformers only; ``tree.make_masks`` marks the masks.
 """
 
@@ -34,6 +34,11 @@ def mark_blocks(visible: torch.Tensor, block_tokens: int | None = None) -> torch
     if visible.device.type == "cpu" and visible.shape[2] > limit:
         setattr(visible, _BLOCKS, _blocks(visible, limit))
     return visible
+
+
+def blocks_of(mask: torch.Tensor | None) -> list[Block] | None:
+    """Return the blocks that a mask was marked with; None where it was not."""
+    return getattr(mask, _BLOCKS, None)
 
 
 def _blocks(visible: torch.Tensor, block_tokens: int) -> list[Block]:
@@ -87,7 +92,7 @@ def attend(
         attention_mask: of shape (rows, 1, queries, keys).
         kwargs: what ``sdpa_attention_forward`` takes.
     """
-    blocks = getattr(attention_mask, _BLOCKS, None)
+    blocks = blocks_of(attention_mask)
     if blocks is None or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     plain = (
@@ -100,13 +105,13 @@ def attend(
     for rows, keys, mask in blocks:
         part = query[:, :, rows], key[:, :, keys], value[:, :, keys], mask
         if plain:
-            parts.append(_Products.apply(*part, kwargs.get("scaling")).transpose(1, 2))
+            parts.append(Products.apply(*part, kwargs.get("scaling")).transpose(1, 2))
         else:
             parts.append(sdpa_attention_forward(module, *part, **kwargs)[0])
     return torch.cat(parts, dim=1), None
 
 
-class _Products(torch.autograd.Function):
+class Products(torch.autograd.Function):
     """Attention as three products, for gradients: torch's own is slow backward on a CPU.
 
     Scores and their softmax are in float32 at least, as in torch's own; the probabilities are kept

@@ -18,11 +18,11 @@ from typing import Any
 from llama_squad.arguments import CreateArguments
 from llama_squad.config import save_run_config
 from llama_squad.folders import check_dataset
-from llama_squad.prompts import build_messages
+from llama_squad.prompts import Record, build_messages
 from llama_squad.sources.cleaning import Cleaner, Dropped
 from llama_squad.sources.formats import COLUMNS, InputRow, check_columns, read_rows
 from llama_squad.sources.matching import context_key
-from llama_squad.sources.records import Record, paragraphs_at_random
+from llama_squad.sources.records import paragraphs_at_random
 
 SAMPLE = Path(__file__).parent.parent / "quickstart" / "data"
 DROPPED = "dropped.csv"
@@ -204,7 +204,7 @@ def count_shared(records: Sequence[Record], others: Sequence[Record]) -> int:
 # Datasets on disk ----------------------------------------------------------------------------
 
 
-def count_split(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def count_split(records: Sequence[Record]) -> dict[str, int]:
     """Count what a split holds."""
     return {
         "questions": len(records),

@@ -32,10 +32,10 @@ from llama_squad.predictors.base import (
     ConcurrentPredictor,
     Prediction,
     Predictor,
-    Record,
     batch_paragraphs,
 )
 from llama_squad.processes import share, this_process
+from llama_squad.prompts import Record
 from llama_squad.results import ResultsFile, config_path
 from llama_squad.rows import Row, make_row
 from llama_squad.weights import weights_digest, whole_model

@@ -163,7 +163,8 @@ def say_device() -> None:
 def resolve_dtype(name: str) -> torch.dtype:
     """Return the torch type; "auto" is bfloat16 on CUDA and on a CPU that multiplies in it."""
     if name == "auto":
-        return torch.bfloat16 if _on_gpu() or cpu_multiplies_bfloat16() else torch.float32
+        able = torch.cuda.is_available() or cpu_multiplies_bfloat16()
+        return torch.bfloat16 if able else torch.float32
     return getattr(torch, name)
 
 
@@ -252,17 +253,13 @@ def weights_dtype(args: ModelArguments) -> torch.dtype:
     dtype = resolve_dtype(args.dtype)
     if args.dtype != "auto" or dtype == torch.float32:
         return dtype
-    if _on_gpu() and not find_file(args.model_name, RUN_CONFIG):
+    if torch.cuda.is_available() and not find_file(args.model_name, RUN_CONFIG):
         return dtype
     try:
         saved = AutoConfig.from_pretrained(args.model_name).dtype
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load("configuration", args.model_name, error)) from error
     return torch.float32 if saved in (None, torch.float32) else dtype
-
-
-def _on_gpu() -> bool:
-    return torch.cuda.is_available()
 
 
 def _is_lora(model: Any) -> bool:

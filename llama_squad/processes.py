@@ -57,11 +57,11 @@ def take_free_cores() -> int:
     threads = torch.get_num_threads()
     if threads == 1 or any(os.environ.get(name) for name in THREADS_VARIABLES):
         return threads
-    before = _core_times()
+    before = core_times()
     if not before:
         return threads
     time.sleep(IDLE_WINDOW_S)
-    after = _core_times()
+    after = core_times()
     idle = sum(
         (after[core][0] - before[core][0]) / max(1, after[core][1] - before[core][1])
         for core in before.keys() & after.keys()
@@ -70,7 +70,7 @@ def take_free_cores() -> int:
     return torch.get_num_threads()
 
 
-def _core_times() -> dict[int, tuple[int, int]]:
+def core_times() -> dict[int, tuple[int, int]]:
     """Return the ticks that each core of ours has been idle, and all its ticks; {} if untold."""
     try:
         lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()

@@ -12,6 +12,10 @@ from typing import Any, Literal
 
 from llama_squad.answers import ANSWER_FOOTER, ANSWER_HEADER, NO_ANSWER, format_answer
 
+Record = Mapping[str, Any]
+"""A question: {"id", "title", "context", "question", "answers": {"text": [...], "answer_start":
+[...]}}, as on the Hub; no texts where it has no answer. Only readers of gold answers need these."""
+
 Message = dict[str, str]
 
 ActsFrom = Literal["start", "question", "reply"]
@@ -31,27 +35,27 @@ _INSTRUCTION = (
 )
 
 
-def _context(record: Mapping[str, Any]) -> str:
+def _context(record: Record) -> str:
     return "\nContext: " + record["context"]
 
 
-def _question(record: Mapping[str, Any]) -> str:
+def _question(record: Record) -> str:
     return "\nQuestion: " + record["question"].strip()
 
 
-def _single_turn(record: Mapping[str, Any]) -> list[str]:
+def _single_turn(record: Record) -> list[str]:
     return [_INSTRUCTION + _context(record) + _question(record)]
 
 
-def _question_first(record: Mapping[str, Any]) -> list[str]:
+def _question_first(record: Record) -> list[str]:
     return [_INSTRUCTION + _question(record) + _context(record)]
 
 
-def _question_twice(record: Mapping[str, Any]) -> list[str]:
+def _question_twice(record: Record) -> list[str]:
     return [_INSTRUCTION + _question(record) + _context(record) + _question(record)]
 
 
-def _multi_turn(record: Mapping[str, Any]) -> list[str]:
+def _multi_turn(record: Record) -> list[str]:
     return [
         "Use the following context to answer the question. You may think it through first."
         + _context(record)
@@ -61,7 +65,7 @@ def _multi_turn(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-PROMPTS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
+PROMPTS: dict[str, Callable[[Record], list[str]]] = {
     "single_turn": _single_turn,
     "multi_turn": _multi_turn,
     "question_first": _question_first,
@@ -71,7 +75,7 @@ PROMPTS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
 
 
 def adapter_start(
-    messages: Sequence[Message], record: Mapping[str, Any], prompt: str, where: ActsFrom
+    messages: Sequence[Message], record: Record, prompt: str, where: ActsFrom
 ) -> tuple[int, int]:
     """Return from where on an activated adapter acts in a conversation: message and character.
 
@@ -99,14 +103,14 @@ def adapter_start(
     raise ValueError(f"the prompt style {prompt!r} does not hold the question")
 
 
-def gold_answer(record: Mapping[str, Any]) -> str:
+def gold_answer(record: Record) -> str:
     """Return the answer to teach: the first gold answer, or ``NO_ANSWER`` where there is none."""
     texts = record["answers"]["text"]
     return texts[0] if texts else NO_ANSWER
 
 
 def build_messages(
-    record: Mapping[str, Any],
+    record: Record,
     prompt: str = "single_turn",
     system_prompt: str = SYSTEM_PROMPT,
     answer: bool = True,

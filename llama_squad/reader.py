@@ -19,9 +19,9 @@ from llama_squad.answers import extract_answer
 from llama_squad.arguments import EvalArguments, ModelArguments, resolve_decoding
 from llama_squad.decoding.generator import Generator
 from llama_squad.encoding import ChatEncoder
-from llama_squad.predictors.base import Prediction, Record, batch_paragraphs
+from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
-from llama_squad.prompts import Message
+from llama_squad.prompts import Message, Record
 from llama_squad.thresholds import load_threshold
 
 Many = list[str] | tuple[str, ...]

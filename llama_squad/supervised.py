@@ -33,7 +33,7 @@ def answer_logits(
     targets = next_tokens(inputs["labels"], IGNORE)
     keep = targets != IGNORE
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    if not _runs_base_first(inner, inputs):
+    if not runs_base_first(inner, inputs):
         return kept_logits(model, inputs, keep), targets[keep]
     return _logits_over_the_base(model, inner, inputs, keep), targets[keep]
 
@@ -93,7 +93,7 @@ def _logits_over_the_base(
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _runs_base_first(model: Any, inputs: Mapping[str, torch.Tensor]) -> bool:
+def runs_base_first(model: Any, inputs: Mapping[str, torch.Tensor]) -> bool:
     """Tell whether tokens that no adapter has touched are kept apart, as keys and values."""
     from peft import PeftModel
 

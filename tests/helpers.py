@@ -39,7 +39,7 @@ from llama_squad.arguments import CreateArguments
 from llama_squad.collator import SquadDataCollator
 from llama_squad.data import write_dataset
 from llama_squad.encoding import ChatEncoder
-from llama_squad.prompts import build_messages
+from llama_squad.prompts import Record, build_messages
 from llama_squad.supervised import answer_logits
 from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.examples import encode_split
@@ -344,6 +344,12 @@ class Page(HTMLParser):
                 self.marks[name] += data
 
 
+def replies_in(prompt: str) -> list[str]:
+    """Return what the model said in a prompt of several turns, in the tiny tokenizer's template."""
+    _, *turns = prompt.split("<|start_header_id|>assistant<|end_header_id|>\n\n")
+    return [turn.partition("<|eot_id|>")[0] for turn in turns[:-1]]
+
+
 # Models ------------------------------------------------------------------------------------------
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -352,7 +358,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
     "mistral": {"sliding_window": None},
     "gemma": {"head_dim": 8},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 2048, "num_hidden_layers": 6},
+    "gemma3_text": {
+        "head_dim": 8,
+        "sliding_window": 2048,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "phi": {},
     "phi3": {"pad_token_id": 0},
 }
@@ -395,7 +405,7 @@ def _norm(module: Any, one_plus: bool, x: torch.Tensor) -> torch.Tensor:
 
 
 def encode_paragraphs(
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
     prompt: str = "single_turn",
     reasoning_tokens: int = 0,
 ) -> list[list[dict[str, list[int]]]]:
@@ -420,9 +430,10 @@ def flatten(paragraphs: Sequence[Sequence[Any]]) -> list[Any]:
     return [example for paragraph in paragraphs for example in paragraph]
 
 
-def outcome(
-    model: Any, batches: Sequence[Mapping[str, torch.Tensor]]
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+Outcome = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+def outcome(model: Any, batches: Sequence[Mapping[str, torch.Tensor]]) -> Outcome:
     """Return the logits of the supervised positions, the mean loss, and its gradients by name."""
     count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     model.zero_grad(set_to_none=True)
@@ -443,22 +454,26 @@ def difference(
     shared: Sequence[Mapping[str, torch.Tensor]],
     separate: Sequence[Mapping[str, torch.Tensor]],
 ) -> dict[str, float]:
-    """Return how far shared batches are from separate ones, relative to the largest figure."""
-    first, second = outcome(model, shared), outcome(model, separate)
+    """Return how far shared batches are from separate ones; see ``gaps``."""
+    return gaps(outcome(model, shared), outcome(model, separate))
+
+
+def gaps(first: Outcome, second: Outcome) -> dict[str, float]:
+    """Return how far an outcome is from another, relative to the largest figure."""
     assert first[2].keys() == second[2].keys()
     assert first[2], "nothing is trained"
     largest = max(float(gradient.abs().max()) for gradient in second[2].values())
     assert largest > 0
-    gaps = [float((first[2][name] - second[2][name]).abs().max()) for name in second[2]]
+    moved = [float((first[2][name] - second[2][name]).abs().max()) for name in second[2]]
     return {
         "logits": float((first[0] - second[0]).abs().max() / second[0].abs().max()),
         "loss": float(abs(first[1] - second[1]) / second[1]),
-        "gradients": max(gaps) / largest,
+        "gradients": max(moved) / largest,
     }
 
 
 def dataset_folder(
-    folder: Path, records: Sequence[dict], val: Sequence[dict] = (), **create: Any
+    folder: Path, records: Sequence[Record], val: Sequence[Record] = (), **create: Any
 ) -> str:
     """Write a dataset as ``create_squad_dataset.py`` does."""
     splits = {"train": list(records)} | ({"val": list(val)} if val else {})
@@ -475,7 +490,18 @@ def model_folder(folder: Path, architecture: str = "llama", **config: Any) -> st
     return name
 
 
-def encoder_folder(folder: Path, records: Sequence[dict[str, Any]]) -> Path:
+def training_flags(
+    folder: Path, *flags: str, val: Sequence[Record] = (), **model: Any
+) -> list[str]:
+    """Make a model and a dataset of 15 questions; return the flags of a run on them, and others."""
+    data = dataset_folder(folder, make_records(6, [2, 3]), val)
+    return [
+        "--model_name", model_folder(folder, **model), "--dataset_name", data,
+        "--report_to", "none", "--disable_tqdm", "True", *flags,
+    ]  # fmt: skip
+
+
+def encoder_folder(folder: Path, records: Sequence[Record]) -> Path:
     """Save a small BERT of random weights, with a head for questions and a tokenizer of words."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -499,7 +525,7 @@ def encoder_folder(folder: Path, records: Sequence[dict[str, Any]]) -> Path:
     return folder
 
 
-def encoded_dataset(records: Sequence[dict], max_length: int | None = 4096) -> Any:
+def encoded_dataset(records: Sequence[Record], max_length: int | None = 4096) -> Any:
     """Encode records as the training stage does."""
     from datasets import Dataset
 
@@ -507,7 +533,7 @@ def encoded_dataset(records: Sequence[dict], max_length: int | None = 4096) -> A
     return encode_split(split, ChatEncoder(tiny_tokenizer()), max_length, "test")[0]
 
 
-def make_trainer(model: Any, train_dataset: Any, folder: Path, **settings: Any) -> SquadTrainer:
+def make_trainer(model: Any, train_dataset: Any, folder: Path, **settings: Any) -> Any:
     """Make our trainer with plain SGD, whose step shows the gradient as it is."""
     cls = settings.pop("trainer", SquadTrainer)
     options: dict[str, Any] = {

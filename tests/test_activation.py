@@ -1,6 +1,7 @@
 """Adapters that act from the question or the reply on: exact in training, decoding and chat."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,16 @@ import torch
 from helpers import (
     TOKENIZERS,
     collator,
-    dataset_folder,
     difference,
     flatten,
+    gaps,
     load_encoder,
     make_records,
-    model_folder,
     outcome,
+    replies_in,
     tiny_model,
     tiny_tokenizer,
+    training_flags,
 )
 from peft import LoraConfig, get_peft_model
 from torch import distributed
@@ -31,21 +33,22 @@ from llama_squad.arguments import AppArguments, ModelArguments
 from llama_squad.config import RUN_CONFIG
 from llama_squad.decoding.cache import Branch, TokenTree
 from llama_squad.decoding.chat import ChatSession
+from llama_squad.decoding.spans import span_vocabulary
 from llama_squad.encoding import ChatEncoder
 from llama_squad.merging import merge
 from llama_squad.predictors.local import LocalModel
-from llama_squad.prompts import PROMPTS, adapter_start, build_messages
+from llama_squad.prompts import PROMPTS, ActsFrom, adapter_start, build_messages
 from llama_squad.reader import Reader
 from llama_squad.training.setup import check_shared_contexts
 from llama_squad.training.trainer import answer_loss
 
 RECORDS = make_records(3, [3, 1, 2])
-WHERE = ["question", "reply"]
+WHERE: list[ActsFrom] = ["question", "reply"]
 CHAT = [{"role": "user", "content": "Hello, who are you? Question: who met Ada?"}]
 
 
 def activated(
-    where: str,
+    where: ActsFrom,
     architecture: str = "llama",
     dtype: torch.dtype = torch.float32,
     base: Any = None,
@@ -53,7 +56,7 @@ def activated(
     """Make a model with an adapter, no matrix of it zero."""
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
     model: Any = get_peft_model(base or tiny_model(architecture, dtype), config)
-    activate(model, where)  # type: ignore[arg-type]
+    activate(model, where)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -63,7 +66,7 @@ def activated(
 
 
 def paragraphs(
-    where: str, prompt: str = "single_turn", records: Sequence[dict] = RECORDS
+    where: ActsFrom, prompt: str = "single_turn", records: Sequence[dict] = RECORDS
 ) -> list[list[dict[str, Any]]]:
     """Encode records, grouped by their context, with where the adapter begins to act."""
     messages = [build_messages(record, prompt) for record in records]
@@ -97,7 +100,6 @@ def in_two_passes(model: Any, ids: Sequence[int], start: int) -> torch.Tensor:
 @pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS)
 def test_the_first_token(name: str, template: str, end: str, prompt: str) -> None:
     encoder = load_encoder(name, template)
-    decode = encoder.tokenizer.decode
     record = {**RECORDS[0], "context": 'He said: "Question: Who?"\nQuestion: none.\n'}
     records = [{**record, "question": q} for q in ("  Who met Ada?", "When?", "\u00c9 ou?")]
     messages = [build_messages(r, prompt, system_prompt="Be brief.") for r in records]
@@ -108,7 +110,9 @@ def test_the_first_token(name: str, template: str, end: str, prompt: str) -> Non
         examples = encoder.encode(messages, places)
         for example, record, place in zip(examples, records, places, strict=True):
             ids, start = example["input_ids"], example["adapter_from"]
-            before, after = decode(ids[:start]), decode(ids[start:])
+            before, after = (
+                str(encoder.tokenizer.decode(part)) for part in (ids[:start], ids[start:])
+            )
             if where == "question":
                 if not prompt.startswith("question"):
                     assert before.rstrip().endswith("Question: none.")
@@ -140,7 +144,9 @@ def test_a_style_without_the_question_is_refused(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "phi3"])
-def test_rows_equal_separate_examples(architecture: str, where: str, checkpointing: bool) -> None:
+def test_rows_equal_separate_examples(
+    architecture: str, where: ActsFrom, checkpointing: bool
+) -> None:
     model = activated(where, architecture)
     if checkpointing:
         model.enable_input_require_grads()
@@ -153,13 +159,14 @@ def test_rows_equal_separate_examples(architecture: str, where: str, checkpointi
         [collator()([{"paragraphs": groups[:2]}, {"paragraphs": groups[2:]}])],
         [collator()(flatten(groups))],  # padded
     ]
+    expected = outcome(model, separate)
     for batches in ways:
-        assert max(difference(model, batches, separate).values()) < 1e-5
+        assert max(gaps(outcome(model, batches), expected).values()) < 1e-5
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("where", WHERE)
-def test_rows_equal_two_passes(where: str, prompt: str) -> None:
+def test_rows_equal_two_passes(where: ActsFrom, prompt: str) -> None:
     model = activated(where)
     for example in flatten(paragraphs(where, prompt)):
         ids, start = example["input_ids"], example["adapter_from"]
@@ -179,7 +186,7 @@ def test_rows_equal_two_passes(where: str, prompt: str) -> None:
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("where", WHERE)
 def test_the_bases_tokens_take_no_gradient(
-    where: str, rows: int, base: str, monkeypatch: pytest.MonkeyPatch
+    where: ActsFrom, rows: int, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from test_tree import tree_model
 
@@ -192,7 +199,7 @@ def test_the_bases_tokens_take_no_gradient(
     model.get_input_embeddings().register_forward_hook(
         lambda module, args, output: passes.append((args[0].shape[1], torch.is_grad_enabled()))
     )
-    monkeypatch.setattr(supervised, "_runs_base_first", lambda *_: False)
+    monkeypatch.setattr(supervised, "runs_base_first", lambda *_: False)
     expected = outcome(model, [batch])
     length = batch["input_ids"].shape[1]
     assert passes == [(length, True), (length, False)]
@@ -245,7 +252,7 @@ def score(model: Any, prompt: Sequence[int], reply: Sequence[int], start: int) -
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_evaluation_equals_two_passes(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_equals_two_passes(where: ActsFrom, monkeypatch: pytest.MonkeyPatch) -> None:
     model, encoder = activated(where), ChatEncoder(tiny_tokenizer())
     places = [adapter_start(build_messages(r), r, "single_turn", where) for r in RECORDS]
     examples = encoder.encode([build_messages(r) for r in RECORDS], places)
@@ -265,7 +272,7 @@ def test_evaluation_equals_two_passes(where: str, monkeypatch: pytest.MonkeyPatc
                     assert reply.token_ids == logits.argmax(-1).tolist()
                     assert reply.score == pytest.approx(sum(scores), abs=1e-4)
                 else:
-                    header = len(local._generator.constraint.header)
+                    header = len(span_vocabulary(encoder).header)
                     assert reply.score == pytest.approx(sum(scores[header:]), abs=1e-4)
 
 
@@ -280,35 +287,34 @@ def test_a_batch_in_halves_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_turns_before_the_reply(where: str) -> None:
+def test_turns_before_the_reply(where: ActsFrom, monkeypatch: pytest.MonkeyPatch) -> None:
     model, encoder = activated(where), ChatEncoder(tiny_tokenizer())
-    local = LocalModel(model, encoder, prompt="multi_turn", decoding="free", max_new_tokens=4)
-    said = [m["content"] for m in _talked(local) if m["role"] == "assistant"]
-    base = LocalModel(tiny_model(), encoder, prompt="multi_turn", decoding="free")
-    # up to the reply all is the base's; from the question on it is not
-    assert (said == [m["content"] for m in _talked(base) if m["role"] == "assistant"]) is (
-        where == "reply"
+    monkeypatch.setattr("llama_squad.predictors.local.TURN_TOKENS", 12)
+    ours, base = (
+        LocalModel(m, encoder, prompt="multi_turn", decoding="free", max_new_tokens=4)
+        for m in (model, tiny_model())
     )
-
-
-def _talked(local: LocalModel) -> list[dict[str, str]]:
-    messages = local._messages(RECORDS[0])
-    local._talk([[RECORDS[0]]], [[messages]])
-    return messages
+    said, expected = (
+        replies_in(local.answer([RECORDS[:1]])[0].prompt_text) for local in (ours, base)
+    )
+    assert len(said) == 2
+    assert all(said)
+    # up to the reply all is the base's; from the question on it is not
+    assert (said == expected) is (where == "reply")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("where", WHERE)
-def test_the_context_has_the_bases_cache(where: str, dtype: torch.dtype) -> None:
+def test_the_context_has_the_bases_cache(where: ActsFrom, dtype: torch.dtype) -> None:
     model, base = activated(where, dtype=dtype), tiny_model(dtype=dtype)
     example = paragraphs(where)[0][0]
     ids, start = example["input_ids"], example["adapter_from"]
     trees = [TokenTree(model), TokenTree(base)]
     for tree, acts in zip(trees, (start, None), strict=True):
         tree.extend([[Branch(None, ids, adapter_from=acts)]])
-    for ours, theirs in zip(trees[0]._cache.layers, trees[1]._cache.layers, strict=True):
+    for ours, theirs in zip(trees[0].cache.layers, trees[1].cache.layers, strict=True):
         for name in ("keys", "values"):
-            a, b = (getattr(layer, name) for layer in (ours, theirs))  # type: ignore[attr-defined]
+            a, b = (getattr(layer, name) for layer in (ours, theirs))
             assert torch.equal(a[:, :, :start], b[:, :, :start])
             assert not torch.equal(a[:, :, start:], b[:, :, start:])
 
@@ -350,19 +356,27 @@ def test_the_demo(tmp_path: Path) -> None:
 # The stages ------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """Train an adapter that acts from the question on, once; return the flags and the folder."""
+    folder = tmp_path_factory.mktemp("made")
+    flags = training_flags(
+        folder, "--no_quantize", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2",
+        "--learning_rate", "2e-2", "--lora_r", "4", "--lora_dropout", "0.1",
+        "--alora_from", "question", val=RECORDS[:3],
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("llama_squad.training.setup.VALIDATION_TOKENS", 8)
+        train_llama_squad.main(flags)
+    return flags, folder
+
+
 @pytest.fixture
-def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], str]:
-    """Train an adapter that acts from the question on; return the flags and its folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    flags = [
-        "--model_name", model_folder(tmp_path), "--no_quantize", "--report_to", "none",
-        "--dataset_name", dataset_folder(tmp_path, make_records(6, [2, 3]), RECORDS[:3]),
-        "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2", "--learning_rate", "2e-2",
-        "--lora_r", "4", "--lora_dropout", "0.1", "--disable_tqdm", "True",
-        "--alora_from", "question",
-    ]  # fmt: skip
-    train_llama_squad.main(flags)
+def trained(made: tuple[list[str], Path], tmp_path: Path, offline: None) -> tuple[list[str], str]:
+    """Work in a copy of it; return the flags and the adapter's folder."""
+    flags, folder = made
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     return flags, str(tmp_path / "results" / "final_checkpoints")
 
 
@@ -431,6 +445,7 @@ def test_what_an_adapter_brings_is_checked_before_it_is_trained_on(
     assert not Path("further").exists()
 
 
+@pytest.mark.usefixtures("brief")
 def test_given_texts_are_the_bases(
     trained: tuple[list[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -49,7 +49,7 @@ TEMPLATE = (
     "{% endif %}"
 )
 CONTEXT = "Lily lived by the sea with a cat named Tom. The cat <b>Tom</b> & Lily spell <|eot_id|>."
-RECORDS = [
+RECORDS: list[dict[str, Any]] = [
     {
         "id": "q1", "title": "Lily", "context": CONTEXT, "question": "What was the cat's name?",
         "answers": {"text": ["Tom", "a cat named Tom", "Tom"], "answer_start": [39, 27, 39]},

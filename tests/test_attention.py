@@ -1,11 +1,13 @@
 """Attention in blocks: the same as over the whole row, of fewer products."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import collator, difference, encode_paragraphs, make_records, tiny_model
 
 from llama_squad import attention
-from llama_squad.attention import mark_blocks
+from llama_squad.attention import blocks_of, mark_blocks
 from llama_squad.training.trainer import answer_loss
 from llama_squad.tree import shareable_prefix
 
@@ -13,9 +15,11 @@ PARAGRAPHS = encode_paragraphs(make_records(4, [2, 3, 1, 2]))
 ROW = collator()([{"paragraphs": PARAGRAPHS}])
 
 
-def blocks_of(mask: torch.Tensor) -> list[attention.Block]:
-    """Return the blocks that a mask was marked with."""
-    return getattr(mask, attention._BLOCKS)
+def marked(mask: torch.Tensor, block_tokens: int | None = None) -> list[attention.Block]:
+    """Mark a mask, and return its blocks."""
+    blocks = blocks_of(mark_blocks(mask, block_tokens))
+    assert blocks is not None
+    return blocks
 
 
 @pytest.mark.parametrize("block_tokens", [1, 7, 64, 200])
@@ -23,7 +27,7 @@ def blocks_of(mask: torch.Tensor) -> list[attention.Block]:
 def test_blocks_hold_all_that_is_seen(block_tokens: int, rows: int) -> None:
     batch = collator()([{"paragraphs": PARAGRAPHS}, {"paragraphs": PARAGRAPHS[:2]}][:rows])
     visible = batch["attention_mask"]
-    blocks = blocks_of(mark_blocks(visible, block_tokens))
+    blocks = marked(visible, block_tokens)
     assert [rows.start for rows, _, _ in blocks[1:]] == [rows.stop for rows, _, _ in blocks[:-1]]
     assert (blocks[0][0].start, blocks[-1][0].stop) == (0, visible.shape[2])
     assert max(rows.stop - rows.start for rows, _, _ in blocks) <= block_tokens
@@ -36,14 +40,14 @@ def test_blocks_hold_all_that_is_seen(block_tokens: int, rows: int) -> None:
 def test_blocks_of_queries_after_a_cache(past: int) -> None:
     """The keys before the first query are those of a cache."""
     visible = ROW["attention_mask"][:, :, past:].clone()
-    blocks = blocks_of(mark_blocks(visible, 64))
+    blocks = marked(visible, 64)
     assert sum(int(mask.sum()) for _, _, mask in blocks) == int(visible.sum())
     for queries, keys, mask in blocks:
         assert torch.equal(visible[:, :, queries][..., keys], mask)
 
 
 def test_a_paragraph_is_cut_from_the_next() -> None:
-    blocks = blocks_of(mark_blocks(ROW["attention_mask"], 300))
+    blocks = marked(ROW["attention_mask"], 300)
     pairs = sum(mask.shape[2] * mask.shape[3] for _, _, mask in blocks)
     assert pairs < 0.5 * ROW["attention_mask"].numel()
     ends = {queries.stop for queries, _, _ in blocks[:-1]}
@@ -55,9 +59,8 @@ def test_a_paragraph_is_cut_from_the_next() -> None:
 
 
 def test_short_rows_and_single_tokens_stay_whole() -> None:
-    assert not hasattr(mark_blocks(torch.ones(2, 1, 4, 600, dtype=torch.bool)), attention._BLOCKS)
-    marked = mark_blocks(torch.ones(2, 1, 385, 385, dtype=torch.bool).tril())
-    assert len(blocks_of(marked)) == 2
+    assert blocks_of(mark_blocks(torch.ones(2, 1, 4, 600, dtype=torch.bool))) is None
+    assert len(marked(torch.ones(2, 1, 385, 385, dtype=torch.bool).tril())) == 2
 
 
 @pytest.mark.parametrize("kind", ["all", "recomputed"])
@@ -75,9 +78,14 @@ def test_blocks_change_neither_loss_nor_gradients(
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     called = []
-    real = attention._Products.apply
+    real = attention.Products.apply
     monkeypatch.setattr(attention, "BLOCK_TOKENS", block_tokens)
-    monkeypatch.setattr(attention._Products, "apply", lambda *a: called.append(1) or real(*a))
+
+    def counted(*args: Any, **options: Any) -> Any:
+        called.append(1)
+        return real(*args, **options)
+
+    monkeypatch.setattr(attention.Products, "apply", counted)
     loss = answer_loss(model, ROW)[0]
     loss.backward()
     layers = model.config.num_hidden_layers * (2 if kind == "recomputed" else 1)
@@ -102,11 +110,11 @@ def test_products_round_like_torchs_own(rows: int, autocast: bool) -> None:
     module.num_key_value_groups, module.is_causal = 3, True  # type: ignore[assignment]
 
     def run(mask: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-        inputs = [x.bfloat16().to(dtype).requires_grad_() for x in (query, key, value)]
+        q, k, v = (x.bfloat16().to(dtype).requires_grad_() for x in (query, key, value))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
-            found = attention.attend(module, *inputs, mask, scaling=0.3)[0]
+            found = attention.attend(module, q, k, v, mask, scaling=0.3)[0]
         wanted = given.bfloat16().to(dtype).transpose(1, 2)
-        return [found, *torch.autograd.grad(found, inputs, wanted)]
+        return [found, *torch.autograd.grad(found, (q, k, v), wanted)]
 
     exact = run(visible, torch.float64)
     whole, blocks = (

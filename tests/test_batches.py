@@ -16,7 +16,7 @@ from llama_squad.arguments import EvalArguments
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph, Reply, Span
 from llama_squad.encoding import ChatEncoder
-from llama_squad.evaluation import _note_if_mixed, begun_with
+from llama_squad.evaluation import begun_with, evaluate
 from llama_squad.head import exact_head
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
@@ -121,9 +121,7 @@ def test_default_batch_grows_with_a_gpus_memory(monkeypatch: pytest.MonkeyPatch)
     generator = Generator(tiny_model(), encoder)
     assert generator.batch_size() == 32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    needed = generator._memory_needed(
-        [Paragraph("", [[0] * 400 + [i + 1] * 40 for i in range(10)])]
-    )
+    needed = generator.memory_needed([Paragraph("", [[0] * 400 + [i + 1] * 40 for i in range(10)])])
     sizes = []
     for times in (1, 13, 26, 60, 1000):
         monkeypatch.setattr(
@@ -166,20 +164,39 @@ def test_audit_compares_against_the_noise(monkeypatch: pytest.MonkeyPatch) -> No
     assert "differ" not in str(exact)
 
 
+class OneBatch:
+    """Answers one batch, and is interrupted at the next."""
+
+    def __init__(self) -> None:
+        self.answered = False
+
+    def answer(self, batch: Any) -> list[Prediction]:
+        if self.answered:
+            raise KeyboardInterrupt
+        self.answered = True
+        return [Prediction(r, "", Reply("", [], -1.0)) for group in batch for r in group]
+
+
+@pytest.mark.parametrize(
+    ("settings", "mixed"),
+    [
+        ({"dtype": "float32"}, False),
+        ({"dtype": "bfloat16"}, True),
+        ({"dtype": "bfloat16", "predictor": "server"}, False),
+    ],
+)
 def test_a_file_of_several_batch_sizes_says_so_in_16_bits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, str], mixed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "results.csv"
-    config_path(output).write_text('{"batch_size": 8}')
-    server = {"predictor": "server"}
-    for dtype, size, said, more in (
-        ("float32", 32, False, {}), ("bfloat16", 8, False, {}), ("bfloat16", 32, False, server),
-        ("bfloat16", 32, True, {}), ("bfloat16", 8, True, {}),  # of a file that is mixed already
-    ):  # fmt: skip
-        _note_if_mixed(output, {"dtype": dtype, "batch_size": size, **more})
-        assert ("begun with batches of 8" in capsys.readouterr().err) is said
+    output, records = tmp_path / "results.csv", make_records(9, [2])
+    for size, other in ((2, False), (2, False), (4, True), (2, True)):  # the last: mixed already
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(OneBatch(), records, output, {**settings, "batch_size": size}, batch_size=size)
+        said = "begun with batches of 2" in capsys.readouterr().err
+        assert said is (other and mixed)
     saved = json.loads(config_path(output).read_text())
-    assert saved == {"batch_size": 8, "batch_sizes": [8, 32]}
+    assert saved["batch_size"] == 2
+    assert saved.get("batch_sizes") == ([2, 4] if mixed else None)
 
 
 def test_a_run_that_goes_on_keeps_its_batch_size(tmp_path: Path) -> None:

@@ -82,8 +82,8 @@ def test_the_real_classes(shared_data: Path) -> None:
 def test_a_file_without_such_questions(tmp_path: Path) -> None:
     (tmp_path / "classes.tsv").write_text("qid\treason\nnowhere\tE\n")
     rows = tmp_path / "rows.csv"
-    record = {"id": "1", "title": "", "context": "One.", "question": "Who?"}
-    record["answers"] = {"text": [], "answer_start": []}
+    record = {"id": "1", "title": "", "context": "One.", "question": "Who?",
+              "answers": {"text": [], "answer_start": []}}  # fmt: skip
     row = make_row(record, "", Answer("malformed", ""), "", None)
     rows.write_bytes(HEADER + encode_rows([row]))
     with pytest.raises(SystemExit, match="holds no question"):

@@ -16,6 +16,7 @@ from helpers import (
     model_folder,
     tiny_model,
     tiny_tokenizer,
+    training_flags,
 )
 from peft import LoraConfig, get_peft_model
 
@@ -44,7 +45,6 @@ END = tiny_tokenizer().eos_token_id
 def few_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Chat about little, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     file = tmp_path / "prompts.txt"
     file.write_text("Hi!\nWho are you?\nWhat is rain?\nHow far?\nWhy?\n")
     monkeypatch.setattr(chat_share, "TRAINING_PROMPTS", file)
@@ -153,13 +153,8 @@ def test_the_share(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("more", [[], ["--no_share_context"]])
 def test_chat_has_no_filler(more: list[str], tmp_path: Path) -> None:
-    train_llama_squad.main(
-        [
-            "--model_name", model_folder(tmp_path), "--no_quantize", "--report_to", "none",
-            "--dataset_name", dataset_folder(tmp_path, make_records(6, [2, 3])), "--max_steps", "1",
-            "--filler", "3", "--chat_share", "0.5", *more,
-        ]
-    )  # fmt: skip
+    flags = ["--no_quantize", "--max_steps", "1", "--filler", "3", "--chat_share", "0.5"]
+    train_llama_squad.main(training_flags(tmp_path, *flags, *more))
     encoder = ChatEncoder(tiny_tokenizer(), filler=3)
     records = make_records(4, [3])
     split = Dataset.from_list([{**r, "messages": build_messages(r)} for r in records])
@@ -177,14 +172,11 @@ def test_chat_has_no_filler(more: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("more", [[], ["--no_share_context"], ["--full_parameters"]])
 def test_the_stage(more: list[str], tmp_path: Path, few_prompts: Path, capsys: Any) -> None:
-    flags = [
-        "--model_name", model_folder(tmp_path), "--no_quantize", "--report_to", "none",
-        "--dataset_name", dataset_folder(tmp_path, make_records(6, [2, 3])), "--max_steps", "4",
-        "--save_steps", "2", "--learning_rate", "1e-2", "--disable_tqdm", "True",
-        "--lora_dropout", "0", "--chat_share", "0.5", *more,
-    ]  # fmt: skip
-    if more == ["--full_parameters"]:
-        flags = [f for f in flags if f not in ("--no_quantize", "--lora_dropout", "0")]
+    adapter = [] if more == ["--full_parameters"] else ["--no_quantize", "--lora_dropout", "0"]
+    flags = training_flags(
+        tmp_path, "--max_steps", "4", "--save_steps", "2", "--learning_rate", "1e-2",
+        "--chat_share", "0.5", *adapter, *more,
+    )  # fmt: skip
     train_llama_squad.main(flags)
     (file,) = tmp_path.glob("dataset.chat-*.json")
     replies = [entry["ids"] for entry in json.loads(file.read_text())["replies"]]

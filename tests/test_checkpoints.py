@@ -28,16 +28,10 @@ from llama_squad.training import publishing
 from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.checkpoints import RUN_RECORD, find_checkpoint, run_record
 
+pytestmark = pytest.mark.usefixtures("offline")
+
 FROM = "results/checkpoint-2"
 RECORDS = make_records(6, [3, 2])
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Work in an empty folder, with no Hub and no token."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
 
 
 # Which one -------------------------------------------------------------------------------------
@@ -91,7 +85,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model_folder(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("HF_HUB_OFFLINE", "1")
         run()
     return folder
 

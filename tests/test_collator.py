@@ -1,6 +1,7 @@
 """The mask: which tokens are trained, under real tokenizers and templates and on literal ids."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,19 +20,25 @@ from helpers import (
 
 from llama_squad.answers import format_answer
 from llama_squad.collator import SquadDataCollator, colour_labels, encode_messages
-from llama_squad.encoding import IGNORE, ChatEncoder
-from llama_squad.prompts import build_messages
-from llama_squad.rendering import ChatTemplate
+from llama_squad.encoding import IGNORE, ChatEncoder, Encoded
+from llama_squad.prompts import Message, Record, build_messages
 from llama_squad.tree import Tree, common_prefix
 
 
-def chat(*contents: str) -> list[dict[str, str]]:
+def chat(*contents: str) -> list[Message]:
     roles = ["user", "assistant"] * len(contents)
     return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
 
 
+def encode(tokenizer: Any, messages: list[Message]) -> Encoded:
+    """Encode a conversation, of whatever length."""
+    encoded = encode_messages(tokenizer, messages)
+    assert encoded
+    return encoded
+
+
 def test_exactly_these_ids_and_labels() -> None:
-    encoded = encode_messages(word_tokenizer(), chat("Who ?", "Ada"))
+    encoded = encode(word_tokenizer(), chat("Who ?", "Ada"))
     #        <s> <h> user </h> \n\n Who _  ?  eot <h> asst </h> \n\n Ada eot
     assert encoded == {
         "input_ids": [1, 2, 8, 3, 5, 11, 7, 12, 4, 2, 9, 3, 5, 13, 4],
@@ -40,7 +47,7 @@ def test_exactly_these_ids_and_labels() -> None:
 
 
 def test_only_the_last_reply_is_supervised() -> None:
-    encoded = encode_messages(word_tokenizer(), chat("Who", "Ada", "Who", "Ada Ada"))
+    encoded = encode(word_tokenizer(), chat("Who", "Ada", "Who", "Ada Ada"))
     supervised = [label for label in encoded["labels"] if label != IGNORE]
     assert supervised == [13, 7, 13, 4]
     assert encoded["labels"][-4:] == supervised
@@ -48,7 +55,7 @@ def test_only_the_last_reply_is_supervised() -> None:
 
 def test_text_after_the_end_of_turn_is_not_supervised() -> None:
     template = LLAMA3.replace("<|eot_id|>", "<|eot_id|>\n")
-    encoded = encode_messages(word_tokenizer(template), chat("Who", "Ada"))
+    encoded = encode(word_tokenizer(template), chat("Who", "Ada"))
     assert encoded["input_ids"][-3:] == [13, 4, 6]
     assert encoded["labels"][-3:] == [13, 4, IGNORE]
 
@@ -57,13 +64,13 @@ def test_a_template_that_ends_no_turn_gets_the_eos_token() -> None:
     template = (
         "{% for m in messages %}{{ m['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
     )
-    encoded = encode_messages(word_tokenizer(template), chat("Who", "Ada"))
+    encoded = encode(word_tokenizer(template), chat("Who", "Ada"))
     assert encoded == {"input_ids": [11, 7, 13, 4], "labels": [IGNORE, IGNORE, 13, 4]}
 
 
 def test_an_end_of_turn_in_ordinary_tokens_is_supervised() -> None:
     template = "{% for m in messages %}{{ m['content'] }} brief\n{% endfor %}"
-    encoded = encode_messages(word_tokenizer(template), chat("Who", "Ada"))
+    encoded = encode(word_tokenizer(template), chat("Who", "Ada"))
     assert encoded["input_ids"] == [11, 7, 15, 6, 13, 7, 15, 6]
     assert encoded["labels"] == [IGNORE] * 4 + [13, 7, 15, IGNORE]
 
@@ -77,7 +84,7 @@ def test_a_system_prompt_that_the_template_refuses_or_drops_joins_the_first_user
     )
     messages = [{"role": "system", "content": "be brief"}, *chat("Who", "Ada")]
     for template in (refuses, drops):
-        encoded = encode_messages(word_tokenizer(template), messages)
+        encoded = encode(word_tokenizer(template), messages)
         #                             <s> <h> user </h> \n\n be _ brief \n\n Who eot
         assert encoded["input_ids"][:11] == [1, 2, 8, 3, 5, 14, 7, 15, 5, 11, 4]
 
@@ -87,7 +94,7 @@ def test_a_system_prompt_that_the_template_refuses_or_drops_joins_the_first_user
     ("strip", "left", "right"),
     [("", 1, 1), (".lstrip()", 0, 1), (".rstrip()", 1, 0), (".strip()", 0, 0), ("|trim", 0, 0)],
 )
-def test_the_sides_that_a_template_strips(strip: Any, left: str, right: str, joint: Any) -> None:
+def test_the_sides_that_a_template_strips(strip: str, left: int, right: int, joint: bool) -> None:
     """Nothing of the slots' wide spaces stays, and the text is what the template itself makes."""
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.chat_template = (
@@ -123,7 +130,7 @@ BEGINNINGS = {
 def test_bos_stands_where_the_template_writes_it(name: str, template: str, end: Any) -> None:
     """Most of these tokenizers write it themselves, too, where they are let."""
     tokenizer = load_tokenizer(name, template)
-    ids = encode_messages(tokenizer, chat("Who?", "Ada", "And who?", "Bob"))["input_ids"]
+    ids = encode(tokenizer, chat("Who?", "Ada", "And who?", "Bob"))["input_ids"]
     tokens = tokenizer.convert_ids_to_tokens(ids)
     begins = {"<s>", "<|begin_of_text|>", "<|endoftext|>", "[BOS]"}
     assert [token for token in tokens if token in begins] == BEGINNINGS[template]
@@ -133,21 +140,22 @@ def test_bos_stands_where_the_template_writes_it(name: str, template: str, end: 
 def test_too_long_is_left_out_never_cut() -> None:
     tokenizer = word_tokenizer()
     assert encode_messages(tokenizer, chat("Who ?", "Ada"), max_length=14) is None
-    assert len(encode_messages(tokenizer, chat("Who ?", "Ada"), max_length=15)["input_ids"]) == 15
+    assert encode_messages(tokenizer, chat("Who ?", "Ada"), max_length=15)
 
 
 def test_unusable_tokenizers() -> None:
     tokenizer = word_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template.*--chat_template FILE"):
-        encode_messages(tokenizer, chat("Who", "Ada"))
+        encode(tokenizer, chat("Who", "Ada"))
     mute = word_tokenizer("{{ messages[0]['content'] }}")
     with pytest.raises(ValueError, match="does not render every message"):
-        encode_messages(mute, chat("Who", "Ada"))
+        encode(mute, chat("Who", "Ada"))
     with pytest.raises(ValueError, match="empty reply"):
-        encode_messages(word_tokenizer(), chat("Who", ""))
+        encode(word_tokenizer(), chat("Who", ""))
+    slow: Any = object()
     with pytest.raises(ValueError, match="fast tokenizer"):
-        ChatEncoder(object())
+        ChatEncoder(slow)
 
 
 HOSTILE = (
@@ -191,7 +199,9 @@ def test_questions_of_a_dataset(name: str, template: str, end: Any) -> None:
     from llama_squad.data import read_files
 
     if (name, template, end) in check_masks.CASES:
-        records = read_files([str(SHARED_DATA / "squad_v2" / "train-003.json")])[::8]
+        records: Sequence[Record] = read_files([str(SHARED_DATA / "squad_v2" / "train-003.json")])[
+            ::8
+        ]
     else:
         records = read_quickstart()[::7]
     encoder = load_encoder(name, template)
@@ -200,23 +210,32 @@ def test_questions_of_a_dataset(name: str, template: str, end: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
-def test_the_careful_path_gives_the_same_ids_where_nothing_is_spelled(
+def test_a_text_that_spells_control_tokens_changes_no_other(
     name: str, template: str, end: Any
 ) -> None:
-    encoder = load_encoder(name, template)
-    rendered = ChatTemplate(encoder.tokenizer).render(
-        chat("Who  was\n\nit? ", "Ada\n\n x", "And\tnow?", "the  end")
+    """Such a conversation is tokenised in another way, and gets the same ids everywhere else."""
+    first, word, hostile = (
+        [*chat("Who  was\n\nit? ", "Ada\n\n x", f"x {text} x", "the  end\n\n y")]
+        for text in ("first", "word", HOSTILE)
     )
-    encoding = encoder.tokenizer(rendered.text, add_special_tokens=False).encodings[0]
-    assert encoder._tokenize_as_data(rendered) == (encoding.ids, encoding.offsets)
+    parts = load_encoder(name, template).encode([first, word, hostile])
+    ids = [part["input_ids"] for part in parts]
+    before, after = common_prefix(ids[:2]), common_prefix([i[::-1] for i in ids[:2]])
+    decode = load_tokenizer(name, template).decode
+    assert "Ada\n\n x" in decode(ids[0][:before])
+    assert "the  end\n\n y" in decode(ids[0][-after:])
+    assert len(ids[2]) > len(ids[0])
+    for key in ("input_ids", "labels"):
+        assert parts[2][key][:before] == parts[0][key][:before]
+        assert parts[2][key][-after:] == parts[0][key][-after:]
 
 
 def test_padding_side_and_pad_token_do_not_matter() -> None:
     tokenizer = copy.deepcopy(load_tokenizer("bytes", "llama3"))
-    expected = encode_messages(tokenizer, chat("Who?", "Ada"))
+    expected = encode(tokenizer, chat("Who?", "Ada"))
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.eos_token = "<|eot_id|>"
-    assert encode_messages(tokenizer, chat("Who?", "Ada")) == expected
+    assert encode(tokenizer, chat("Who?", "Ada")) == expected
     batch = SquadDataCollator(pad_token_id=tokenizer.eos_token_id)(
         [expected, {"input_ids": [5, 6], "labels": [IGNORE, 6]}]
     )
@@ -240,7 +259,7 @@ def test_reasoning_tokens_stand_before_the_answer_and_are_not_trained() -> None:
 
 def test_colours() -> None:
     tokenizer = word_tokenizer()
-    encoded = encode_messages(tokenizer, chat("Who", "Ada"))
+    encoded = encode(tokenizer, chat("Who", "Ada"))
     green = tokenizer.decode([13, 4])
     assert colour_labels(tokenizer, encoded).endswith(f"\033[1;30;42m{green}\033[0m")
 
@@ -317,6 +336,6 @@ def test_answer_of_a_record_round_trips_through_the_mask() -> None:
         "question": "q?",
         "answers": {"text": ["naïve  café"], "answer_start": [0]},
     }
-    encoded = encode_messages(tokenizer, build_messages(record))
+    encoded = encode(tokenizer, build_messages(record))
     supervised = [label for label in encoded["labels"] if label != IGNORE]
     assert tokenizer.decode(supervised) == format_answer("naïve  café") + " </s>"

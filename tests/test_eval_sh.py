@@ -306,6 +306,7 @@ def replies(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["replies"]
 
 
+@pytest.mark.usefixtures("brief")
 def test_both_sides_speak(
     tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

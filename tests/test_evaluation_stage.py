@@ -17,7 +17,7 @@ from typing import Any, Never
 import pytest
 from audit import AUDIT_BEAMS, LEAST_NOISE, Audit, audit
 from audit import main as audit_main
-from helpers import make_records, tiny_model, tiny_tokenizer
+from helpers import make_records, replies_in, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 import test_llama_squad
@@ -31,10 +31,14 @@ from llama_squad.encoding import ChatEncoder
 from llama_squad.evaluation import THRESHOLD_FILE, evaluate
 from llama_squad.predictors.base import Prediction
 from llama_squad.predictors.local import LocalModel
+from llama_squad.prompts import build_messages
+from llama_squad.reader import Reader
 from llama_squad.result_reader import read_results
 from llama_squad.results import ResultsFile, config_path
 from llama_squad.rows import rethreshold
 from llama_squad.summary import summarize
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 PYTHON = sys.executable
 
@@ -52,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     model.save_pretrained(root / "model")
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     adapted.peft_config["default"].base_model_name_or_path = str(root / "model")
-    adapted.save_pretrained(root / "adapter")
+    adapted.save_pretrained(str(root / "adapter"))
     save_run_config(
         root / "adapter", "train", prompt="single_turn", system_prompt="Only the text counts.",
         train={"reasoning_tokens": 0},
@@ -145,22 +149,21 @@ def test_shuffled_sample_is_the_same_for_a_seed(run: Any) -> None:
     assert first == again != other
 
 
-def test_multi_turn_feeds_the_replies_back(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = []
-    real = LocalModel._talk
-
-    def watched(self: Any, batch: Any, conversations: Any) -> None:
-        real(self, batch, conversations)
-        turns.extend(messages for group in conversations for messages in group)
-
-    monkeypatch.setattr(LocalModel, "_talk", watched)
+def test_multi_turn_feeds_the_replies_back(
+    run: Any, folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("llama_squad.predictors.local.TURN_TOKENS", 6)
     rows = run("--prompt=multi_turn", "--num_samples=2")
-    for row, messages in zip(rows, turns, strict=True):
-        replies = [m["content"] for m in messages if m["role"] == "assistant"]
+    reader = Reader(f"{folder}/model", max_new_tokens=6)
+    records = make_records(5, [2, 4], seed=3)[:2]
+    for row, record in zip(rows, records, strict=True):
+        replies = replies_in(row["Prompt"])
         assert len(replies) == 2
         assert any(replies)
-        assert all(reply in row["Prompt"] for reply in replies)
+        messages = build_messages(record, "multi_turn", answer=False)
+        for turn, reply in zip((2, 4), replies, strict=True):  # behind the system prompt
+            assert reply == reader.chat(messages[:turn])
+            messages[turn]["content"] = reply
 
 
 def test_adapter_brings_its_model_and_prompt(folder: Any, run: Any) -> None:
@@ -347,12 +350,14 @@ def test_tuning_takes_the_sample_and_goes_on_with_its_own_file(
     before = judged.read_bytes()
     # Another number of spans, of another file: the validation answers do not change.
     run(*flags, "--n_best=2", "--overwrite", model=False)
-    answered = []
+    answered: list[Any] = []
     answer = LocalModel.answer
-    monkeypatch.setattr(
-        LocalModel, "answer",
-        lambda self, batch: answered.extend(batch) or answer(self, batch),
-    )  # fmt: skip
+
+    def watched(self: Any, batch: Any) -> Any:
+        answered.extend(batch)
+        return answer(self, batch)
+
+    monkeypatch.setattr(LocalModel, "answer", watched)
     Path("results/results.csv").unlink()
     run(*flags, "--n_best=3", "--tune_for=f1", model=False)
     assert judged.read_bytes() == before
@@ -380,6 +385,14 @@ def test_any_file_can_be_thresholded_anew(run: Any) -> None:
     assert len({f["NoAns_exact"] for f in figures}) > 1
 
 
+def with_best(prediction: Prediction, text: str, gap: float) -> Prediction:
+    """Return a prediction whose best span is another, which is likelier by ``gap`` nats."""
+    reply = prediction.reply
+    assert reply.best
+    span = Span(text, reply.best.score + gap)
+    return replace(prediction, reply=replace(reply, best=span, proven_best=True))
+
+
 @pytest.mark.parametrize(("gap", "counted"), [(0.0, "2 (100.0 %)"), (1.0, "0 (0.0 %)")])
 def test_audit_from_the_command_line(
     folder: Any,
@@ -389,26 +402,22 @@ def test_audit_from_the_command_line(
     counted: Any,
 ) -> None:
     """The wide search finds another span that is as likely as ours, or one that is likelier."""
-    answer, beams = LocalModel.answer, []
+    make, answer, beams = LocalModel.__init__, LocalModel.answer, {}
+
+    def made(self: Any, *args: Any, **options: Any) -> None:
+        beams[self] = options["num_beams"]
+        make(self, *args, **options | {"num_beams": 2})  # a thousand take long
 
     def scripted(self: Any, batch: Any) -> Any:
-        generator = self._generator
-        beams.append(generator.options.num_beams)
-        generator.options.num_beams = 2  # a thousand take long
         predictions = answer(self, batch)
-        generator.options.num_beams = beams[-1]
-        if generator.options.num_beams == 2:
-            return predictions
-        spans = [Span("other", prediction.reply.best.score + gap) for prediction in predictions]
-        return [
-            replace(prediction, reply=replace(prediction.reply, best=span, proven_best=True))
-            for prediction, span in zip(predictions, spans, strict=True)
-        ]
+        wide = beams[self] != 2
+        return [with_best(p, "other", gap) if wide else p for p in predictions]
 
+    monkeypatch.setattr(LocalModel, "__init__", made)
     monkeypatch.setattr(LocalModel, "answer", scripted)
     flags = ["--num_samples=3", "--num_beams=2", "--questions=2", *SMALL]
     audit_main([f"--model_name={folder}/model", f"--dataset_name={folder}/data", *flags])
-    assert {*beams} == {2, AUDIT_BEAMS}
+    assert {*beams.values()} == {2, AUDIT_BEAMS}
     out = capsys.readouterr().out
     assert f"Audit of 2 questions: the search found the best of all spans for {counted}." in out
 
@@ -423,11 +432,7 @@ def test_audit_of_a_search_that_is_wide_and_of_one_that_misses() -> None:
 
     class Misses(LocalModel):
         def answer(self, batch: Any) -> Any:
-            found = super().answer(batch)
-            return [
-                replace(item, reply=replace(item.reply, best=Span("?!", item.reply.best.score - 1)))
-                for item in found
-            ]  # fmt: skip
+            return [with_best(prediction, "?!", -1.0) for prediction in super().answer(batch)]
 
     wide = LocalModel(tiny_model(), encoder, num_beams=1000)
     assert audit(wide, wide, records, 2) == Audit(3, 3, 0, LEAST_NOISE)
@@ -513,7 +518,8 @@ class Answers:
     """Answers all questions with their first word; ``watch`` sees each batch before it is."""
 
     def __init__(self, watch: Any = lambda batch: None, failing: Any = ()) -> None:
-        self.watch, self.failing, self.asked = watch, failing, []
+        self.watch, self.failing = watch, failing
+        self.asked: list[str] = []
 
     def answer(self, batch: Any) -> Any:
         self.watch(batch)
@@ -611,7 +617,7 @@ def test_a_file_that_does_not_hold_each_question_once_gives_no_figures(
 
 
 @pytest.mark.parametrize("kind", [Answers, AnswersAlone])
-def test_failed_questions_are_kept_and_asked_again(tmp_path: Path, kind: str) -> None:
+def test_failed_questions_are_kept_and_asked_again(tmp_path: Path, kind: type[Answers]) -> None:
     path, failing = tmp_path / "results.csv", [RECORDS[4]["id"], RECORDS[10]["id"]]
     first = evaluated(kind(failing=failing), path)
     assert [row["id"] for row in first] == [record["id"] for record in RECORDS]

@@ -28,7 +28,7 @@ CONTEXT = "The mill opened in 1912. It closed in 1954, “for good”."
 
 
 def judged(question: str = "When did it open?", **changes: Any) -> Verdict:
-    values = {"id": question, "title": "Mill", "context": CONTEXT, "question": question,
+    values: dict[str, Any] = {"id": question, "title": "Mill", "context": CONTEXT, "question": question,
               "verdict": "marked", "answer": "1954", "na_prob": 0.25, "corrected": "1912",
               "corrected_start": 19, "golds": None, "reviewer": "Ada", "model": "tiny"}  # fmt: skip
     return Verdict(**values | changes)

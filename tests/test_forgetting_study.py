@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def adapter_folder(base: str, folder: Path, alora_from: str = "start") -> str:
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=1.0)
-    tuned.save_pretrained(folder)
+    tuned.save_pretrained(str(folder))
     settings = {"alora_from": alora_from, "reasoning_tokens": 0, "chat_share": 0.1}
     write_json(folder / "llama_squad.json", {"train": settings, "trainer": {"learning_rate": 1.0}})
     return str(folder)
@@ -52,7 +51,7 @@ def data_folder(folder: Path) -> str:
 
 
 @pytest.fixture
-def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return what runs the study, with the stages in this process, and reads its figures."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(chat_check, "PROSE_WORDS", 2)  # which a tiny model may reach
@@ -64,12 +63,13 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
         "--wikitext_tokens", "1024",
     ]  # fmt: skip
 
+    calls: list[list[str]] = []
     run = forgetting.subprocess.run
 
     def stage(command: list[str], **options: Any) -> Any:
         if command[0] == "git":
             return run(command, **options)
-        study.calls.append(command)
+        calls.append(command)
         if command[0].endswith("eval.sh"):
             assert options["env"]["PYTHON"] == "a python"
             write_json(Path("results/forgetting/lm_eval/comparison.json"), {"t": {"acc": {}}})
@@ -77,11 +77,12 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
             importlib.import_module("test_llama_squad").main([*command[2:], "--split", "train"])
         return None
 
-    def study(*more: str) -> dict[str, Any]:
+    def measured(*more: str) -> dict[str, Any]:
         forgetting.main([*flags, *more, "--", "--max_new_tokens", "8"])
         return json.loads(Path("out.json").read_text())
 
-    study.calls = []
+    study: Any = measured
+    study.calls = calls
     monkeypatch.setattr(forgetting.subprocess, "run", stage)
     return study
 
@@ -113,11 +114,14 @@ def test_the_study(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     # again, with another: what is there is not measured again
     acting = adapter_folder(base, tmp_path / "a" / "question", "question")
-    monkeypatch.setattr(
-        forgetting.Study, "_load", lambda self, name, loaded, load=forgetting.Study._load: (
-            loads.append(name), load(self, name, loaded))[1],
-    )  # fmt: skip
     loads: list[str] = []
+    load = forgetting.Study.load
+
+    def watched(self: Any, name: str, loaded: Any) -> Any:
+        loads.append(name)
+        return load(self, name, loaded)
+
+    monkeypatch.setattr(forgetting.Study, "load", watched)
     both = ["--adapter", f"plain={plain}", "--adapter", f"acts from the question={acting}"]
     both += ["--eval_python", "a python"]
     models = study(*both, "--plot", "pictures/p.svg")["models"]
@@ -222,7 +226,9 @@ def test_labels_of_near_points_do_not_overlap(
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     names = [f"an adapter called {number}" for number in range(12)]
-    models = {"base": {}} | {n: point(0.1 * i, 100 - 0.2 * i) for i, n in enumerate(names)}
+    models: dict[str, Any] = {"base": {}} | {
+        n: point(0.1 * i, 100 - 0.2 * i) for i, n in enumerate(names)
+    }
     plot_forgetting(models | {"not measured": {}}, tmp_path / "p.png")
     (panel,) = drawn[0].axes
     assert [label.get_text() for label in panel.texts] == ["base", *names]

@@ -5,7 +5,7 @@ import math
 import random
 import unicodedata
 from collections.abc import Sequence
-from typing import Any, Never
+from typing import Any, Literal, Never
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llama_squad.answers import NO_ANSWER, answer_is_closed, extract_answer, format_answer
 from llama_squad.decoding.batch import DecodingBatch
-from llama_squad.decoding.boundaries import is_span
-from llama_squad.decoding.cache import TokenTree
+from llama_squad.decoding.boundaries import Boundaries, is_span
+from llama_squad.decoding.cache import Branch, TokenTree
 from llama_squad.decoding.constraints import FreeSpeech
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph
-from llama_squad.decoding.search import BestFirstSearch, Hypothesis, Successors
+from llama_squad.decoding.search import BestFirstSearch, Hypothesis, State, Successors
 from llama_squad.decoding.spans import SpanGrammar, reply_ids, span_vocabulary
 from llama_squad.encoding import ChatEncoder
 from llama_squad.prompts import build_messages
@@ -157,7 +157,7 @@ def test_replies_end_with_the_fence_of_the_answer(
     speech = Scripted(tokenizer, frozenset({tokenizer.eos_token_id}), stop)
     speech.script = [*script, tokenizer.eos_token_id]
     replies = Generator(model, encoder, decoding=speech).reply(paragraphs)
-    ends = [n for n in range(len(script)) if answer_is_closed(tokenizer.decode(script[:n]))]
+    ends = [n for n in range(len(script)) if answer_is_closed(str(tokenizer.decode(script[:n])))]
     assert 0 < ends[0] < len(script) - 5
     for reply in itertools.chain(*replies):
         assert reply.token_ids == (script[: ends[0]] if stop else speech.script)
@@ -172,7 +172,7 @@ def test_no_answer_probability_equals_teacher_forcing(
 ) -> None:
     generator = Generator(model, encoder)
     header, tail = span_vocabulary(encoder).header, span_vocabulary(encoder).no_answer
-    assert extract_answer(encoder.tokenizer.decode(header + tail)).state == "no_answer"
+    assert extract_answer(str(encoder.tokenizer.decode(header + tail))).state == "no_answer"
     for paragraph, row in zip(paragraphs, generator.reply(paragraphs), strict=True):
         for prompt, reply in zip(paragraph.prompts, row, strict=True):
             expected = teacher_force(model, prompt + header, tail)
@@ -197,7 +197,7 @@ def test_tree_needs_its_positions_and_its_mask(
     monkeypatch.setattr(type(model), "forward", wrong)
     broken = Generator(model, encoder).reply(paragraphs)
     pairs = zip(itertools.chain(*right), itertools.chain(*broken), strict=True)
-    assert any(abs(a.no_answer_score - b.no_answer_score) > 1e-3 for a, b in pairs)
+    assert any(a.no_answer_score != pytest.approx(b.no_answer_score, abs=1e-3) for a, b in pairs)
 
 
 def test_paragraphs_together_equal_paragraphs_alone(
@@ -310,7 +310,7 @@ def spell_out(grammar: Any, vocabulary: Any, text: str) -> Any:
 @pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
 @pytest.mark.parametrize("boundaries", ["any", "word"])
 def test_every_span_can_be_spelled_and_nothing_else(
-    name: str, template: str, end: Any, boundaries: str
+    name: str, template: str, end: Any, boundaries: Boundaries
 ) -> None:
     encoder = load_encoder(name, template)
     tokenizer, vocabulary = encoder.tokenizer, span_vocabulary(encoder)
@@ -326,7 +326,7 @@ def test_every_span_can_be_spelled_and_nothing_else(
         assert ids is not None, text
         assert grammar.accepts(ids)
         reply = tokenizer.decode(vocabulary.header + ids, clean_up_tokenization_spaces=False)
-        assert extract_answer(reply).text == text
+        assert extract_answer(str(reply)).text == text
     for text in [*(texts - spans - {"?"}), "", "not there", "Zoë (é"]:
         assert spell_out(grammar, vocabulary, text) is None, text
 
@@ -341,6 +341,7 @@ def test_random_walks_give_spans(name: str, template: str, end: Any) -> None:
         state, ids = grammar.start, []
         while True:
             found = grammar.successors(state)
+            assert found.ids
             index = chance.randrange(len(found.ids))
             ids.append(found.ids[index])
             if isinstance(found.targets[index], int):
@@ -388,7 +389,7 @@ def test_a_context_without_spans_is_answered_by_abstaining(
 
 def all_replies(grammar: Any, vocabulary: Any) -> Any:
     """Every token sequence that the grammar admits, with the text that it spells."""
-    stack = [(grammar.start, ())]
+    stack: list[tuple[State, tuple[int, ...]]] = [(grammar.start, ())]
     while stack:
         state, ids = stack.pop()
         found = grammar.successors(state)
@@ -405,7 +406,7 @@ def all_replies(grammar: Any, vocabulary: Any) -> Any:
 @pytest.mark.parametrize("boundaries", ["word", "any"])
 @pytest.mark.parametrize("context", ["Ab c", "x?", 'a"b'])
 def test_search_finds_the_best_of_all_spans(
-    model: Any, encoder: ChatEncoder, context: str, boundaries: str
+    model: Any, encoder: ChatEncoder, context: str, boundaries: Boundaries
 ) -> None:
     paragraph = make_paragraph(encoder, context, ["What is it?", "Who are you?"])
     generator = Generator(model, encoder, num_beams=1000, n_best=1000, span_boundaries=boundaries)
@@ -435,20 +436,21 @@ def test_threshold_decides_between_span_and_abstention(
     assert low.completion == format_answer(NO_ANSWER)
     assert high.completion == format_answer(high.spans[0].text)
     assert low.score == low.no_answer_score
+    assert low.no_answer_score is not None
     odds = torch.tensor(low.no_answer_score - low.spans[0].score, dtype=torch.float64)
     assert low.na_prob == high.na_prob == pytest.approx(torch.sigmoid(odds).item(), rel=1e-6)
 
 
-def node(
-    log_prob: float, level: str, kind: str = "open", text: str = "", children: Any = ()
-) -> Any:
-    return Hypothesis(log_prob, (level,), level, None, kind, text=text, children=[*children])
+def node(log_prob: float, level: int, text: str = "", children: Any = ()) -> Hypothesis:
+    kind: Literal["open", "complete"] = "complete" if text else "open"
+    stem = Branch(None, [])
+    return Hypothesis(log_prob, (level,), level, stem, kind, text=text, children=[*children])
 
 
 def test_more_spans_than_the_answer_are_found_without_changing_it() -> None:
     """One beam takes the likelier opening, and misses the likeliest span; the list has it."""
-    worse = node(-3.0, 2, "complete", "answer")
-    best = node(-1.1, 2, "complete", "missed")
+    worse = node(-3.0, 2, "answer")
+    best = node(-1.1, 2, "missed")
     root = node(0.0, 0, children=[node(-0.5, 1, children=[worse]), node(-1.0, 1, children=[best])])
     for n_best, beams, found in (
         (1, 1, ["answer"]), (2, 1, ["answer", "missed"]), (9, 1, ["answer", "missed"]),
@@ -460,16 +462,28 @@ def test_more_spans_than_the_answer_are_found_without_changing_it() -> None:
     assert search.pruned_log_prob == -math.inf
 
 
-def test_n_best_widens_nothing_before_the_answer_is_found(model: Any, encoder: ChatEncoder) -> None:
+def test_n_best_widens_nothing_before_the_answer_is_found(
+    model: Any, encoder: ChatEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The passes of a search for one span come first, and none of them is wider."""
     paragraph = make_paragraph(encoder, "Ab c, 12 d. Ef gh (ij).", ["When?"])
-    first = []
-    for n_best in (1, 5):
-        batch = DecodingBatch(Generator(model, encoder, n_best=n_best).options, [paragraph])
-        ((question,),) = batch._rows
-        opened = [question.root, *question.root.children]
-        first.append([[child.ids for child in node.children or ()] for node in opened])
-    assert first[0] == first[1]
-    assert question.search._spare, "nothing waits"
+    Generator(model, encoder).reply([paragraph])  # which checks the model, once
+    passes: list[list[list[int]]] = []
+    forward = type(model).forward
+
+    def watched(self: Any, **kwargs: Any) -> Any:
+        passes.append(kwargs["input_ids"].tolist())
+        return forward(self, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", watched)
+    for beams in (1, 3):
+        passes.clear()
+        Generator(model, encoder, num_beams=beams).reply([paragraph])
+        alone = passes[:]
+        passes.clear()
+        Generator(model, encoder, num_beams=beams, n_best=5).reply([paragraph])
+        assert len(passes) > len(alone) > 1
+        assert passes[: len(alone)] == alone
 
 
 def test_n_best_spans_are_distinct_and_in_order(model: Any, encoder: ChatEncoder) -> None:
@@ -477,6 +491,7 @@ def test_n_best_spans_are_distinct_and_in_order(model: Any, encoder: ChatEncoder
     (alone,) = Generator(model, encoder).reply([paragraph])
     (found,) = Generator(model, encoder, n_best=5).reply([paragraph])
     for reply, single in zip(found, alone, strict=True):
+        assert reply.best and single.best
         assert (reply.completion, reply.best.text) == (single.completion, single.best.text)
         assert reply.na_prob == pytest.approx(single.na_prob, abs=1e-6)
         scores = [span.score for span in reply.spans]
@@ -539,7 +554,7 @@ def test_a_batch_that_memory_would_not_hold_is_parted(
         return batch(generator, parts)
 
     monkeypatch.setattr("llama_squad.decoding.generator.DecodingBatch", counting)
-    most = generator._memory_needed(paragraphs[:1])
+    most = generator.memory_needed(paragraphs[:1])
     monkeypatch.setattr("llama_squad.decoding.generator.free_memory", lambda: most * 0.7)
     found = generator.reply(paragraphs)
     assert max(sizes) < len(paragraphs[0].prompts)

@@ -73,6 +73,7 @@ def assert_same(replies: Sequence[Sequence[Reply]], others: Sequence[Sequence[Re
         assert reply.no_answer_score == pytest.approx(other.no_answer_score, abs=1e-4)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 1}, {"num_beams": 10}, {"n_best": 4}], ids=str
 )
@@ -117,7 +118,7 @@ def test_a_constraint_of_ones_own_may_guess(
     }  # fmt: skip
     monkeypatch.setattr(lookahead, "PASS_TOKENS", 0)
     plain, _ = run(model, monkeypatch, **options)
-    used = []
+    used: list[Any] = []
     attach = lookahead.attach
 
     def watched(node: Any, ahead: Any) -> None:
@@ -161,26 +162,27 @@ def test_what_is_guessed_is_the_context_s_next_token() -> None:
     context = 'He paid 1,200 pounds for the "unbelievable" Wednesday market, said Émile.'
     vocabulary = span_vocabulary(ENCODER)
     grammar = SpanGrammar(vocabulary, context)
-    state, ids = grammar.start, []
+    state, ids = grammar.start, list[int]()
     first = context.index("Wed")  # no other token of the context begins so
     while True:
         found = grammar.successors(state)
-        assert found.ids is not None
+        following = found.ids
+        assert following is not None
         if not ids or not vocabulary.to_bytes(ids)[len(vocabulary.lead_text) :]:
             # the lead, and then the one start that is looked at
             wanted = vocabulary.lead_text + context[first:].encode()
             spelled = vocabulary.to_bytes(ids)
             index = max(
-                (i for i, token in enumerate(found.ids)
+                (i for i, token in enumerate(following)
                  if not isinstance(found.targets[i], int)
                  and wanted.startswith(spelled + vocabulary.to_bytes([token]))),
-                key=lambda i: len(vocabulary.to_bytes([found.ids[i]])),
+                key=lambda i: len(vocabulary.to_bytes([following[i]])),
             )  # fmt: skip
         elif found.guess is None:
             break
         else:
             index = found.guess
-        ids.append(found.ids[index])
+        ids.append(following[index])
         state = tuple(found.targets[index])
     said = vocabulary.to_bytes(ids)[len(vocabulary.lead_text) :].decode()
     assert len(said) > 20

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 from llama_squad.data import load_squad, read_files
 from llama_squad.feedback import verdicts
+from llama_squad.prompts import Record
 from llama_squad.result_reader import read_results
 from llama_squad.summary import summarize
 
@@ -141,7 +142,7 @@ def correct_one(page: Any, url: str, errors: dict[str, dict[str, Any]]) -> str:
     return id_
 
 
-def export(page: Any, url: str, folder: Path) -> list[dict[str, Any]]:
+def export(page: Any, url: str, folder: Path) -> list[Record]:
     """Download what was corrected, by the page; return its records."""
     start_review(page, url)
     page.get_by_text("1 of 496 judged here").wait_for()  # it outlived the kill

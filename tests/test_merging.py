@@ -10,13 +10,13 @@ import pytest
 import torch
 from helpers import (
     collator,
-    dataset_folder,
     encode_paragraphs,
     flatten,
     make_records,
     model_folder,
     tiny_model,
     tiny_tokenizer,
+    training_flags,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -31,16 +31,10 @@ from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.merge_error import MergeError, Sample
 from llama_squad.training.trainer import answer_loss
 
+pytestmark = pytest.mark.usefixtures("offline")
+
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}  # 4-bit blocks are of 64
 EXAMPLES = flatten(encode_paragraphs(make_records(3, [3])))
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Work in an empty folder, with no Hub and no token."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
 
 
 def adapter_on(model: Any, size: float, folder: Path, **settings: Any) -> Path:
@@ -180,14 +174,13 @@ def test_a_model_saved_in_float32_is_used_in_float32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = model_folder(tmp_path)
-    monkeypatch.setattr(modeling, "resolve_dtype", lambda _: torch.bfloat16)
-    monkeypatch.setattr(modeling, "_on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert AutoConfig.from_pretrained(name).dtype == torch.float32
-    assert modeling.load_model(ModelArguments(model_name=name)).dtype == torch.bfloat16
+    assert modeling.weights_dtype(ModelArguments(model_name=name)) == torch.bfloat16
     (Path(name) / "llama_squad.json").write_text("{}")  # it was trained or merged here
-    assert modeling.load_model(ModelArguments(model_name=name)).dtype == torch.float32
+    assert modeling.weights_dtype(ModelArguments(model_name=name)) == torch.float32
     asked = ModelArguments(model_name=name, dtype="bfloat16")
-    assert modeling.load_model(asked).dtype == torch.bfloat16
+    assert modeling.weights_dtype(asked) == torch.bfloat16
 
 
 @pytest.mark.parametrize("able", [True, False])
@@ -229,7 +222,7 @@ def test_a_merge_is_measured_in_each_way(tmp_path: Path) -> None:
         expected, _, tokens = answer_loss(base, batch)
     for quantize in (False, True):
         for name in ("float32", "bfloat16"):
-            args = TrainArguments(quantize=quantize, merged_dtype=name)  # type: ignore[arg-type]
+            args = TrainArguments(quantize=quantize, merged_dtype=name)
             output = tmp_path / f"{name}{quantize}"
             error = publishing.merge_adapter(args, model_args, adapter, output, sample)
             assert str(AutoConfig.from_pretrained(str(output)).dtype) == f"torch.{name}"
@@ -286,16 +279,30 @@ def test_a_run_merges_measures_and_keeps_its_token_secret(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pushed = []
-    monkeypatch.setattr(publishing, "_push", lambda *a: pushed.append((a[1], a[2].hub_token)))
-    data = dataset_folder(tmp_path, make_records(6, [3, 2]), make_records(2, [2], seed=5))
-    train_llama_squad.main(
-        ["--model_name", model_folder(tmp_path), "--dataset_name", data, "--lora_r", "4",
-         "--per_device_train_batch_size", "4", "--max_steps", "2", "--save_steps", "1",
-         "--learning_rate", "3e-2", "--no_quantize", "--merge_and_push", "--eval_strategy", "no",
-         "--merged_dtype", "bfloat16", "--logging_steps", "1", "--report_to", "tensorboard",
-         "--disable_tqdm", "True", "--hub_model_id", "someone/model", "--hub_token", SECRET],
+
+    class Hub:
+        def __init__(self, token: str) -> None:
+            self.token = token
+
+        def create_repo(self, name: str, **_: Any) -> None:
+            """Take every name."""
+
+        def upload_folder(self, repo_id: str, folder_path: str) -> None:
+            pushed.append((repo_id, Path(folder_path).name, self.token))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    flags = training_flags(
+        tmp_path, "--lora_r", "4", "--per_device_train_batch_size", "4", "--max_steps", "2",
+        "--save_steps", "1", "--learning_rate", "3e-2", "--no_quantize", "--merge_and_push",
+        "--eval_strategy", "no", "--merged_dtype", "bfloat16", "--logging_steps", "1",
+        "--report_to", "tensorboard", "--hub_model_id", "someone/model", "--hub_token", SECRET,
+        val=make_records(2, [2], seed=5),
     )  # fmt: skip
-    assert pushed == [("someone/model", SECRET), ("someone/model-merged", SECRET)]
+    train_llama_squad.main(flags)
+    assert pushed == [
+        ("someone/model", "final_checkpoints", SECRET),
+        ("someone/model-merged", "final_merged_checkpoint", SECRET),
+    ]
     files = every_byte(tmp_path)
     bins = [name for name in files if name.endswith("training_args.bin")]
     assert len(bins) == 3  # two checkpoints and the final folder
@@ -351,7 +358,7 @@ def test_the_tokenizer_is_the_adapters_whatever_it_was_last_used_for(tmp_path: P
     "other", [{"hidden_size": 64}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}]
 )
 def test_an_adapter_on_a_base_it_does_not_fit_names_both(
-    other: dict[str, int], tmp_path: Path
+    other: dict[str, Any], tmp_path: Path
 ) -> None:
     name = model_folder(tmp_path, **other)
     adapter = adapter_on(tiny_model(), 0.1, tmp_path / "adapter")

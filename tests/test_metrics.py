@@ -4,6 +4,7 @@ Against the official scorer's own output, where it is, and against figures that 
 out by a second reading of the definition (``by_definition``) that shares no line with ours.
 """
 
+import dataclasses
 import json
 import random
 import re
@@ -360,9 +361,8 @@ def test_a_threshold_is_the_middle_of_its_plateau() -> None:
         assert choose_threshold(curve_of(right, wrong), present).threshold == present
     assert choose_threshold(curve_of(right, wrong), 0.9).threshold == 0.45325
     # Up to 1 where nothing comes after; a score of 0.0 from 0.3 on leaves the plateau whole.
-    assert choose_threshold(curve_of((0.2, True, 1.0), (0.3, True, 0.0)), 0.0) == Plateau(
-        pytest.approx(0.6), 50.0, 0.2, 1.0
-    )
+    chosen = choose_threshold(curve_of((0.2, True, 1.0), (0.3, True, 0.0)), 0.0)
+    assert dataclasses.astuple(chosen) == (pytest.approx(0.6), 50.0, 0.2, 1.0)
     assert choose_threshold(curve_of((0.2, True, 1.0)), 1.0).threshold == 1.0
     # At 1.0 itself a wrong answer would be given.
     assert choose_threshold(curve_of((0.2, True, 1.0), (1.0, False, 0.0)), 1.0).threshold == 0.6

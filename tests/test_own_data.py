@@ -24,7 +24,7 @@ def stage(
     """Run the stage on a file of the given name and content; return the test split and the output."""
     monkeypatch.chdir(tmp_path)
 
-    def run(content: str, name: str = "test.json", *flags: str) -> tuple[list[dict], str]:
+    def run(content: Any, name: str = "test.json", *flags: str) -> tuple[list[dict], str]:
         if not isinstance(content, bytes):
             text = content if isinstance(content, str) else json.dumps(content)
             content = text.encode()

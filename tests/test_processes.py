@@ -26,7 +26,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, *idle: float) -> None:
     start = {core: (1000, 5000) for core in range(len(idle))}
     end = {core: (1000 + int(100 * share), 5100) for core, share in enumerate(idle)}
     times = iter([start, end])
-    monkeypatch.setattr(processes, "_core_times", lambda: next(times))
+    monkeypatch.setattr(processes, "core_times", lambda: next(times))
 
 
 @pytest.mark.parametrize(
@@ -56,16 +56,16 @@ def test_a_number_that_was_asked_for_stands(name: str, monkeypatch: pytest.Monke
 
 
 def test_nothing_changes_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_core_times", dict)
+    monkeypatch.setattr(processes, "core_times", dict)
     assert processes.take_free_cores() == 4
 
 
 def test_what_this_system_tells() -> None:
-    before = processes._core_times()
+    before = processes.core_times()
     if not before:
         pytest.skip("this system does not tell how busy its cores are")
     time.sleep(0.1)
-    for core, (idle, total) in processes._core_times().items():
+    for core, (idle, total) in processes.core_times().items():
         assert idle <= total
         assert idle >= before[core][0]
         assert total > before[core][1]

@@ -1,10 +1,12 @@
 """Prompt styles: what the messages are, and that contexts and questions are data."""
 
+from typing import Any
+
 import pytest
 
 from llama_squad.prompts import PROMPTS, SYSTEM_PROMPT, build_messages
 
-RECORD = {
+RECORD: dict[str, Any] = {
     "context": 'Braces {context} {0} and a "quote".',
     "question": " What {question}? ",
     "answers": {"text": ['a "quote"', "other"], "answer_start": [29, 0]},

@@ -15,6 +15,8 @@ from llama_squad.arguments import ModelArguments
 from llama_squad.predictors.base import group_paragraphs
 from llama_squad.predictors.local import LocalModel
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 RECORDS = make_records(3, [2], seed=11)
 
 
@@ -39,6 +41,7 @@ def test_readings_are_those_of_evaluation(reader: Any, folder: str) -> None:
     by_id = {p.record["id"]: p.reply for p in expected}
     for record, reading in zip(RECORDS, readings, strict=True):
         reply = by_id[record["id"]]
+        assert reply.best
         assert reading.answer == reply.best.text
         assert record["context"][reading.start : reading.end] == reading.answer
         assert reading.na_prob == pytest.approx(reply.na_prob, abs=1e-5)

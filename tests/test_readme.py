@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from typing import Any
 
 import pytest
 import seed_faults
@@ -66,25 +67,25 @@ def test_parses(source: str, command: str, monkeypatch: pytest.MonkeyPatch) -> N
     from llama_squad.training.arguments import SquadSFTConfig
 
     monkeypatch.chdir(ROOT)
-    types = {
-        "create_squad_dataset.py": ("create", CreateArguments),
-        "train_llama_squad.py": ("train", TrainArguments, ModelArguments, SquadSFTConfig),
-        "test_llama_squad.py": ("test", EvalArguments, ModelArguments),
-        "summarize_results.py": ("summarize", SummarizeArguments),
-        "app.py": ("app", AppArguments, ModelArguments),
+    stages: dict[str, tuple[str, list[type]]] = {
+        "create_squad_dataset.py": ("create", [CreateArguments]),
+        "train_llama_squad.py": ("train", [TrainArguments, ModelArguments, SquadSFTConfig]),
+        "test_llama_squad.py": ("test", [EvalArguments, ModelArguments]),
+        "summarize_results.py": ("summarize", [SummarizeArguments]),
+        "app.py": ("app", [AppArguments, ModelArguments]),
     }
     filled = re.sub(
         r"\{[^}]*\}|\$[a-z]+", "x", command.replace("$config", "configs/quickstart.yaml")
     )
     filled = re.sub(r"(?<= )x(?==)", "--adapter_name", filled)  # the model card's {flag}
     script, *argv = shlex.split(filled)
-    if script not in types:
+    if script not in stages:
         assert (ROOT / script).is_file(), f"{source} names {script}"
         return
     while script == "summarize_results.py" and argv and not argv[0].startswith("-"):
         argv.pop(0)
-    stage, *dataclasses = types[script]
-    parsed = parse_stage(stage, dataclasses, argv)
+    stage, types = stages[script]
+    parsed = parse_stage(stage, types, argv)
     given = {name.split("=")[0].lstrip("-") for name in argv if name.startswith("--")} - {"config"}
     known = {name for args in parsed for name in vars(args)} | {"max_seq_length"}
     assert {name.removeprefix("no_") for name in given} <= known
@@ -95,8 +96,8 @@ def test_recipes_do_not_clash(monkeypatch: pytest.MonkeyPatch) -> None:
     from llama_squad.training.arguments import SquadSFTConfig
 
     monkeypatch.chdir(ROOT)
-    tested: dict[str, object] = {}
-    trained: dict[str, object] = {}
+    tested: dict[str, tuple[EvalArguments, ModelArguments]] = {}
+    trained: dict[str, list[Any]] = {}
     for source, command in FOUND:
         script, *argv = shlex.split(command)
         if not any(name.startswith("configs/") for name in argv):
@@ -104,8 +105,7 @@ def test_recipes_do_not_clash(monkeypatch: pytest.MonkeyPatch) -> None:
         if "quickstart" in command or "feedback" in command:  # no rows of the table
             continue
         if script == "test_llama_squad.py":
-            types = (EvalArguments, ModelArguments)
-            args, model = parse_stage("test", types, argv)
+            args, model = parse_stage("test", (EvalArguments, ModelArguments), argv)
             assert tested.setdefault(args.output, (args, model)) == (args, model), args.output
             # The original's pipeline divides a beam's log-probability by its length.
             assert args.length_penalty == (1.0 if args.num_beams == 10 else 0.0), command

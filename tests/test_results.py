@@ -422,7 +422,7 @@ except ValueError as error:
 
 def test_a_full_disk_is_one_line_and_loses_no_whole_row(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
-    command = [sys.executable, "-c", LIMITED, path]
+    command = [sys.executable, "-c", LIMITED, str(path)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     line = f"cannot write {path}: File too large; make room, and the same command goes on"
     assert [said.startswith(line) for said in done.stdout.splitlines()] == [True, True]

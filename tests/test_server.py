@@ -15,6 +15,7 @@ import test_llama_squad
 from llama_squad.answers import extract_answer, format_answer
 from llama_squad.arguments import CreateArguments
 from llama_squad.data import write_dataset
+from llama_squad.predictors import client
 from llama_squad.predictors.base import Prediction
 from llama_squad.predictors.server import ServerModel
 from llama_squad.result_reader import read_results
@@ -385,7 +386,11 @@ def test_a_server_that_is_not_there_ends_the_run(
 
 def test_a_timeout_says_which_flags_help(server: Server) -> None:
     release = threading.Event()
-    server.respond = lambda *_: release.wait(20) and None
+
+    def respond(*_: Any) -> None:
+        release.wait(20)
+
+    server.respond = respond
     with pytest.raises(ValueError, match=r"timed out.*--timeout waits longer, a smaller --conc"):
         ask(server, timeout=0.05, concurrency=2)
     release.set()
@@ -476,10 +481,16 @@ def test_the_server_alone_is_asked(
     assert len(stage(server, dataset, tmp_path / "results.csv")) == len(RECORDS)
 
 
-def test_no_variable_leads_to_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_variable_leads_to_another_server(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert client.OPENAI_URL == "https://api.openai.com/v1"
+    monkeypatch.setattr(client, "OPENAI_URL", server.url)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    assert str(ServerModel("m")._client._openai.base_url) == "https://api.openai.com/v1/"
+    (prediction,) = ServerModel("m").answer([RECORDS[:1]])
+    assert not prediction.failure
+    assert len(server.requests) == 1
 
 
 def test_a_key_with_a_line_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

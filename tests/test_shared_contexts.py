@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,7 @@ from llama_squad.collator import SquadDataCollator
 from llama_squad.data import read_files
 from llama_squad.encoding import IGNORE, ChatEncoder
 from llama_squad.predictors import base
+from llama_squad.prompts import Record
 from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.packing import group_paragraphs, plan_rows, row_dataset
 from llama_squad.training.setup import check_shared_contexts, lay_out, make_validation
@@ -559,11 +561,11 @@ def test_all_figures_of_the_throughput_agree(
         trainer.held.clear()
         result = trainer.train().metrics
         logs = [e for e in trainer.state.log_history if "loss" in e]
-        held = [trainer.held[step] for step in range(7)]
-        asked = [entry["questions_per_second"] for entry in logs]
-        assert asked == [round(sum(held[:3]) / 3, 2), round(sum(held[3:6]) / 3, 2)]
+        counts = [trainer.held[step] for step in range(7)]
+        rates = [entry["questions_per_second"] for entry in logs]
+        assert rates == [round(sum(counts[:3]) / 3, 2), round(sum(counts[3:6]) / 3, 2)]
         assert result["train_runtime"] == pytest.approx(7)
-        assert result["train_samples_per_second"] == pytest.approx(sum(held) / 7, abs=1e-3)
+        assert result["train_samples_per_second"] == pytest.approx(sum(counts) / 7, abs=1e-3)
         assert result["train_steps_per_second"] == 1
         last = trainer.state.log_history[-1]
         assert last["train_samples_per_second"] == result["train_samples_per_second"]
@@ -610,7 +612,7 @@ def test_validation_does_not_hang_on_the_layout(
 # A whole epoch, on one process and on two --------------------------------------------------------
 
 
-def real_records(count: int = 2000) -> list[dict]:
+def real_records(count: int = 2000) -> Sequence[Record]:
     """Return the first questions of SQuAD or, where it is not here, of the quickstart's world."""
     squad = SHARED_DATA / "squad_v2" / "train-000.json"
     return (read_files([str(squad)]) if squad.is_file() else read_quickstart())[:count]
@@ -764,7 +766,6 @@ def test_killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     import train_llama_squad
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     data = dataset_folder(tmp_path, make_records(20, [3, 2, 4]))
     flags = [
         "--model_name", model_folder(tmp_path), "--dataset_name", data, "--no_quantize",

@@ -7,9 +7,10 @@ import pytest
 from helpers import tiny_model, tiny_tokenizer
 
 from llama_squad.answers import extract_answer
-from llama_squad.decoding.boundaries import find_span, is_span
+from llama_squad.decoding.boundaries import Boundaries, find_span, is_span
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph
+from llama_squad.decoding.search import State
 from llama_squad.decoding.spans import SpanGrammar, span_vocabulary
 from llama_squad.encoding import ChatEncoder
 from llama_squad.prompts import build_messages
@@ -57,7 +58,7 @@ def test_spans_begin_and_end_at_word_boundaries(context: str, text: str, start: 
 
 
 def walk(grammar: Any, vocabulary: Any) -> Any:
-    stack = [(grammar.start, ())]
+    stack: list[tuple[State, tuple[int, ...]]] = [(grammar.start, ())]
     while stack:
         state, ids = stack.pop()
         found = grammar.successors(state)
@@ -72,7 +73,7 @@ def walk(grammar: Any, vocabulary: Any) -> Any:
 
 @pytest.mark.parametrize("boundaries", ["word", "any"])
 @pytest.mark.parametrize("context", ["Ab. (c 1x).", "-a?", "é. ", " 中文 "])
-def test_grammar_admits_all_such_spans_and_no_others(context: str, boundaries: str) -> None:
+def test_grammar_admits_all_such_spans_and_no_others(context: str, boundaries: Boundaries) -> None:
     vocabulary = span_vocabulary(encoder())
     texts = {context[i:j] for i in range(len(context)) for j in range(i + 1, len(context) + 1)}
     expected = {text for text in texts if is_span(context, text, boundaries)}

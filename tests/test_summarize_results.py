@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,10 +139,12 @@ def test_plots_are_in_log_odds_and_legends_cover_nothing(
 
     figures = []
     save = figure_module.Figure.savefig
-    monkeypatch.setattr(
-        figure_module.Figure, "savefig",
-        lambda self, *a, **k: (figures.append(self), save(self, *a, **k)),
-    )  # fmt: skip
+
+    def watched(self: Any, *options: Any, **more: Any) -> None:
+        figures.append(self)
+        save(self, *options, **more)
+
+    monkeypatch.setattr(figure_module.Figure, "savefig", watched)
     golds: dict[str, list[str]] = {"a": ["x"], "b": [], "c": ["x"]}
     na_probs = {"a": 0.0, "b": 1.0, "c": 0.001}
     table = score_table(golds, dict.fromkeys(golds, "x"), na_probs)
@@ -327,8 +330,8 @@ def test_as_many_rows_as_dev_has_take_under_three_seconds_and_no_torch() -> None
         for number in range(11_873):
             golds = [f"the answer {number}", f"answer {number}", "some words more"][: number % 4]
             completion = format_answer(golds[0] if golds else "?")
-            record = {"id": str(number), "title": "", "question": "q" * 60}
-            record["answers"] = {"text": golds}
+            record = {"id": str(number), "title": "", "question": "q" * 60,
+                      "answers": {"text": golds}}  # fmt: skip
             answer = extract_answer(completion)
             rows.append(make_row(record, completion, answer, "prompt\n" * 200, 0.5, score=-1.0))
         file.append(rows)

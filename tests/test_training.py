@@ -23,6 +23,7 @@ from helpers import (
     model_folder,
     tiny_model,
     tiny_tokenizer,
+    training_flags,
 )
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
@@ -44,19 +45,13 @@ from llama_squad.training.packing import group_paragraphs, row_dataset
 from llama_squad.training.setup import prepare_model
 from llama_squad.training.trainer import SquadTrainer, answer_loss
 
+pytestmark = pytest.mark.usefixtures("offline")
+
 EXAMPLES = flatten(encode_paragraphs(make_records(2, [2])))
 WIDE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
 }  # 4-bit blocks are of 64 weights
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Work in an empty folder, with no Hub and no token."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
 
 
 # The loss --------------------------------------------------------------------------------------
@@ -202,12 +197,11 @@ def test_an_evaluation_does_not_break_4_bit_training(tmp_path: Path) -> None:
 
 def stage_flags(folder: Path, **model: Any) -> list[str]:
     """Make a dataset and a model, and return the flags of a short run on them."""
-    data = dataset_folder(folder, make_records(6, [3, 2]), make_records(2, [2], seed=5))
-    return [
-        "--model_name", model_folder(folder, **model), "--dataset_name", data, "--lora_r", "4",
-        "--per_device_train_batch_size", "4", "--max_steps", "3", "--logging_steps", "1",
-        "--report_to", "none", "--disable_tqdm", "True", "--save_strategy", "no",
-    ]  # fmt: skip
+    return training_flags(
+        folder, "--lora_r", "4", "--per_device_train_batch_size", "4", "--max_steps", "3",
+        "--logging_steps", "1", "--save_strategy", "no",
+        val=make_records(2, [2], seed=5), **model,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -333,7 +327,7 @@ def test_a_result_takes_the_place_of_the_whole_earlier_one(
         raise OSError("no space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr(publishing, "_card", full_disk)  # the last file of all
+        broken.setattr(publishing, "model_card", full_disk)  # the last file of all
         with pytest.raises(OSError, match="no space left"):
             publishing.save_final(trainer, settings)
     assert (final / "na_prob_thresh.json").exists()
@@ -387,7 +381,7 @@ def test_card_names_what_the_hub_knows(tmp_path: Path) -> None:
     def header(model: str) -> dict[str, Any]:
         model_args = ModelArguments(model_name=model)
         settings = {"train": TrainArguments(), "model": model_args, "trainer": asked}
-        return yaml.safe_load(publishing._card(settings, {}).split("---\n")[1])
+        return yaml.safe_load(publishing.model_card(settings, {}).split("---\n")[1])
 
     common = {
         "library_name": "peft",
@@ -575,7 +569,7 @@ def test_a_wrong_setup_ends_with_a_message() -> None:
 def test_num_tokens_go_on_after_a_resume() -> None:
     train = encoded_dataset(make_records(4, [1])).select_columns(["input_ids", "labels"])
 
-    def num_tokens(steps: int, checkpoint: str | None) -> list[int]:
+    def num_tokens(steps: int, checkpoint: str | None) -> list[float]:
         trainer = make_trainer(
             tiny_model(), train, Path("results"), max_steps=steps, logging_steps=1,
             save_strategy="steps", save_steps=2, per_device_train_batch_size=1,

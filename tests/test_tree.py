@@ -33,7 +33,12 @@ PROMPT = PARAGRAPHS[0][0]["input_ids"][:120]
 LONGEST = max(len(example["input_ids"]) for example in flatten(PARAGRAPHS))
 MASKED = [torch.float32, torch.bfloat16]
 
-MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1}
+MAMBA: dict[str, Any] = {
+    "mamba_d_state": 8,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+}
 LINEAR = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
     "linear_value_head_dim": 8, "head_dim": 8,
@@ -139,7 +144,7 @@ def losing(model: Any, *names: str) -> Any:
     forward = model.forward
 
     def careless(**kwargs: Any) -> Any:
-        lost = {name: None for name in names if name in kwargs}
+        lost: dict[str, Any] = {name: None for name in names if name in kwargs}
         mask = kwargs.get("attention_mask")
         if "attention_mask" in names and mask is not None and mask.dim() == 4:
             lost["attention_mask"] = torch.ones_like(mask).tril(mask.shape[-1] - mask.shape[-2])
@@ -256,8 +261,7 @@ def test_a_window_of_zero_is_none(window: int | None) -> None:
 
 
 def test_masks_of_a_window_follow_positions() -> None:
-    model = tree_model("gemma3_text", num_hidden_layers=2,
-                       layer_types=["sliding_attention", "full_attention"], sliding_window=2)  # fmt: skip
+    model = tree_model("gemma3_text", sliding_window=2)
     visible = torch.tensor([[[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]]]).bool()
     positions = torch.tensor([[0, 1, 2, 2]])
     masks = make_masks(model, visible, positions, positions)

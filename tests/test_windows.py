@@ -65,6 +65,7 @@ def test_the_window_that_is_surest_of_an_answer_gives_it() -> None:
     assert merge_windows([(0, nothing), (9, nothing)]).best is None
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_long_context_is_read_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"id": "1", "context": LONG, "question": "Which?", "answers": {"text": []}}
     short = make_records(1, [2])
@@ -79,19 +80,23 @@ def test_a_long_context_is_read_in_windows(monkeypatch: pytest.MonkeyPatch) -> N
         asked.extend(paragraphs)
         return reply(self, paragraphs)
 
-    monkeypatch.setattr(Generator, "reply", watched)
-    found = model.answer([short, [record]])
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "reply", watched)
+        found = model.answer([short, [record]])
     assert [p.record["id"] for p in found] == [*(r["id"] for r in short), "1"]
     windows = [paragraph for paragraph in asked if paragraph.context in LONG]
     assert len(windows) > 2
     assert all(max(map(len, paragraph.prompts)) <= 512 - 8 for paragraph in asked)
     best = found[2].reply.best
     assert not found[2].failure
+    assert best
     assert LONG[best.start : best.start + len(best.text)] == best.text
-    monkeypatch.undo()
     separate = [generators[0].reply([window])[0][0] for window in windows]
-    odds = [r.no_answer_score - r.best.score for r in separate]
-    assert best.text == separate[odds.index(min(odds))].best.text
+    odds = []
+    for each in separate:
+        assert each.best and each.no_answer_score is not None
+        odds.append((each.no_answer_score - each.best.score, each.best.text))
+    assert best.text == min(odds)[1]
     alone = local(n_best=3, max_new_tokens=8, na_prob_thresh=1.0).answer([short])
     assert [p.reply.best.text for p in alone] == [p.reply.best.text for p in found[:2]]
 

@@ -51,7 +51,7 @@ class TokenTree:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._cache = DynamicCache()
+        self.cache = DynamicCache()
         self._length = self._compact_length = 0
         self._depths = np.zeros((0, 0), dtype=np.int64)  # of the cache's columns, a row each
 
@@ -139,14 +139,14 @@ class TokenTree:
         joined._depths = np.concatenate(
             [np.pad(t._depths, ((0, 0), (0, pad))) for t, pad in zip(trees, missing, strict=True)]
         )
-        caches = [cast(list[Any], tree._cache.layers) for tree in trees]
+        caches = [cast(list[Any], tree.cache.layers) for tree in trees]
         for index, layers in enumerate(zip(*caches, strict=True)):
             pairs = list(zip(layers, missing, strict=True))
             keys = torch.cat([F.pad(layer.keys, (0, 0, 0, pad)) for layer, pad in pairs])
             values = torch.cat([F.pad(layer.values, (0, 0, 0, pad)) for layer, pad in pairs])
             for layer in layers:
                 layer.keys = layer.values = None
-            joined._cache.update(keys, values, index)
+            joined.cache.update(keys, values, index)
         return joined
 
     def compact(self, branches: Sequence[Sequence[Branch]]) -> None:
@@ -160,7 +160,7 @@ class TokenTree:
                 branch.columns = np.searchsorted(columns, branch.columns)
         self._length = self._compact_length = length
         self._depths = np.take_along_axis(self._depths, index, axis=1)
-        for layer in cast(list[Any], self._cache.layers):
+        for layer in cast(list[Any], self.cache.layers):
             where = torch.from_numpy(index).to(layer.keys.device)[:, None, :, None]
             layer.keys = layer.keys.take_along_dim(where, dim=2)
             layer.values = layer.values.take_along_dim(where, dim=2)
@@ -168,7 +168,7 @@ class TokenTree:
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all rows but these."""
         self._depths = self._depths[list(rows)]
-        for layer in cast(list[Any], self._cache.layers):
+        for layer in cast(list[Any], self.cache.layers):
             index = torch.tensor(rows, device=layer.keys.device)
             layer.keys = layer.keys.index_select(0, index)
             layer.values = layer.values.index_select(0, index)
@@ -202,7 +202,7 @@ class TokenTree:
         with exact_head(self._model):
             output = self._model(
                 input_ids=torch.from_numpy(ids).to(device),
-                past_key_values=self._cache,
+                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=logits_to_keep,
                 **more,

@@ -99,7 +99,7 @@ class Generator:
         check_tree(self.model, paragraphs[0].prompts[0])
         halves = _halve(paragraphs)
         questions = sum(len(paragraph.prompts) for paragraph in paragraphs)
-        fits = questions < self._too_many and self._memory_needed(paragraphs) < free_memory()
+        fits = questions < self._too_many and self.memory_needed(paragraphs) < free_memory()
         if fits or not halves:
             try:
                 return DecodingBatch(self.options, paragraphs).replies()
@@ -136,11 +136,11 @@ class Generator:
         if not torch.cuda.is_available():
             return LEAST_QUESTIONS
         paragraph = Paragraph("", [[0] * 400 + [question + 1] * 40 for question in range(10)])
-        fit = 10 * 0.5 * free_memory() / self._memory_needed([paragraph])
+        fit = 10 * 0.5 * free_memory() / self.memory_needed([paragraph])
         power = 2 ** int(math.log2(max(fit, LEAST_QUESTIONS)))
         return min(power, MOST_QUESTIONS)
 
-    def _memory_needed(self, paragraphs: Sequence[Paragraph]) -> float:
+    def memory_needed(self, paragraphs: Sequence[Paragraph]) -> float:
         """Estimate the bytes of a batch: keys and values, activations and logits of a pass."""
         config = self.model.config.get_text_config()
         size = self.model.dtype.itemsize

@@ -9,10 +9,10 @@ from typing import Any
 from llama_squad.config import write_json
 from llama_squad.durable import one_line_errors
 from llama_squad.feedback.verdicts import Feedback, Key, Verdict, append, load
-from llama_squad.prompts import gold_answer
+from llama_squad.prompts import Record, gold_answer
 from llama_squad.sources.cleaning import Cleaner
 from llama_squad.sources.formats import read_rows
-from llama_squad.sources.records import Record, paragraphs_at_random
+from llama_squad.sources.records import paragraphs_at_random
 
 CHANGED = "answers: a reviewer's, in place of others (--feedback)"
 CONFIRMED = "answers: as they were, and a reviewer agrees (--feedback)"
@@ -156,9 +156,9 @@ def _corrected(
     cleaner: Cleaner,
 ) -> list[Record]:
     """Return the questions with the reviewers' answers, under ids of their own; see ``merge``."""
-    corrected = []
+    corrected: list[Record] = []
     for verdict in answered:
-        record = verdict.record()
+        record: Record = verdict.record()
         old = taken.get(verdict.key)
         if old is not None and _answer(old) == _answer(record):
             record, change = old, CONFIRMED
@@ -186,11 +186,11 @@ def _take_out(
     return merged, taken
 
 
-def _key(record: Mapping[str, Any]) -> Key:
+def _key(record: Record) -> Key:
     return record["id"], record["context"], record["question"]
 
 
-def _answer(record: Mapping[str, Any]) -> tuple[str, list[int]]:
+def _answer(record: Record) -> tuple[str, list[int]]:
     """Return what a record teaches, and where it stands."""
     return gold_answer(record), record["answers"]["answer_start"][:1]
 

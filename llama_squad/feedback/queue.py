@@ -10,15 +10,15 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llama_squad.answers import Answer
 from llama_squad.feedback.verdicts import Key
 from llama_squad.metrics import is_exact_match
+from llama_squad.prompts import Record
 from llama_squad.result_reader import iter_results
 from llama_squad.rows import Row, rethreshold, row_answer
 from llama_squad.sources.formats import read_rows
-from llama_squad.sources.records import Fault, Record, read_record
+from llama_squad.sources.records import Fault, read_record
 
 CHUNK = 32
 """Questions that are read at a time, to look for those worth a look."""
@@ -80,7 +80,7 @@ class Item:
         said: the answer in the result file that it comes from; None where it comes from none.
     """
 
-    record: Mapping[str, Any]
+    record: Record
     doubt: Doubt
     said: Answer | None = None
 
@@ -112,8 +112,8 @@ class ReviewQueue:
     def __init__(
         self,
         items: Iterable[Item] = (),
-        unread: Iterable[Mapping[str, Any]] = (),
-        weigh: Callable[[Sequence[Mapping[str, Any]]], list[Doubt]] | None = None,
+        unread: Iterable[Record] = (),
+        weigh: Callable[[Sequence[Record]], list[Doubt]] | None = None,
     ) -> None:
         self._items = sorted(items, key=lambda item: -item.doubt.worth)
         self._unread = list(unread)
@@ -202,14 +202,14 @@ def items_of_results(
     return items
 
 
-def records_of_file(path: str | Path) -> list[Mapping[str, Any]]:
+def records_of_file(path: str | Path) -> list[Record]:
     """Read questions of any form, with answers or without.
 
     Raises:
         ValueError: the file cannot be read, or a question or context is missing.
     """
     path = Path(path)
-    records: dict[str, Mapping[str, Any]] = {}
+    records: dict[str, Record] = {}
     titles: dict[str, str] = {}
     for row in read_rows(path):
         values = dict(row.values)

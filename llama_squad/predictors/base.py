@@ -1,12 +1,11 @@
 """What every predictor gives, and how records come to it: by paragraph, a batch at a time."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from llama_squad.decoding.replies import Reply
-
-Record = Mapping[str, Any]
+from llama_squad.prompts import Record
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ def group_paragraphs(records: Sequence[Record]) -> list[list[Record]]:
     return list(groups.values())
 
 
-Batch = list[list[Record]]
+Batch = Sequence[Sequence[Record]]
 """Records by paragraph."""
 
 
@@ -42,7 +41,7 @@ def batch_paragraphs(records: Sequence[Record], batch_size: int) -> Iterator[Bat
     Which questions of a paragraph are answered together does not depend on ``batch_size``: in 16
     bits that would change the answers.
     """
-    batch: Batch = []
+    batch: list[list[Record]] = []
     for group in group_paragraphs(records):
         for start in range(0, len(group), PARAGRAPH_QUESTIONS):
             part = list(group[start : start + PARAGRAPH_QUESTIONS])

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_squad.answers import NO_ANSWER, format_answer
 from llama_squad.decoding.replies import Reply, Span
-from llama_squad.predictors.base import Batch, Prediction, Record
+from llama_squad.predictors.base import Batch, Prediction
+from llama_squad.prompts import Record
 
 
 class ExtractiveModel:

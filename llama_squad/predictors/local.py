@@ -16,8 +16,15 @@ from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph, Reply
 from llama_squad.decoding.windows import cut_windows, merge_windows
 from llama_squad.encoding import ChatEncoder
-from llama_squad.predictors.base import Batch, Prediction, Record
-from llama_squad.prompts import SYSTEM_PROMPT, ActsFrom, Message, adapter_start, build_messages
+from llama_squad.predictors.base import Batch, Prediction
+from llama_squad.prompts import (
+    SYSTEM_PROMPT,
+    ActsFrom,
+    Message,
+    Record,
+    adapter_start,
+    build_messages,
+)
 
 TURN_TOKENS = 256
 """Length limit of a reply before the last one of a multi-turn prompt."""

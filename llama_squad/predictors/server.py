@@ -15,9 +15,9 @@ from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 from llama_squad.decoding.replies import Reply
-from llama_squad.predictors.base import Batch, Prediction, Record
+from llama_squad.predictors.base import Batch, Prediction
 from llama_squad.predictors.client import BACKOFF_S, Client, QuestionFailed, one_line, say
-from llama_squad.prompts import SYSTEM_PROMPT, build_messages
+from llama_squad.prompts import SYSTEM_PROMPT, Record, build_messages
 
 FAILURES_SHOWN = 5
 """So many failed questions are shown with their reason; all have it in the result file."""

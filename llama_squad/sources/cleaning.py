@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from llama_squad.prompts import Record
 from llama_squad.sources.formats import InputRow
-from llama_squad.sources.records import ID_MADE, TITLE_MADE, Fault, Record, as_text, read_record
+from llama_squad.sources.records import ID_MADE, TITLE_MADE, Fault, as_text, read_record
 
 ID_NUMBERED = "id: another question had it, a number added (--mend)"
 JOINED = "joined to the same question before it, whose answers hold too"
@@ -90,7 +92,7 @@ class Cleaner:
             raise ValueError(f"{file} holds no questions{left}: name another file, or leave it out")
         return records
 
-    def _settle(self, record: Record, split: str, changes: dict[str, None]) -> bool:
+    def _settle(self, record: dict[str, Any], split: str, changes: dict[str, None]) -> bool:
         """See to it that the record's id is its own; False where it was joined to another.
 
         Raises:

@@ -14,10 +14,6 @@ from llama_squad.answers import NO_ANSWER
 from llama_squad.sources.formats import InputRow
 from llama_squad.sources.matching import find_spans, nearest_span
 
-Record = dict[str, Any]
-"""{"id", "title", "context", "question", "answers": {"text": [...], "answer_start": [...]}}, as
-on the Hub; no texts where the question has no answer."""
-
 # What may be changed to make a record of a row.
 ID_NUMBER = "id: a number, taken as text"
 ID_MADE = "id: none, made from file and place"
@@ -45,7 +41,7 @@ class Fault(ValueError):
 
 def read_record(
     row: InputRow, name: str, titles: dict[str, str], mend: bool
-) -> tuple[Record, dict[str, None]]:
+) -> tuple[dict[str, Any], dict[str, None]]:
     """Return the record of a row, and what was changed to make it one.
 
     Args:

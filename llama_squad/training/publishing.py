@@ -59,7 +59,7 @@ def save_final(trainer: Any, settings: dict[str, Any]) -> Path:
     if first:
         metrics = _metrics(trainer.state.log_history)
         save_run_config(aside, "train", **settings, figures=metrics)
-        (aside / "README.md").write_text(_card(settings, metrics), encoding="utf-8")
+        (aside / "README.md").write_text(model_card(settings, metrics), encoding="utf-8")
         _put_in_place(aside, folder)
         print(f"Saved {folder}.")
         _remove_merged(folder.parent / MERGED)
@@ -114,7 +114,7 @@ The adapter was merged into its base in float32, and the sums written so that sm
 Base, base + adapter, and the merged weights as they were written, on the same questions:"""
 
 
-def _card(
+def model_card(
     settings: dict[str, Any], metrics: dict[str, Any], merge: MergeError | None = None
 ) -> str:
     """Return the model card of the adapter or full model, or that of the merged one."""
@@ -174,7 +174,7 @@ def merge_and_push(
         error = merge_adapter(args, model_args, folder, aside, sample)
         saved = load_run_config(folder)
         settings = {"train": args, "model": model_args, "trainer": saved["trainer"]}
-        card = _card(settings, saved["figures"], error)
+        card = model_card(settings, saved["figures"], error)
         (aside / "README.md").write_text(card, encoding="utf-8")
         write_json(aside / RUN_CONFIG, saved | {"merge": dataclasses.asdict(error)})
         _put_in_place(aside, merged)

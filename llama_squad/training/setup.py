@@ -194,6 +194,10 @@ VALIDATED = {
 """What an evaluation during training tells → the column of the table, as a share."""
 
 
+VALIDATION_TOKENS = 128
+"""Length limit of a reply to a validation question."""
+
+
 def make_validation(
     sft_args: Any, dataset: Any, dataset_name: str, encoder: ChatEncoder
 ) -> Callable[[Any], dict[str, float]] | None:
@@ -219,7 +223,12 @@ def make_validation(
             print(f"No answers to the validation questions, only their loss: {error}.")
             return {}
         local = LocalModel(
-            model, encoder, decoding="free", max_new_tokens=128, stop_after_answer=True, **prompts
+            model,
+            encoder,
+            decoding="free",
+            max_new_tokens=VALIDATION_TOKENS,
+            stop_after_answer=True,
+            **prompts,
         )
         outcomes = Counter[Outcome]()
         for batch in tqdm(batches, desc="Validating", leave=False, unit=" batches"):
