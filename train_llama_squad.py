@@ -81,11 +81,13 @@ def show_mask(args: TrainArguments, model_args: ModelArguments) -> None:
     from llama_squad import modeling
     from llama_squad.collator import colour_labels
     from llama_squad.data import load_squad
+    from llama_squad.encoding import label_all
 
     split = load_squad(args.dataset_name)["train"]
     encoder = modeling.load_encoder(model_args, args.reasoning_tokens, filler=args.filler)
     for row in split.select(range(min(args.show_mask, len(split)))):
         (example,) = encoder.encode([row["messages"]])
+        example = label_all(example) if args.loss_on == "all" else example
         print(colour_labels(encoder.tokenizer, example), end="\n\n")
     print("The tokens in green are trained; the others are read only.")
 

@@ -133,6 +133,16 @@ class TrainArguments:
         "prompts, made at the first run and kept beside the dataset. They are longer than answers, "
         "so their share of the loss is larger.",
     )
+    chat_kl: float = _option(
+        0.0,
+        "Weight of the divergence KL(base || tuned) on the replies of --chat_share, added to their "
+        "loss: holds the whole distribution to the base's, at the cost of a pass of the base.",
+    )
+    loss_on: Literal["reply", "all"] = _option(
+        "reply",
+        "Where the loss falls: on the answer, or on all tokens of each example. The latter shares "
+        "no contexts, so a context counts once for each of its questions.",
+    )
     reasoning_tokens: int = _option(
         0, "Learnable tokens between prompt and answer: room to think (0: none)."
     )

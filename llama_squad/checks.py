@@ -69,6 +69,19 @@ def check_training_numbers(args: TrainArguments, trainer: TrainerArguments) -> N
     check_above_zero(args, "lora_alpha")
     if not 0 <= args.chat_share < 1:
         raise ValueError(f"--chat_share must be at least 0 and below 1, not {args.chat_share}")
+    check_at_least(0, args, "chat_kl")
+    if args.chat_kl and not args.chat_share:
+        raise ValueError("--chat_kl weighs plain chat, of which there is none: give --chat_share")
+    if args.chat_kl and args.full_parameters:
+        raise ValueError(
+            "--chat_kl compares with the base, which is the model without its adapter: leave out "
+            "--chat_kl or --full_parameters"
+        )
+    if args.loss_on == "all" and (args.filler or args.reasoning_tokens):
+        raise ValueError(
+            "--loss_on all would train the model to write filler and pauses: leave it out, or "
+            "--filler and --reasoning_tokens"
+        )
     if not 0 <= args.lora_dropout < 1:
         raise ValueError(f"--lora_dropout must be at least 0 and below 1, not {args.lora_dropout}")
     sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
@@ -143,6 +156,11 @@ def check_activated(args: TrainArguments) -> None:
         raise ValueError(
             f"{adapter} takes no part in plain chat, so --chat_share would train nothing: leave "
             f"out --chat_share{own}"
+        )
+    if args.loss_on == "all":
+        raise ValueError(
+            f"{adapter} takes no part in the context, so --loss_on all would train nothing there: "
+            f"leave out --loss_on{own}"
         )
     if args.use_dora:
         raise ValueError(

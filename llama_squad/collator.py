@@ -72,6 +72,9 @@ class SquadDataCollator(DataCollatorForLanguageModeling):
     Examples of an activated adapter, which hold ``adapter_from``, also give ``adapter_mask``: where
     it acts, bool, of shape (rows, length).
 
+    Examples that say whether they are plain chat also give ``chat``: which tokens are, bool, of
+    shape (rows, length).
+
     With ``counts`` either kind also gives ``counts``, int64 of shape (rows, 3): a row's questions,
     its tokens, and its tokens if nothing was shared. No model takes it: ``SquadTrainer`` does.
 
@@ -95,6 +98,9 @@ class SquadDataCollator(DataCollatorForLanguageModeling):
             if "adapter_from" in rows[0][0][0]:
                 start = torch.tensor([row[0][0]["adapter_from"] for row in rows])
                 batch[ADAPTER_MASK] = torch.arange(batch["input_ids"].shape[1]) >= start[:, None]
+            if "chat" in rows[0][0][0]:
+                chat = torch.tensor([row[0][0]["chat"] for row in rows])
+                batch["chat"] = chat[:, None].expand(batch["input_ids"].shape).clone()
         if self.counts:
             held = zip(lengths, tokens, strict=True)
             batch["counts"] = torch.tensor([[len(each), n, sum(each)] for each, n in held])

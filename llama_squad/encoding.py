@@ -22,12 +22,18 @@ IGNORE = -100
 Encoded = dict[str, Any]
 """An example: lists of its ``input_ids`` and ``labels``. Of an activated adapter also
 ``adapter_from``: the index of the first token that it acts on. With filler also ``hidden``: the
-first and last-plus-one index of the tokens that no other attends to."""
+first and last-plus-one index of the tokens that no other attends to; and ``chat`` where some
+examples are plain chat: whether this one is."""
 
 FILLER = " blah"
 """A word of filler."""
 
 Offsets = list[tuple[int, int]]
+
+
+def label_all(example: Encoded) -> Encoded:
+    """Return an example with labels on all tokens that can be predicted: all but the first."""
+    return {**example, "labels": [IGNORE, *example["input_ids"][1:]]}
 
 
 class ChatEncoder:

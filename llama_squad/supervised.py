@@ -30,12 +30,17 @@ def answer_logits(
     Returns:
         Logits of shape (supervised tokens, vocabulary), and ids of shape (supervised tokens,).
     """
-    targets = F.pad(inputs["labels"], (0, 1), value=IGNORE)[:, 1:]
+    targets = next_tokens(inputs["labels"], IGNORE)
     keep = targets != IGNORE
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     if not runs_base_first(inner, inputs):
         return kept_logits(model, inputs, keep), targets[keep]
     return _logits_over_the_base(model, inner, inputs, keep), targets[keep]
+
+
+def next_tokens(values: torch.Tensor, fill: int) -> torch.Tensor:
+    """Return at each token what stands at the next one, of shape (rows, length)."""
+    return F.pad(values, (0, 1), value=fill)[:, 1:]
 
 
 def _logits_over_the_base(

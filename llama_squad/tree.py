@@ -44,6 +44,8 @@ class Tree:
     """The columns of each example's own branch."""
     adapted: list[bool] = field(default_factory=list)
     """Where an activated adapter acts; empty where there is none."""
+    chat: list[bool] = field(default_factory=list)
+    """Which tokens are plain chat; empty where no example says so."""
 
     @classmethod
     def build(cls, paragraphs: Sequence[Sequence[Encoded]]) -> "Tree":
@@ -79,6 +81,8 @@ class Tree:
                 self.ends[column] = column + 1  # it sees, and is seen by itself alone
         if "adapter_from" in example:
             self.adapted += [index >= example["adapter_from"] for index in range(start, stop)]
+        if "chat" in example:
+            self.chat += [example["chat"]] * (stop - start)
 
 
 def shareable_prefix(examples: Sequence[Encoded]) -> int:
@@ -126,7 +130,13 @@ def batch_rows(
     }
     if trees[0].adapted:
         batch[ADAPTER_MASK] = torch.tensor([pad(t.adapted, False) for t in trees])
+    if trees[0].chat:
+        batch["chat"] = torch.tensor([pad(t.chat, False) for t in trees])
     return batch
+
+
+NOT_OF_MODEL = ("labels", "counts", "chat")
+"""What a batch holds that a model does not take, or not here."""
 
 
 def kept_logits(model: Any, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
@@ -134,7 +144,7 @@ def kept_logits(model: Any, inputs: Mapping[str, torch.Tensor], keep: torch.Tens
 
     ``keep`` is bool, of shape (rows, length); the logits are of shape (kept tokens, vocabulary).
     """
-    features: dict[str, Any] = {k: v for k, v in inputs.items() if k not in ("labels", "counts")}
+    features: dict[str, Any] = {k: v for k, v in inputs.items() if k not in NOT_OF_MODEL}
     mask, positions = features.get("attention_mask"), features.get("position_ids")
     if mask is not None and mask.dim() == 4 and positions is not None:
         # of DDP, FSDP and DeepSpeed, whose wrappers have no configuration

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import encoded_dataset, make_records, tiny_model, tiny_tokenizer, training_flags
+from helpers import (
+    collator,
+    dataset_folder,
+    encoded_dataset,
+    make_records,
+    model_folder,
+    tiny_model,
+    tiny_tokenizer,
+    training_flags,
+)
+from peft import LoraConfig, get_peft_model
 
 import train_llama_squad
 from llama_squad.arguments import ModelArguments, TrainArguments
@@ -24,6 +34,7 @@ from llama_squad.training.chat_share import (
     chat_examples,
 )
 from llama_squad.training.examples import encode_split
+from llama_squad.training.trainer import answer_loss, chat_logits_of_base
 from llama_squad.tree import Tree
 
 ENCODER = ChatEncoder(tiny_tokenizer())
@@ -190,3 +201,126 @@ def test_a_bad_share_is_refused() -> None:
     ):
         with pytest.raises(SystemExit, match=message):
             train_llama_squad.main(["--chat_share", share, *more])
+
+
+def chat_rows(tmp_path: Path) -> list[list[dict[str, Any]]]:
+    """Return two paragraphs of questions, and two chats, as groups of marked examples."""
+    mixed = add_chat(
+        encoded_dataset(make_records(2, [2])), make(tiny_model(), tmp_path), 0.4, 4096, 1,
+        marked=True,
+    )  # fmt: skip
+    examples = [
+        {name: example[name] for name in ("input_ids", "labels", "chat")} for example in mixed
+    ]
+    assert [e["chat"] for e in examples] == [False] * 4 + [True] * 3
+    return [examples[:2], examples[2:4], *([e] for e in examples[4:])]
+
+
+def adapted(change: float) -> Any:
+    """Return a model with an adapter, whose second matrices are ``change`` times random."""
+    torch.manual_seed(3)
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model(), config)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name and change:
+            torch.nn.init.normal_(weight, std=change)
+    return model
+
+
+def chat_term(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return what a weight of 1 adds to the loss."""
+    return answer_loss(model, batch, chat_kl=1.0)[0] - answer_loss(model, batch)[0]
+
+
+def test_the_divergence_from_the_base(tmp_path: Path) -> None:
+    """It is that of each reply alone, 0 for an untouched adapter, and has gradients."""
+    rows = chat_rows(tmp_path)
+    shared = collator()([{"paragraphs": rows}])
+    plain = collator()([e for group in rows for e in group])
+    untouched = adapted(0.0)
+    assert float(chat_term(untouched, shared).detach()) == pytest.approx(0.0, abs=1e-4)
+
+    model, expected = adapted(0.3), 0.0
+    for (example,) in rows[2:]:
+        ids = torch.tensor([example["input_ids"]])
+        start = sum(label == IGNORE for label in example["labels"])
+        with torch.no_grad():
+            tuned = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+            with model.disable_adapter():
+                base = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+        expected += float((base.exp() * (base - tuned)).sum())
+    assert expected > 0.1
+    for batch in (shared, plain):
+        assert float(chat_term(model, batch).detach()) == pytest.approx(expected, rel=1e-3)
+
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    base_logits = chat_logits_of_base(model, shared)
+    assert base_logits is not None and not base_logits.requires_grad
+    chat_term(model, shared).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == names
+    step = 1e-3 / sum(float(g.pow(2).sum()) for g in found.values())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in found:
+                p -= step * found[name]
+    # to first order a small step down the gradient lowers it by the step times its square
+    assert expected - float(chat_term(model, shared).detach()) == pytest.approx(1e-3, rel=0.2)
+    # questions have no part in it, and no pass of the base
+    assert chat_logits_of_base(model, collator()([{"paragraphs": rows[:2]}])) is None
+
+
+@pytest.mark.parametrize("more", [[], ["--no_share_context"]])
+def test_the_stage_holds_chat_to_the_base(more: list[str], tmp_path: Path) -> None:
+    """The divergence is in the loss of the run, and a large weight keeps the base's replies."""
+    flags = [
+        "--model_name", model_folder(tmp_path), "--no_quantize", "--report_to", "none",
+        "--dataset_name", dataset_folder(tmp_path, make_records(6, [2, 3])), "--max_steps", "3",
+        "--learning_rate", "1e-2", "--disable_tqdm", "True", "--lora_dropout", "0",
+        "--chat_share", "0.5", "--logging_steps", "1", *more,
+    ]  # fmt: skip
+    losses = []
+    for weight in ("0", "10"):
+        train_llama_squad.main([*flags, "--chat_kl", weight, "--output_dir", f"out{weight}"])
+        saved = json.loads(Path(f"out{weight}/checkpoint-3/trainer_state.json").read_text())
+        losses.append([log["loss"] for log in saved["log_history"] if "loss" in log])
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3)  # an adapter begins as the base
+    assert losses[1][2] > losses[0][2]
+
+
+def test_a_divergence_of_nothing_is_refused() -> None:
+    for argv, message in (
+        (["--chat_kl", "1"], "--chat_kl weighs plain chat, of which there is none"),
+        (["--chat_kl", "-1", "--chat_share", "0.1"], "--chat_kl must be at least 0"),
+        (["--chat_kl", "1", "--chat_share", "0.1", "--full_parameters"], "without its adapter"),
+        (["--loss_on", "all", "--filler", "2"], "would train the model to write filler"),
+        (["--loss_on", "all", "--alora_from", "reply"], "takes no part in the context"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            train_llama_squad.main(argv)
+
+
+def test_the_loss_on_all_tokens(tmp_path: Path, capsys: Any) -> None:
+    """It is that of TRL on whole sequences: each example's own, its context included."""
+    records = make_records(6, [2, 3])
+    flags = [
+        "--model_name", model_folder(tmp_path), "--no_quantize", "--report_to", "none",
+        "--dataset_name", dataset_folder(tmp_path, records), "--max_steps", "1", "--bf16", "False",
+        "--disable_tqdm", "True", "--logging_steps", "1", "--lora_dropout", "0",
+        "--per_device_train_batch_size", "30", "--loss_on", "all",
+    ]  # fmt: skip
+    train_llama_squad.main([*flags, "--show_mask", "1"])
+    shown = capsys.readouterr().out
+    assert records[0]["context"] in shown.split("\033[1;30;42m")[1]
+    train_llama_squad.main(flags)
+    assert "contexts not shared: the loss falls on all tokens" in capsys.readouterr().out
+    saved = json.loads(Path("results/checkpoint-1/trainer_state.json").read_text())
+    (loss,) = [log["loss"] for log in saved["log_history"] if "loss" in log]
+    total, count = 0.0, 0
+    for example in encoded_dataset(records):
+        ids = torch.tensor([example["input_ids"]])
+        with torch.no_grad():
+            total += float(tiny_model()(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert loss == pytest.approx(total / count, rel=1e-3)

@@ -16,9 +16,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import forgetting
 import pytest
 from conftest import ROOT
 from helpers import make_records, model_folder
+
+from llama_squad.training import chat_share
 
 STAND_IN = """#!{python} -SE
 import json, os, socket, sys
@@ -65,6 +68,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         ],
         "test_llama_squad.py": [*model, "--max_new_tokens", "4", "--quantize", "False"],
         "summarize_results.py": [],
+        "benchmarks/forgetting.py": [],
         "benchmarks/disfl_qa.py": [],
         "benchmarks/abstentions.py": [],
     }  # fmt: skip
@@ -136,6 +140,28 @@ def test_run(name: str, files: Any, trainings: Any, run_script: Any, tmp_path: P
 
 
 @pytest.mark.slow
+def test_forgetting(run_script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All adapters of the study are trained, and measured by one command."""
+    measured: list[list[str]] = []
+    monkeypatch.setattr(forgetting, "main", measured.append)  # see test_forgetting_study.py
+    monkeypatch.setattr(chat_share, "REPLY_TOKENS", 4)
+    calls = run_script("forgetting.sh", EVAL_PYTHON="a python", QUESTIONS="64")
+    trained = [call for call in calls if call[0] == "train_llama_squad.py"]
+    assert len(trained) == 11
+    for call in trained:  # 32 at a step, of which a tenth are no questions where there is chat
+        last = len(call) - call[::-1].index("--max_steps")
+        assert call[last] == ("3" if "--chat_share" in call else "2")
+    (command,) = measured
+    assert command[-2:] == ["--plot", "docs/images/forgetting.svg"]
+    names = {word for word in command if word.endswith("/final_checkpoints")}
+    assert len(names) == 11
+    for name in names:
+        folder, _, path = name.partition("=")
+        assert (tmp_path / path / "adapter_config.json").is_file()
+        assert path == f"results/forgetting/{folder}/final_checkpoints"
+
+
+@pytest.mark.slow
 def test_carry_over(run_script: Any, tmp_path: Path) -> None:
     files = tmp_path / "data" / "carry_over"
     files.mkdir(parents=True)
@@ -162,6 +188,7 @@ def test_every_script_is_run() -> None:
     (cases,) = [mark.args[1] for mark in test_run.pytestmark if mark.name == "parametrize"]
     tested = {name for name, *_ in cases}
     assert {path.name for path in (ROOT / "runs").glob("*.sh")} == tested | {
-        "others.sh",
         "carry_over.sh",
+        "forgetting.sh",
+        "others.sh",
     }

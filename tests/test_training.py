@@ -463,8 +463,8 @@ def parse(*flags: str) -> tuple[Any, ...]:
     ("flag", "value", "instead"),
     [
         ("--packing", "True", "--share_context"),
-        ("--assistant_only_loss", "True", "the answer only, always"),
-        ("--completion_only_loss", "True", "the answer only, always"),
+        ("--assistant_only_loss", "True", "where the loss falls"),
+        ("--completion_only_loss", "True", "where the loss falls"),
         ("--chat_template_path", "x.jinja", "--chat_template FILE"),
         ("--packing_strategy", "wrapped", "--row_tokens"),
         ("--shuffle_dataset", "True", "--train_sampling_strategy"),

@@ -115,7 +115,13 @@ def _example(prompt: list[int], reply: list[int]) -> Encoded:
 
 
 def add_chat(
-    encoded: Any, examples: Sequence[Encoded], share: float, max_length: int | None, seed: int
+    encoded: Any,
+    examples: Sequence[Encoded],
+    share: float,
+    max_length: int | None,
+    seed: int,
+    *,
+    marked: bool = False,
 ) -> Any:
     """Return a training split in which a share of the conversations is chat, each one's own group.
 
@@ -127,6 +133,7 @@ def add_chat(
         share: of the whole, at least 0 and below 1.
         max_length: longer examples are left out.
         seed: of the ones that come in once more.
+        marked: give each example "chat", whether it is.
 
     Raises:
         ValueError: no example fits.
@@ -149,6 +156,10 @@ def add_chat(
         if "hidden" in encoded.column_names:  # chat has no filler
             row["hidden"] = [length, length]
         rows.append(row)
-    if not rows:
-        return encoded
-    return concatenate_datasets([encoded, Dataset.from_list(rows, features=encoded.features)])
+    count = len(encoded)
+    if rows:
+        chat = Dataset.from_list(rows, features=encoded.features)
+        encoded = concatenate_datasets([encoded, chat])
+    return (
+        encoded.add_column("chat", [n >= count for n in range(len(encoded))]) if marked else encoded
+    )

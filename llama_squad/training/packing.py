@@ -14,9 +14,8 @@ def row_dataset(examples: Any, rows: Sequence[Sequence[Sequence[int]]]) -> Any:
     """Return a dataset of ``{"paragraphs": [[example, ...], ...]}``, read when it is asked for."""
     from datasets import Dataset
 
-    columns = [
-        c for c in ("input_ids", "labels", "adapter_from", "hidden") if c in examples.column_names
-    ]
+    known = ("input_ids", "labels", "adapter_from", "hidden", "chat")
+    columns = [column for column in known if column in examples.column_names]
     examples = examples.select_columns(columns)
 
     def read(batch: dict[str, list[list[list[int]]]]) -> dict[str, list[list[list[Encoded]]]]:

@@ -9,7 +9,7 @@ from llama_squad import modeling
 from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.collator import SquadDataCollator
 from llama_squad.data import load_squad, sample_paragraphs
-from llama_squad.encoding import ChatEncoder
+from llama_squad.encoding import ChatEncoder, label_all
 from llama_squad.stage import if_interrupted
 from llama_squad.training import checkpoints, preflight, publishing
 from llama_squad.training.chat_share import add_chat, chat_examples
@@ -34,14 +34,10 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     model = prepare_model(args, model_args, encoder)
     made: dict[str, Any] = {}  # what the record cannot hold before the model is there
     if args.chat_share:
-        with sft_args.main_process_first(desc="making chat replies"):
-            chat = chat_examples(
-                model, encoder, args, model_args, settings.get("system_prompt", "")
-            )
-        encoded["train"] = add_chat(
-            encoded["train"], chat, args.chat_share, sft_args.max_length, sft_args.seed
-        )
-        made["chat"] = checkpoints.digest(chat)
+        of_base = {"model_args": model_args, "system_prompt": settings.get("system_prompt", "")}
+        made["chat"] = _mix_chat(encoded, model, encoder, args, sft_args, **of_base)
+    if args.loss_on == "all":
+        encoded["train"] = encoded["train"].map(label_all, desc="Labelling all tokens")
     collator = _collator(encoder, sft_args)
     validate = make_validation(sft_args, dataset, args.dataset_name, encoder)
     layout = lay_out(args, sft_args, encoded, model, collator)
@@ -58,6 +54,7 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
         processing_class=encoder.tokenizer,
         validate=validate,
         settings=settings,
+        chat_kl=args.chat_kl,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     final = publishing.save_final(trainer, settings)
@@ -87,6 +84,26 @@ def _encode(
         return encode_dataset(
             dataset, encoder, sft_args.max_length, prompt=prompt, adapter_from=where
         )
+
+
+def _mix_chat(
+    encoded: dict[str, Any],
+    model: Any,
+    encoder: ChatEncoder,
+    args: TrainArguments,
+    sft_args: Any,
+    *,
+    model_args: ModelArguments,
+    system_prompt: str,
+) -> str:
+    """Add plain chat to the training split, the main process making it; return its digest."""
+    with sft_args.main_process_first(desc="making chat replies"):
+        chat = chat_examples(model, encoder, args, model_args, system_prompt)
+    encoded["train"] = add_chat(
+        encoded["train"], chat, args.chat_share, sft_args.max_length, sft_args.seed,
+        marked=args.chat_kl > 0,
+    )  # fmt: skip
+    return checkpoints.digest(chat)
 
 
 def _collator(encoder: ChatEncoder, sft_args: Any) -> SquadDataCollator:

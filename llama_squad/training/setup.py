@@ -123,7 +123,9 @@ def lay_out(
     """
     settings: dict[str, Any] = {} if "val" in encoded else {"eval_strategy": "no"}
     why = "as asked"
-    if args.share_context:
+    if args.loss_on == "all":
+        why = "the loss falls on all tokens"
+    elif args.share_context:
         limit = longest_shared(model)
         planned = _plan_splits(args, sft_args, encoded, limit)
         features = {name: row_dataset(encoded[name], plan.rows) for name, plan in planned.items()}

@@ -11,12 +11,17 @@ from transformers import ProgressCallback
 from trl import SFTTrainer
 
 from llama_squad.config import save_run_config
-from llama_squad.supervised import answer_logits
+from llama_squad.encoding import IGNORE
+from llama_squad.supervised import answer_logits, next_tokens
 from llama_squad.training.packing import count_questions
+from llama_squad.tree import kept_logits
 
 
 def answer_loss(
-    model: Any, inputs: Mapping[str, torch.Tensor], label_smoothing: float = 0.0
+    model: Any,
+    inputs: Mapping[str, torch.Tensor],
+    label_smoothing: float = 0.0,
+    chat_kl: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum the cross entropy over the supervised tokens, with logits for no others.
 
@@ -25,15 +30,41 @@ def answer_loss(
         inputs: a batch of ``SquadDataCollator``; its tensors are of shape (rows, length), and its
             mask of (rows, 1, length, length) where examples share a row.
         label_smoothing: the share of a token's probability that all tokens have in common.
+        chat_kl: weight of the divergence from the base that the supervised tokens of plain chat add
+            to the loss; see ``chat_divergence``.
 
     Returns:
         Three scalars: the summed loss in nats, how many supervised tokens the model gets right, and
         how many there are.
     """
+    base = chat_logits_of_base(model, inputs) if chat_kl and "chat" in inputs else None
     logits, wanted = answer_logits(model, inputs)
     loss = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=label_smoothing)
+    if base is not None:
+        of_chat = next_tokens(inputs["chat"], 0)[next_tokens(inputs["labels"], IGNORE) != IGNORE]
+        loss = loss + chat_kl * chat_divergence(base, logits[of_chat])
     right = (logits.detach().argmax(-1) == wanted).sum()
     return loss, right, torch.tensor(len(wanted), device=loss.device)
+
+
+def chat_logits_of_base(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Return what the model without its adapter says where a batch has replies of plain chat.
+
+    Logits are of shape (supervised tokens of chat, vocabulary); None where there is no such token
+    (but not with several processes, which must do the same).
+    """
+    keep = next_tokens(inputs["chat"], 0) & (next_tokens(inputs["labels"], IGNORE) != IGNORE)
+    alone = not hasattr(model, "module")
+    if alone and not keep.any():
+        return None
+    # before the tuned pass: switching an adapter off and on again touches what is trained
+    with torch.no_grad(), (model if alone else model.module).disable_adapter():
+        return kept_logits(model, inputs, keep)
+
+
+def chat_divergence(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
+    """Return KL(base || tuned) in nats, summed over tokens; logits of (tokens, vocabulary)."""
+    return F.kl_div(tuned.log_softmax(-1), base.log_softmax(-1), reduction="sum", log_target=True)
 
 
 class SquadTrainer(SFTTrainer):
@@ -45,6 +76,7 @@ class SquadTrainer(SFTTrainer):
         validate: called with the model at each evaluation; returns figures such as exact match,
             which join the evaluation's (``eval_exact_match``).
         settings: what is saved beside each checkpoint, by which it is evaluated.
+        chat_kl: see ``answer_loss``.
         kwargs: what ``SFTTrainer`` takes.
     """
 
@@ -56,6 +88,7 @@ class SquadTrainer(SFTTrainer):
         *,
         validate: Callable[[Any], dict[str, float]] | None = None,
         settings: Mapping[str, Any] | None = None,
+        chat_kl: float = 0.0,
         **kwargs: Any,
     ) -> None:
         model = kwargs["model"]
@@ -64,6 +97,7 @@ class SquadTrainer(SFTTrainer):
         super().__init__(**kwargs)
         self._validate = validate
         self._settings = settings
+        self._chat_kl = chat_kl
         # since the last log: questions, tokens, tokens if nothing was shared; supervised tokens,
         # and how many of them were predicted
         self._counts = torch.zeros(5, dtype=torch.long)
@@ -89,9 +123,12 @@ class SquadTrainer(SFTTrainer):
     ) -> Any:
         """Return the loss of the supervised tokens over their number in the whole step."""
         if return_outputs:  # for ``compute_metrics``, which wants the logits too
-            features = {name: value for name, value in inputs.items() if name != "counts"}
+            features = {
+                name: value for name, value in inputs.items() if name not in ("counts", "chat")
+            }
             return super().compute_loss(model, features, return_outputs, num_items_in_batch)
-        loss, right, supervised = answer_loss(model, inputs, self.args.label_smoothing_factor)
+        smoothing = self.args.label_smoothing_factor
+        loss, right, supervised = answer_loss(model, inputs, smoothing, self._chat_kl)
         if num_items_in_batch is None:
             return loss / supervised.clamp(min=1)
         counts = torch.cat([inputs["counts"].sum(0), torch.stack([supervised, right])])

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Task gained against chat kept: SmolLM2-135M-Instruct tuned in eleven ways, each on the same number
+# of questions; then what each has learned and forgotten, as figures and as a picture. No GPU needed.
+#
+#   ./runs/forgetting.sh
+#   MODEL=DIR DATASET=DIR QUESTIONS=2000 DATA=DIR EVAL_PYTHON=python ./runs/forgetting.sh
+#
+# DATA holds the prompts of MT-Bench and IFEval, WikiText-2 and the benchmarks' tasks; EVAL_PYTHON
+# names the Python that has lm_eval (without it the benchmarks are left out). The same command goes
+# on where it stopped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+config=configs/smollm2_135m.yaml
+model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
+dataset=${DATASET:-data/squad_v2}
+questions=${QUESTIONS:-2000}
+asked=${ASKED:-2000}  # dev questions that each adapter answers
+out=results/forgetting
+steps=$(((questions + 31) / 32))
+chat_steps=$(((questions * 10 / 9 + 31) / 32))  # a tenth of what they hold is chat
+adapters=()
+
+tune() {
+  local name=$1
+  shift
+  [ -d "$out/$name/final_checkpoints" ] ||
+    python train_llama_squad.py --config $config --model_name "$model" --dataset_name "$dataset" \
+      --output_dir "$out/$name" --resume_from_checkpoint auto --per_device_train_batch_size 32 \
+      --max_steps $steps --warmup_steps 10 --eval_strategy no "$@"
+  adapters+=(--adapter "$name=$out/$name/final_checkpoints")
+}
+
+[ -d "$dataset" ] || python create_squad_dataset.py --config $config --dataset_name "$dataset"
+
+tune "8e-4, from the question" --learning_rate 8e-4 --alora_from question
+tune "8e-4, from the reply" --learning_rate 8e-4 --alora_from reply
+tune "8e-4" --learning_rate 8e-4
+tune "2e-4" --learning_rate 2e-4
+tune "2e-5" --learning_rate 2e-5
+tune "2e-6" --learning_rate 2e-6
+tune "2e-7" --learning_rate 2e-7
+tune "8e-4, chat" --learning_rate 8e-4 --chat_share 0.1 --max_steps $chat_steps
+tune "8e-4, chat, KL" --learning_rate 8e-4 --chat_share 0.1 --chat_kl 1 --max_steps $chat_steps
+# all tokens' logits at once would take gigabytes
+whole=(--loss_on all --per_device_train_batch_size 4 --gradient_accumulation_steps 8)
+tune "8e-4, loss on all" --learning_rate 8e-4 "${whole[@]}"
+tune "2e-4, loss on all" --learning_rate 2e-4 "${whole[@]}"
+
+python benchmarks/forgetting.py --base "$model" --dataset_name "$dataset" --questions "$asked" \
+  --work $out --data "${DATA:-../shared/data/benchmarks}" "${adapters[@]}" \
+  ${EVAL_PYTHON:+--eval_python "$EVAL_PYTHON"} --plot docs/images/forgetting.svg
