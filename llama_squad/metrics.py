@@ -6,6 +6,7 @@ https://rajpurkar.github.io/SQuAD-explorer/), written anew and checked against i
 ``tests/test_metrics.py``. All scores are percentages; probabilities are in [0, 1].
 """
 
+import itertools
 import math
 import re
 import string
@@ -211,6 +212,19 @@ class ScoreTable:
             elif self.answered[i]:
                 correct -= 1
             yield self.na_prob[i], 100.0 * correct / len(self)
+
+    def auroc(self) -> float | None:
+        """Return the area under na_prob's ROC curve in per cent; None without both kinds.
+
+        How often a question without an answer has the higher na_prob of two, ties counting half.
+        """
+        lower, won = 0, 0.0  # of questions with an answer
+        order = sorted(zip(self.na_prob, self.has_answer, strict=True))
+        for _, tied in itertools.groupby(order, key=lambda question: question[0]):
+            kinds = [has for _, has in tied]
+            won += kinds.count(0) * (lower + sum(kinds) / 2)
+            lower += sum(kinds)
+        return 100.0 * won / lower / (len(self) - lower) if 0 < lower < len(self) else None
 
     def best(self) -> dict[str, float]:
         """Return the official best_exact, best_f1 and their thresholds."""

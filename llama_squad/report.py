@@ -21,6 +21,9 @@ OFFICIAL_COLUMNS = (
     *("best_exact", "best_exact_thresh"),
 )
 
+APART_COLUMNS = ("HasAns_span_exact", "HasAns_span_f1", "na_prob_auroc")
+"""Reading: the best spans of questions with an answer, had none abstained; and abstaining."""
+
 _NOTE = "95 % confidence intervals: Wilson's; for F1 the normal one.\n"
 
 _WIDTH = 80
@@ -30,7 +33,7 @@ _NAME_WIDTH = 12
 
 
 def render_summaries(summaries: Summaries, form: Format, intervals: bool = False) -> str:
-    """Write one row a run: the strict columns, then the official SQuAD 2.0 figures.
+    """Write one row a run: the strict columns, the official SQuAD 2.0 figures, then what is found.
 
     A table is at most 80 characters wide. A csv holds all figures unrounded (best_f1 too), an
     interval as two columns, "<figure> low" and "<figure> high"; a json is a list of objects, each
@@ -47,13 +50,16 @@ def render_summaries(summaries: Summaries, form: Format, intervals: bool = False
         flat = [{"name": name, **_flatten(summary)} for name, summary in summaries.items()]
         columns = list(dict.fromkeys(column for row in flat for column in row))
         return _csv([columns, *([row.get(column, "") for column in columns] for row in flat)])
-    known = [c for c in OFFICIAL_COLUMNS if any(c in summary for summary in summaries.values())]
+    told = {column for summary in summaries.values() for column in summary}
     between = "\n" if form == "table" else " "
     tables = []
     for title, columns in (
         ("strict equality", list(STRICT_COLUMNS)),
-        ("official SQuAD 2.0", known),
+        ("official SQuAD 2.0", [column for column in OFFICIAL_COLUMNS if column in told]),
+        ("spans, abstaining", [column for column in APART_COLUMNS if column in told]),
     ):
+        if not columns:
+            continue
         lines = [[title, "n", *columns]]
         for name, summary in summaries.items():
             cells = [_cell(summary, column, between if intervals else "") for column in columns]

@@ -106,8 +106,20 @@ class Tally:
             **metrics,
             **self._given.averages(),
             **(self._best.best() if self._tells else {}),
+            **self._apart(),
             "intervals": {name: list(ends) for name, ends in intervals.items()},
         }
+
+    def _apart(self) -> dict[str, float]:
+        """Tell reading from abstaining: what spans are found, and whom na_prob sorts out."""
+        found: dict[str, float] = {}
+        if self._tells:  # of the default threshold, 1, no span falls short
+            averages = self._best.averages()
+            names = ("exact", "f1") if "HasAns_exact" in averages else ()
+            found = {f"HasAns_span_{name}": averages[f"HasAns_{name}"] for name in names}
+        weighed = self.weighed()
+        auroc = None if weighed is None else weighed.auroc()
+        return found if auroc is None else found | {"na_prob_auroc": auroc}
 
 
 def summarize(rows: Iterable[Row]) -> dict[str, Any]:
@@ -116,7 +128,9 @@ def summarize(rows: Iterable[Row]) -> dict[str, Any]:
     Returns:
         "n"; "states" (count of each); ``STRICT_COLUMNS`` (None where no question counts for one);
         the official figures of ``evaluate_predictions`` over the rows' own gold answers, best_*
-        only where all rows tell their best span (``best_answer``) and have a na_prob; and
+        only where all rows tell their best span (``best_answer``) and have a na_prob; so too
+        "HasAns_span_exact" and "HasAns_span_f1", the scores of the best spans where there is an
+        answer, had none abstained, and "na_prob_auroc" (``ScoreTable.auroc``); and
         "intervals": figure → [low, high] at 95 %, Wilson's for proportions and the normal one for
         F1 (see ``llama_squad.metrics``).
     """

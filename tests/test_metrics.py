@@ -8,6 +8,7 @@ import dataclasses
 import json
 import random
 import re
+import statistics
 import string
 from collections import Counter
 from pathlib import Path
@@ -256,6 +257,19 @@ def test_best_threshold_is_the_first_of_equals_and_joins_ties_one_by_one() -> No
         references, dict.fromkeys("abcd", "z"), dict.fromkeys("abcd", 0.4)
     )
     assert (figures["best_exact"], figures["best_exact_thresh"]) == (50.0, 0.0)
+
+
+def test_auroc_counts_pairs_and_ties_by_half() -> None:
+    rng = random.Random(5)
+    table = ScoreTable()
+    assert table.auroc() is None
+    for _ in range(80):
+        na_prob = rng.choice([0.0, 0.2, 0.2, 0.5, 0.9, 1.0])
+        table.add(rng.random() < 0.6, "x", (1, 1.0), na_prob)
+    questions = list(zip(table.has_answer, table.na_prob, strict=True))
+    without = [p for has, p in questions if not has]
+    pairs = [(p > q) + (p == q) / 2 for p in without for has, q in questions if has]
+    assert table.auroc() == pytest.approx(100 * statistics.mean(pairs))
 
 
 def test_keys_of_one_kind_of_question_and_strangers() -> None:

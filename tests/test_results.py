@@ -507,6 +507,9 @@ def test_another_threshold_and_best_exact_whatever_the_threshold(
     # a is right from 0.12 on, c (without an answer) up to 0.73, d from 0.88 on.
     assert (figures["best_exact"], figures["best_f1"]) == (50.0, 50.0)
     assert figures["best_exact_thresh"] == pytest.approx(1 / (1 + math.exp(2)))
+    # Of a, b and d, which have an answer, b's span is wrong; c is less likely to have one than two.
+    told = (figures["HasAns_span_exact"], figures["HasAns_span_f1"], figures["na_prob_auroc"])
+    assert told == pytest.approx((200 / 3,) * 3)
 
 
 def test_a_failed_question_is_wrong_at_every_threshold(tmp_path: Path) -> None:
@@ -515,6 +518,7 @@ def test_a_failed_question_is_wrong_at_every_threshold(tmp_path: Path) -> None:
     assert figures["states"]["failed"] == 1
     assert (figures["% Valid JSON"], figures["NoAns_exact"]) == (80.0, 50.0)
     assert figures["best_exact"] == 40.0
+    assert figures["na_prob_auroc"] == pytest.approx(100 * 2 / 6)
     assert rethreshold(rows[4], 0.0) == rows[4]
     write_official(rows, tmp_path)
     assert json.loads((tmp_path / "predictions.json").read_text())["e"] == MALFORMED_PREDICTION
