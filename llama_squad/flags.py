@@ -163,7 +163,9 @@ def parse_values(
             name = word.split("=")[0]
             flags = [*parser._option_string_actions, *(f"--{name}" for name in library)]
             parser.error(f"unknown flag {name}{nearest(name, flags)}")
-        parser.error(f"unexpected argument {word!r}")
+        takes_files = "--results" in parser._option_string_actions
+        cure = ": files stand before the flags" if takes_files else ""
+        parser.error(f"unexpected argument {word!r}{cure}")
     values = vars(namespace)
     return tuple(
         cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in types

@@ -60,6 +60,11 @@ def fail(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return f"{error.value.code}{capsys.readouterr().err}"
 
 
+def test_files_stand_before_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    error = fail(capsys, "--na_prob_thresh", "0.5", "late.csv")
+    assert "unexpected argument 'late.csv': files stand before the flags" in error
+
+
 def test_the_bare_command_reads_the_default_file(capsys: pytest.CaptureFixture[str]) -> None:
     write_results("results/results.csv", TUNED)
     lines = run(capsys).splitlines()
