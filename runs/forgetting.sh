@@ -27,7 +27,7 @@ tune() {
   [ -d "$out/$name/final_checkpoints" ] ||
     python train_llama_squad.py --config $config --model_name "$model" --dataset_name "$dataset" \
       --output_dir "$out/$name" --resume_from_checkpoint auto --per_device_train_batch_size 32 \
-      --max_steps $steps --warmup_steps 10 --eval_strategy no "$@"
+      --max_steps $steps --warmup_steps 10 --eval_strategy no --alora_from start "$@"
   adapters+=(--adapter "$name=$out/$name/final_checkpoints")
 }
 
