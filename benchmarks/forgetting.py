@@ -14,8 +14,8 @@ adapter (--alora_from) takes no part in chat, given texts and benchmarks, as in 
     python benchmarks/forgetting.py --base MODEL --adapter "2e-4=DIR" --adapter "8e-4=DIR"
     python benchmarks/forgetting.py --plot docs/images/forgetting.svg
 
-What was measured is kept in --work, a batch at a time: the same command goes on where it stopped,
-and adapters may come in later. Options of test_llama_squad.py come after "--".
+What was measured is kept in --work, a batch at a time: the same command resumes where it stopped,
+and adapters can be added later. Options of test_llama_squad.py come after "--".
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Train an encoder on SQuAD 2.0 beside the chat model: what a user would pick instead.
+"""Train an encoder on SQuAD 2.0 to compare the chat model with: the usual choice for the task.
 
 Any encoder on the Hub or on disk gets a span head and learns by the standard recipe (Devlin et al.
 2019, section 4.3): windows of question and context, the answer's first and last token, and the
