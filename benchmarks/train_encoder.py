@@ -125,27 +125,30 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     )
 
 
+def load(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Any, list[dict[str, Any]]]:
+    """Return the tokenizer, the model with a new span head, and the shuffled questions.
+
+    Raises OSError or ValueError where the encoder or the dataset is not there.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    split = load_squad(args.dataset_name)["train"]
+    records = sample_paragraphs(split, args.questions, args.seed).to_list()
+    random.Random(args.seed).shuffle(records)
+    torch.manual_seed(args.seed)  # of the span head, which transformers lists as new
+    model = AutoModelForQuestionAnswering.from_pretrained(args.model, dtype=torch.float32)
+    return tokenizer, model, records[: args.questions or None]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and save the encoder with its tokenizer."""
     args = parse(argv)
     try:
-        train(args)
-    except (OSError, ValueError) as error:  # such as a model or dataset that is not there
+        tokenizer, model, records = load(args)
+    except (OSError, ValueError) as error:
         sys.exit(f"train_encoder.py: {error}")
-
-
-def train(args: argparse.Namespace) -> None:
-    """Train, and save the encoder with its tokenizer. Raises OSError and ValueError: no such."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    train = load_squad(args.dataset_name)["train"]
-    records = sample_paragraphs(train, args.questions, args.seed).to_list()
-    random.Random(args.seed).shuffle(records)
-    records = records[: args.questions or None]
     features = windows(tokenizer, records)
     held = sum(feature["end_positions"] > 0 for feature in features)
     print(f"{len(records):,} questions in {len(features):,} windows, {held:,} with an answer")
-    torch.manual_seed(args.seed)  # of the new span head, which transformers lists
-    model = AutoModelForQuestionAnswering.from_pretrained(args.model, dtype=torch.float32)
     trainer = Trainer(
         model=model,
         args=training_arguments(args),
