@@ -9,7 +9,6 @@ SQuAD 2.0 dev what was done to an answerable question so that it has none. Reads
 
 import argparse
 import csv
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from llama_squad.config import write_json
 from llama_squad.metrics import wilson_interval
 from llama_squad.result_reader import iter_results
 from llama_squad.rows import Row
@@ -41,9 +41,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def read_classes(path: str) -> dict[str, str]:
-    """Return the class of each question of SQuAD2-CR. Raises ValueError: one is unknown."""
+    """Return the class of each question of SQuAD2-CR. Raises ValueError: it is another file."""
     with Path(path).open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        if missing := {"qid", "reason"} - set(rows.fieldnames or ()):
+            raise ValueError(f"{path} lacks the columns {sorted(missing)} of SQuAD2-CR's table")
         found = {row["qid"]: row["reason"] for row in rows}
     unknown = set(found.values()) - CLASSES.keys()
     if unknown:
@@ -91,9 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         title = f"{name} {CLASSES.get(name, '')}"
         print(f"{title:20} {found['n']:6,} {found['share']:6.1f} %   [{low:.1f}, {high:.1f}]")
     if args.json:
-        text = json.dumps(figures, indent=1)
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+        write_json(Path(args.json), figures)
 
 
 if __name__ == "__main__":

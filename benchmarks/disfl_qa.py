@@ -1,9 +1,9 @@
-"""Put Disfl-QA's questions, as people say them, with slips, in the place of SQuAD 2.0's.
+"""Replace SQuAD 2.0's questions by Disfl-QA's: as people say them, with slips.
 
-Disfl-QA (Gupta et al. 2021) tells for SQuAD 2.0 ids what was said instead of the question. This
-writes two files of SQuAD's form with the same questions in the same order: ``plain.json``, as SQuAD
-has them, and ``disfluent.json``. Samples of one seed are then of the same questions, so the figures
-can be compared in pairs.
+Disfl-QA (Gupta et al. 2021) has a spoken wording for questions of SQuAD 2.0, by their ids. This
+writes two files in SQuAD's format with the same questions in the same order: ``plain.json``, as
+SQuAD has them, and ``disfluent.json``. Samples of one seed are then of the same questions, so the
+figures can be compared in pairs.
 
     python benchmarks/disfl_qa.py --squad dev-v2.0.json --disfl_qa dev.json --output_dir DIR
 """

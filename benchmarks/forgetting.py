@@ -14,8 +14,8 @@ adapter (--alora_from) takes no part in chat, given texts and benchmarks, as in 
     python benchmarks/forgetting.py --base MODEL --adapter "2e-4=DIR" --adapter "8e-4=DIR"
     python benchmarks/forgetting.py --plot docs/images/forgetting.svg
 
-What was measured is kept in --work, a batch at a time: the same command goes on where it stopped,
-and adapters may come in later. Options of test_llama_squad.py come after "--".
+What was measured is kept in --work, a batch at a time: the same command resumes where it stopped,
+and adapters can be added later. Options of test_llama_squad.py come after "--".
 """
 
 import argparse
@@ -44,6 +44,7 @@ from llama_squad.weights import weights_digest
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "base"
 TASKS = ["local_arc_easy", "local_hellaswag", "local_piqa", "local_lambada"]
+DATA_FILES = ("mt_bench_questions.jsonl", "ifeval_prompts.jsonl", "wikitext2_test.jsonl")
 WINDOW = 512
 """Tokens of WikiText that are read at once; each window's first one is not predicted."""
 
@@ -59,7 +60,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dataset_name", default="data/squad_v2", help="dataset's folder")
     add("--questions", type=int, default=2000, help="dev questions, in whole paragraphs")
     add("--data", type=Path, default=ROOT.parent / "shared" / "data" / "benchmarks",
-        help="folder of prompts, WikiText-2 and tasks/, as in the shared data")  # fmt: skip
+        help="folder of prompts, WikiText-2 and tasks/: see docs/stages.md")  # fmt: skip
     add("--prompts", type=int, nargs=2, default=[80, 100], metavar=("MT_BENCH", "IFEVAL"))
     add("--reply_tokens", type=int, default=128, help="length limit of a chat reply")
     add("--batch_size", type=int, default=20, help="chat prompts at once")
@@ -79,7 +80,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"no adapter may be called {BASE}")
     if args.wikitext_tokens < WINDOW:
         parser.error(f"--wikitext_tokens must be at least {WINDOW}, a window")
+    if not args.base and (args.adapter or args.results or not args.plot):
+        parser.error("nothing to do: measure with --base, or draw with --plot")
+    if unknown := args.results.keys() - {BASE, *args.adapter}:
+        parser.error(f"--results of no --adapter: {', '.join(sorted(unknown))}")
     return args
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Raise ValueError for a folder or file that is missing, before anything is measured."""
+    for folder in args.adapter.values():
+        if not Path(folder).is_dir():
+            raise ValueError(f"no folder {folder}: train that adapter first")
+    wanted = [args.data / name for name in DATA_FILES]
+    if args.eval_python:
+        wanted.append(args.data / "tasks")
+    for path in (*wanted, *map(Path, args.results.values())):
+        if not path.exists():
+            raise ValueError(f"no {path}: docs/stages.md says what --data and --results hold")
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -94,10 +112,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     try:
         if args.base:
+            check_files(args)
             study = Study(args)
             for name in (BASE, *args.adapter):
                 study.measure(name)
         if args.plot:
+            if not args.output.is_file():
+                raise ValueError(f"no {args.output} to draw: measure with --base first")
             plot_forgetting(json.loads(args.output.read_text("utf-8"))["models"], args.plot)
             print(f"Drew {args.plot}.")
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
@@ -114,23 +135,22 @@ class Study:
         self._args = args
         self._prompts = read_prompts(args.data, args.prompts)
         self._base_digest = weights_digest(args.base)
-        self._told: Figures = {"models": {}}
+        self._published: Figures = {"models": {}}
         settings = {name: getattr(args, name) for name in SETTINGS} | {"test": args.test_options}
         if args.output.is_file():
-            self._told = json.loads(args.output.read_text("utf-8"))
-            if self._told["settings"] != settings:
+            self._published = json.loads(args.output.read_text("utf-8"))
+            found = self._published["settings"]
+            if found != settings:
                 raise ValueError(
-                    f"{args.output} holds figures with {self._told['settings']}, not {settings}: "
+                    f"{args.output} holds figures with {found}, not {settings}: "
                     "name another file by --output"
                 )
-        self._told["settings"] = settings
+        self._published["settings"] = settings
 
     def measure(self, name: str) -> None:
         """Measure the base or an adapter, and publish each part as it is known."""
         adapter = self._args.adapter.get(name)
-        if adapter and not Path(adapter).is_dir():
-            raise ValueError(f"no folder {adapter}: train that adapter first")
-        figures: Figures = self._told["models"].setdefault(name, {})
+        figures: Figures = self._published["models"].setdefault(name, {})
         if adapter:
             figures["adapter"] = adapter
             figures["trained_with"] = trained_with(adapter)
@@ -139,7 +159,7 @@ class Study:
                 measured.pop("paired")
             figures[part] = measured
             made = {"command": "python benchmarks/forgetting.py " + shlex.join(self._args.command)}
-            write_json(self._args.output, self._told | made | provenance())
+            write_json(self._args.output, self._published | made | provenance())
             print(f"{name}: {part} {json.dumps(measured)[:300]}", flush=True)
 
     def _parts(self, name: str, adapter: str | None) -> Iterable[tuple[str, Figures]]:
@@ -222,7 +242,7 @@ class Study:
         path, content = self._kept(name, "wikitext", tokens=tokens, window=WINDOW)
         if "windows" not in content:
             model, encoder = self.load(name, loaded)
-            lines = (self._args.data / "wikitext2_test.jsonl").read_text("utf-8").splitlines()
+            lines = (self._args.data / DATA_FILES[2]).read_text("utf-8").splitlines()
             text = "\n".join(json.loads(line)["page"] for line in lines)
             ids = encoder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             content["windows"] = score_windows(model, ids[:tokens])
@@ -263,8 +283,8 @@ def read_prompts(data: Path, counts: Sequence[int]) -> list[str]:
     In this order, those that are answered together are about as long.
     """
     prompts = []
-    for file, count in zip(("mt_bench_questions", "ifeval_prompts"), counts, strict=True):
-        lines = (data / f"{file}.jsonl").read_text("utf-8").splitlines()[:count]
+    for file, count in zip(DATA_FILES[:2], counts, strict=True):
+        lines = (data / file).read_text("utf-8").splitlines()[:count]
         entries = map(json.loads, lines)
         prompts += [entry["turns"][0] if "turns" in entry else entry["prompt"] for entry in entries]
     return sorted(prompts, key=len)
@@ -285,12 +305,12 @@ def score_windows(model: Any, ids: Sequence[int]) -> list[float]:
 
 
 def trained_with(adapter: str) -> Figures:
-    """Return the settings that tell the study's trainings apart; {} where they are not told."""
+    """Return the settings that tell the study's trainings apart; {} where they are not known."""
     saved = load_run_config(adapter)
-    told = {**saved.get("trainer", {}), **saved.get("train", {})}
+    known = {**saved.get("trainer", {}), **saved.get("train", {})}
     names = ("learning_rate", "max_steps", "per_device_train_batch_size", "lora_r", "alora_from",
              "loss_on", "chat_share", "chat_kl")  # fmt: skip
-    return {name: told[name] for name in names if name in told}
+    return {name: known[name] for name in names if name in known}
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Train an encoder on SQuAD 2.0 beside the chat model: what a user would pick instead.
+"""Train an encoder on SQuAD 2.0 to compare the chat model with: the usual choice for the task.
 
 Any encoder on the Hub or on disk gets a span head and learns by the standard recipe (Devlin et al.
 2019, section 4.3): windows of question and context, the answer's first and last token, and the
 first token of all, [CLS], where the window holds no answer. The questions come from the train split
 of ``create_squad_dataset.py``, in whole paragraphs at random, as training with shared contexts
 draws them, and are shuffled. On CPUs that multiply in bfloat16 it computes in it, with weights in
-float32. The same command goes on from the last checkpoint. What it leaves in ``--output_dir``,
-``--predictor encoder`` evaluates:
+float32. The same command resumes from the newest complete checkpoint. What it leaves in
+``--output_dir``, ``--predictor encoder`` evaluates:
 
-    python benchmarks/train_encoder.py --model MiniLM --questions 20000 --output_dir results/encoder
+    python benchmarks/train_encoder.py --model FOLDER --questions 20000 --output_dir results/encoder
     python test_llama_squad.py --predictor encoder --model_name results/encoder
 """
 
@@ -29,11 +29,11 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama_squad import modeling
 from llama_squad.data import load_squad, sample_paragraphs
+from llama_squad.training.checkpoints import find_checkpoint
 
 WINDOW, STRIDE, QUESTION = 384, 128, 64
 """Tokens of a window, of its overlap with the next, of a question at most: as evaluation has it."""
@@ -106,7 +106,7 @@ def windows(
 
 
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:
-    """Return what the trainer is told: a tenth of the steps to warm up, then down in a line."""
+    """Return the trainer's settings: a tenth of the steps to warm up, then down in a line."""
     return TrainingArguments(
         output_dir=args.output_dir,
         num_train_epochs=args.epochs,
@@ -125,19 +125,30 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     )
 
 
+def load(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Any, list[dict[str, Any]]]:
+    """Return the tokenizer, the model with a new span head, and the shuffled questions.
+
+    Raises OSError or ValueError where the encoder or the dataset is not there.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    split = load_squad(args.dataset_name)["train"]
+    records = sample_paragraphs(split, args.questions, args.seed).to_list()
+    random.Random(args.seed).shuffle(records)
+    torch.manual_seed(args.seed)  # of the span head, which transformers lists as new
+    model = AutoModelForQuestionAnswering.from_pretrained(args.model, dtype=torch.float32)
+    return tokenizer, model, records[: args.questions or None]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and save the encoder with its tokenizer."""
     args = parse(argv)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    train = load_squad(args.dataset_name)["train"]
-    records = sample_paragraphs(train, args.questions, args.seed).to_list()
-    random.Random(args.seed).shuffle(records)
-    records = records[: args.questions or None]
+    try:
+        tokenizer, model, records = load(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"train_encoder.py: {error}")
     features = windows(tokenizer, records)
     held = sum(feature["end_positions"] > 0 for feature in features)
     print(f"{len(records):,} questions in {len(features):,} windows, {held:,} with an answer")
-    torch.manual_seed(args.seed)  # of the new span head, which transformers lists
-    model = AutoModelForQuestionAnswering.from_pretrained(args.model, dtype=torch.float32)
     trainer = Trainer(
         model=model,
         args=training_arguments(args),
@@ -145,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
     )
-    checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    checkpoint = find_checkpoint("auto", args.output_dir)
     before = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
     began = time.process_time()
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -59,15 +59,18 @@ def activate(model: Any, where: ActsFrom) -> None:
         ValueError: it is an adapter of another kind.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
     activation = Activation(where)
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        if not layer.lora_A or layer.lora_variant:
+        # of experts and their routers PEFT adapts the weight, which all tokens have in common
+        if not layer.lora_A or layer.lora_variant or isinstance(layer, ParamWrapper):
             raise ValueError(
                 f"the adapter of {name} cannot be switched on token by token: an adapter that acts "
-                "from the question or the reply on is a plain LoRA of linear layers"
+                "from the question or the reply on is a plain LoRA of linear layers. Leave "
+                "--alora_from out, or choose other --lora_target_modules"
             )
         for matrix in layer.lora_A.values():
             matrix.register_forward_pre_hook(activation.gate)

@@ -11,6 +11,7 @@ Uses torch and transformers only; ``tree.make_masks`` marks the masks.
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -93,7 +94,8 @@ def attend(
         kwargs: what ``sdpa_attention_forward`` takes.
     """
     blocks = blocks_of(attention_mask)
-    if blocks is None or kwargs.get("position_bias") is not None:
+    # a bias is of the whole row, and a cap of the scores is what sdpa refuses
+    if blocks is None or any(kwargs.get(name) is not None for name in ("position_bias", "softcap")):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     plain = (
         torch.is_grad_enabled()
@@ -143,6 +145,7 @@ class Products(torch.autograd.Function):
             return torch.bmm(shares, value).view(rows, heads, queries, -1)
 
     @staticmethod
+    @once_differentiable  # the probabilities are constants to a second gradient
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of query, key and value."""
         query, key, value, shares = ctx.saved_tensors

@@ -62,10 +62,14 @@ def take_free_cores() -> int:
         return threads
     time.sleep(IDLE_WINDOW_S)
     after = core_times()
-    idle = sum(
-        (after[core][0] - before[core][0]) / max(1, after[core][1] - before[core][1])
+    shares = [
+        (after[core][0] - before[core][0]) / ticks
         for core in before.keys() & after.keys()
-    )
+        if (ticks := after[core][1] - before[core][1]) > 0
+    ]
+    if not shares:  # a sandbox's /proc/stat may stand still (gVisor)
+        return threads
+    idle = sum(shares)
     torch.set_num_threads(max(1, min(threads, round(idle))))
     return torch.get_num_threads()
 

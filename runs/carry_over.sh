@@ -5,7 +5,7 @@
 #   ./runs/carry_over.sh results/smollm2_135m/final_checkpoints
 # QUESTIONS of each in whole paragraphs; CONFIG for another model; NAME for the names of the results.
 # Files that data/carry_over/ lacks are fetched, but for SQuAD2-CR's reason_gold_test.tsv
-# (https://aclanthology.org/2020.lrec-1.667): with it, abstentions are told by why there is no answer.
+# (https://aclanthology.org/2020.lrec-1.667): with it, abstentions are counted by why there is no answer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,7 +18,10 @@ out=results/carry_over_$name
 
 fetch() { # FILE ADDRESS
   [ -f "$files/$1" ] && return
-  curl -fsSL --create-dirs -o "$files/$1.part" "$2"
+  curl -fsSL --create-dirs -o "$files/$1.part" "$2" || {
+    echo "carry_over.sh: could not fetch $2: put that file at $files/$1 yourself" >&2
+    exit 1
+  }
   mv "$files/$1.part" "$files/$1"
 }
 github=https://raw.githubusercontent.com

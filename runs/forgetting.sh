@@ -6,8 +6,9 @@
 #   MODEL=DIR DATASET=DIR QUESTIONS=2000 DATA=DIR EVAL_PYTHON=python ./runs/forgetting.sh
 #
 # DATA holds the prompts of MT-Bench and IFEval, WikiText-2 and the benchmarks' tasks; EVAL_PYTHON
-# names the Python that has lm_eval (without it the benchmarks are left out). The same command goes
-# on where it stopped.
+# names the Python that has lm_eval (without it the benchmarks are left out): see docs/stages.md. The
+# figures go to OUTPUT (results_published/forgetting.json), which must be a new file for other
+# settings. The same command resumes where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,7 +20,13 @@ asked=${ASKED:-2000}  # dev questions that each adapter answers
 out=results/forgetting
 steps=$(((questions + 31) / 32))
 chat_steps=$(((questions * 10 / 9 + 31) / 32))  # a tenth of what they hold is chat
+data=${DATA:-../shared/data/benchmarks}
 adapters=()
+
+[ -d "$data" ] || {
+  echo "forgetting.sh: no folder $data: set DATA (docs/stages.md says what it holds)" >&2
+  exit 1
+}
 
 tune() {
   local name=$1
@@ -48,5 +55,5 @@ tune "8e-4, loss on all" --learning_rate 8e-4 "${whole[@]}"
 tune "2e-4, loss on all" --learning_rate 2e-4 "${whole[@]}"
 
 python benchmarks/forgetting.py --base "$model" --dataset_name "$dataset" --questions "$asked" \
-  --work $out --data "${DATA:-../shared/data/benchmarks}" "${adapters[@]}" \
+  --work $out --data "$data" "${adapters[@]}" ${OUTPUT:+--output "$OUTPUT"} \
   ${EVAL_PYTHON:+--eval_python "$EVAL_PYTHON"} --plot docs/images/forgetting.svg

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct, untuned and tuned on 20,000 questions, free and held to spans: the first
-# table of README.md. No GPU needed. Every stage goes on where it was stopped.
+# table of README.md. No GPU needed. The same command resumes where it was stopped.
 #
 #   ./runs/smollm2_135m.sh
 #   MODEL=DIR ./runs/smollm2_135m.sh              # a folder in place of the Hub
 #   SAMPLE="--num_samples 2000 --sample paragraphs" ./runs/smollm2_135m.sh   # a sixth of the time
 #
-# PROCESSES=N: how many share the work (default: the GPUs; without one, two, with the cores between them).
+# PROCESSES=N: how many share the work (default: one per GPU; without a GPU two, which share the cores).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 config=configs/smollm2_135m.yaml
 out=results/smollm2_135m
 read -ra sample <<< "${SAMPLE:-}"
+cores=$(env -u OMP_NUM_THREADS nproc 2> /dev/null || sysctl -n hw.ncpu)  # sysctl: macOS
 processes=${PROCESSES:-$(python -c \
-  'import os, torch; print(torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0))))')}
-
-threads=$((($(nproc) + processes - 1) / processes))
+  "import torch; print(torch.cuda.device_count() or min(2, $cores))")}
+threads=$(((cores + processes - 1) / processes))
 
 stage() {
   local run=(python)

@@ -1,5 +1,6 @@
 """Adapters that act from the question or the reply on: exact in training, decoding and chat."""
 
+import copy
 import json
 import shutil
 from collections.abc import Sequence
@@ -219,6 +220,16 @@ def test_the_bases_tokens_take_no_gradient(
     torch.testing.assert_close((loss / count).detach(), expected[1])
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     torch.testing.assert_close(gradients, expected[2], atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_of_experts_is_refused() -> None:
+    """PEFT adds to their weights, which a context's tokens go through as well."""
+    base = tiny_model("qwen3_moe", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=modules)
+    activate(get_peft_model(copy.deepcopy(base), config), "question")
+    with pytest.raises(ValueError, match=r"mlp\.\S+ cannot be .* other --lora_target_modules"):
+        activated("question", base=base)
 
 
 def test_examples_that_begin_elsewhere_share_less() -> None:

@@ -131,6 +131,18 @@ def test_products_round_like_torchs_own(rows: int, autocast: bool) -> None:
         torch.testing.assert_close(ours, right)
 
 
+def test_what_products_do_not_compute_is_refused() -> None:
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+    query, key, value = (torch.randn(1, 2, 8, 4, requires_grad=True) for _ in range(3))
+    row = torch.nn.Module(), query, key, value, mark_blocks(mask, 4)
+    with pytest.raises(ValueError, match="does not support `softcap`"):
+        attention.attend(*row, softcap=2.0)
+    squares = attention.attend(*row)[0].pow(2).sum()
+    (slope,) = torch.autograd.grad(squares, query, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.sum().backward()
+
+
 @pytest.mark.parametrize("architecture", ["gemma3_text", "mistral"])
 def test_windows_in_blocks(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_tree import tree_model

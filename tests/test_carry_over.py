@@ -71,6 +71,9 @@ def test_unknown_classes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "classes.tsv").write_text("qid\treason\n1\tE\n2\tQ\n")
     with pytest.raises(ValueError, match="'Q'"):
         abstentions.read_classes(str(tmp_path / "classes.tsv"))
+    (tmp_path / "classes.tsv").write_text("id\treason\n1\tE\n")
+    with pytest.raises(ValueError, match=r"lacks the columns \['qid'\]"):
+        abstentions.read_classes(str(tmp_path / "classes.tsv"))
 
 
 def test_the_real_classes(shared_data: Path) -> None:

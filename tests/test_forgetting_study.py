@@ -47,6 +47,7 @@ def data_folder(folder: Path) -> str:
     (folder / "ifeval_prompts.jsonl").write_text('{"prompt": "Write a word."}\n{"prompt": "x"}')
     pages = [json.dumps({"page": "The mill opened in 1912 . " * 200}) for _ in range(2)]
     (folder / "wikitext2_test.jsonl").write_text("\n".join(pages))
+    (folder / "tasks").mkdir()
     return str(folder)
 
 
@@ -171,11 +172,20 @@ def test_faults_of_the_user(study: Any, tmp_path: Path) -> None:
         (["--adapter", "x"], "expected NAME=PATH, not x"),
         (["--adapter", "x=none"], "no folder none: train that adapter first"),
         (["--adapter", "x/y=z"], "expected NAME=PATH"),
+        (["--data", "nowhere"], "no nowhere/mt_bench_questions.jsonl: docs/stages.md says"),
+        (["--results", "base=none.csv"], "no none.csv"),
     ):
         with pytest.raises(SystemExit, match=message):
             study(*flags)
-    with pytest.raises(SystemExit):
-        study("--adapter", "base=z")
+    for flags in (["--adapter", "base=z"], ["--results", "x=y.csv"]):
+        with pytest.raises(SystemExit):
+            study(*flags)
+    assert not study.calls  # all is checked before the first part is measured
+    for flags in ([], ["--plot", "p.svg", "--adapter", "x=y"]):
+        with pytest.raises(SystemExit):  # without --base
+            forgetting.main(flags)
+    with pytest.raises(SystemExit, match="no out.json to draw: measure with --base first"):
+        forgetting.main(["--plot", "p.svg", "--output", "out.json"])
 
 
 def test_given_results_must_answer_the_same(study: Any, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_forgetting(run_script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     measured: list[list[str]] = []
     monkeypatch.setattr(forgetting, "main", measured.append)  # see test_forgetting_study.py
     monkeypatch.setattr(chat_share, "REPLY_TOKENS", 4)
-    calls = run_script("forgetting.sh", EVAL_PYTHON="a python", QUESTIONS="64")
+    calls = run_script("forgetting.sh", EVAL_PYTHON="a python", QUESTIONS="64", DATA=str(tmp_path))
     trained = [call for call in calls if call[0] == "train_llama_squad.py"]
     assert len(trained) == 11
     for call in trained:  # 32 at a step, of which a tenth are no questions where there is chat
@@ -182,6 +182,45 @@ def test_carry_over(run_script: Any, tmp_path: Path) -> None:
     assert [summary["name"] for summary in summaries] == names
     assert summaries[0]["n"] == 6  # whole paragraphs
     assert json.loads((published / "abstentions_base.json").read_text())["E"]["n"] > 0
+
+
+def run_stubbed(name: str, folder: Path, stubs: dict[str, str], **environment: str) -> Any:
+    """Run a script in a copy of the repository's top, with other programs in the place of some."""
+    for part in ("runs", "configs"):
+        shutil.copytree(ROOT / part, folder / part)
+    (folder / "bin").mkdir()
+    for program, text in stubs.items():
+        (folder / "bin" / program).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / "bin" / program).chmod(0o755)
+    path = f"{folder}/bin{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", str(folder / "runs" / name)], check=False, capture_output=True, text=True,
+        env=os.environ | {"PATH": path} | environment,
+    )  # fmt: skip
+
+
+def test_files_that_are_missing_are_named(tmp_path: Path) -> None:
+    """Before anything is trained, and with what to do about it."""
+    stubs = {"python": "echo python was called >&2; exit 9", "curl": "exit 6"}
+    done = run_stubbed("forgetting.sh", tmp_path / "a", stubs, DATA="nowhere")
+    assert (done.returncode, done.stderr.partition(":")[2][:18]) == (1, " no folder nowhere")
+    done = run_stubbed("carry_over.sh", tmp_path / "b", stubs)
+    assert done.returncode == 1
+    assert "dev-v2.0.json: put that file at data/carry_over/dev-v2.0.json" in done.stderr
+
+
+def test_processes_share_the_work(tmp_path: Path) -> None:
+    """Stages run under torchrun; a training's batch, and the cores, are shared out."""
+    (tmp_path / "a" / "data" / "squad_v2").mkdir(parents=True)
+    say = 'echo "$OMP_NUM_THREADS $*" >> calls'
+    stubs = {"torchrun": say, "python": ":", "nproc": "echo 8"}
+    done = run_stubbed("smollm2_135m.sh", tmp_path / "a", stubs, PROCESSES="3", OMP_NUM_THREADS="")
+    assert done.returncode == 0, done.stderr
+    training, *evaluations = (tmp_path / "a" / "calls").read_text().splitlines()
+    assert training.startswith("3 --nproc_per_node 3 train_llama_squad.py")
+    assert "--per_device_train_batch_size 16" in training
+    assert len(evaluations) == 4
+    assert all("--nproc_per_node 3 test_llama_squad.py" in call for call in evaluations)
 
 
 def test_every_script_is_run() -> None:

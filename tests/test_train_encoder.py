@@ -92,10 +92,20 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
         with pytest.raises(InterruptedError):
             train(folder, tmp_path / "stopped")
     capsys.readouterr()
+    (tmp_path / "stopped" / "checkpoint-4").mkdir()  # killed while it was written
     resumed = train(folder, tmp_path / "stopped")
     assert "\n10 questions in" in capsys.readouterr().out  # 3 of 5 steps
     for name, weights in whole.items():
         torch.testing.assert_close(resumed[name], weights, rtol=0, atol=1e-6, msg=name)
+
+
+def test_faults_of_the_user(folder: Path) -> None:
+    for flags, message in (
+        ([f"--model={folder}/none"], "train_encoder.py: .*none"),
+        ([f"--model={folder}/base", f"--dataset_name={folder}/none"], "train_encoder.py: .*none"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            train_encoder.main(flags)
 
 
 def test_evaluation_takes_what_was_trained(folder: Path, tmp_path: Path) -> None:
