@@ -27,8 +27,9 @@ stage() {
 evaluate() { stage test_llama_squad.py ${sample[@]+"${sample[@]}"} "$@"; }
 tuned=--adapter_name=$out/final_checkpoints
 
-echo "On two cores of an AMD EPYC with AVX512-BF16 this takes about ... hours: training ..., and each of the" \
-  "four evaluations of 11,873 questions ... A CPU without AVX512-BF16 or AMX takes four times as long."
+echo "Two cores with AVX512-BF16 (AMD EPYC) take, by what was measured on one (benchmarks/RESULTS.md): training" \
+  "about an hour, each evaluation half an hour, but that of the untuned model's free replies, which are long," \
+  "two and a half hours. CPUs without AVX512-BF16 or AMX compute in float32, at less than half of that speed."
 [ -d data/squad_v2 ] || python create_squad_dataset.py --config $config
 [ -d $out/final_checkpoints ] ||
   stage train_llama_squad.py --resume_from_checkpoint auto \

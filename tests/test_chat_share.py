@@ -170,6 +170,7 @@ def test_chat_has_no_filler(more: list[str], tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--no_share_context"], ["--full_parameters"]])
 def test_the_stage(more: list[str], tmp_path: Path, few_prompts: Path, capsys: Any) -> None:
     adapter = [] if more == ["--full_parameters"] else ["--no_quantize", "--lora_dropout", "0"]
@@ -271,6 +272,7 @@ def test_the_divergence_from_the_base(tmp_path: Path) -> None:
     assert chat_logits_of_base(model, collator()([{"paragraphs": rows[:2]}])) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--no_share_context"]])
 def test_the_stage_holds_chat_to_the_base(more: list[str], tmp_path: Path) -> None:
     """The divergence is in the loss of the run, and a large weight keeps the base's replies."""
