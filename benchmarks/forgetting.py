@@ -206,8 +206,10 @@ class Study:
             return read_results(self._args.results[name])
         file = self._args.work / name / "results.csv"
         adapter = self._args.adapter.get(name)
-        mark, content = self._kept(name, "task", options=self._args.test_options,
-                                   questions=self._args.questions)  # fmt: skip
+        mark, content = self._kept(
+            name, "task", options=self._args.test_options, questions=self._args.questions,
+            dataset=str(Path(self._args.dataset_name).resolve()),
+        )  # fmt: skip
         if not mark.is_file():
             command = [
                 sys.executable, str(ROOT / "test_llama_squad.py"), "--model_name", self._args.base,

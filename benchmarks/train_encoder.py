@@ -13,6 +13,7 @@ float32. The same command resumes from the newest complete checkpoint. What it l
 """
 
 import argparse
+import json
 import random
 import sys
 import time
@@ -32,6 +33,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama_squad import modeling
+from llama_squad.config import write_json
 from llama_squad.data import load_squad, sample_paragraphs
 from llama_squad.training.checkpoints import find_checkpoint
 
@@ -139,11 +141,32 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Any, list[d
     return tokenizer, model, records[: args.questions or None]
 
 
+def resume_point(args: argparse.Namespace) -> str | None:
+    """Return the checkpoint to resume from, and keep what the run was asked for beside it.
+
+    Raises ValueError where a checkpoint is there that was made with other flags.
+    """
+    checkpoint = find_checkpoint("auto", args.output_dir)
+    asked = {k: v for k, v in vars(args).items() if k not in ("output_dir", "save_steps")}
+    file = Path(args.output_dir, "asked.json")
+    if checkpoint and file.is_file():
+        found = json.loads(file.read_text("utf-8"))
+        differ = sorted(name for name in asked if found.get(name) != asked[name])
+        if differ:
+            raise ValueError(
+                f"{checkpoint} was made with another --{', --'.join(differ)}: give the same, or "
+                "another --output_dir"
+            )
+    write_json(file, asked)
+    return checkpoint
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and save the encoder with its tokenizer."""
     args = parse(argv)
     try:
         tokenizer, model, records = load(args)
+        checkpoint = resume_point(args)
     except (OSError, ValueError) as error:
         sys.exit(f"train_encoder.py: {error}")
     features = windows(tokenizer, records)
@@ -156,7 +179,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
     )
-    checkpoint = find_checkpoint("auto", args.output_dir)
     before = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
     began = time.process_time()
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -190,8 +190,9 @@ def compare_benchmarks(
         )  # fmt: skip
         folders = folders[0], folders[0]
     before, after = map(load_run, folders)
-    write_json(args.output_path / "comparison.json", compare(before, after))
-    return render_comparison(before.results, after.results, paired_errors(before, after))
+    errors = paired_errors(before, after)
+    write_json(args.output_path / "comparison.json", compare(before, after, errors))
+    return render_comparison(before.results, after.results, errors)
 
 
 def _evaluate(

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama_squad.report import shared_metrics
+
 Question = tuple[str, str, str]
 """Task, number of the question in it, digest of the question."""
 Values = dict[Question, tuple[float, float]]
@@ -117,26 +119,21 @@ def _value(logged: Any) -> tuple[float, float] | None:
     return None
 
 
-def compare(base: Run, tuned: Run) -> dict[str, dict[str, Any]]:
+def compare(
+    base: Run, tuned: Run, errors: Mapping[tuple[str, str], float]
+) -> dict[str, dict[str, Any]]:
     """Return task → metric → both sides' figures, their difference and its paired standard error.
 
-    The error is None where ``paired_errors`` has none.
+    ``errors`` are those of ``paired_errors``; None stands for one that is missing.
     """
-    errors = paired_errors(base, tuned)
     found: dict[str, dict[str, Any]] = {}
-    for task, metrics in base.results.items():
-        for key, before in metrics.items():
-            metric, _, kind = key.partition(",")
-            after = tuned.results.get(task, {}).get(key)
-            numbers = isinstance(before, int | float) and isinstance(after, int | float)
-            if not kind or metric.endswith("_stderr") or not numbers:
-                continue
-            found.setdefault(task, {})[metric if kind == "none" else key] = {
-                "base": before,
-                "tuned": after,
-                "difference": after - before,
-                "standard_error": errors.get((task, key)),
-            }
+    for task, key, before, after in shared_metrics(base.results, tuned.results):
+        found.setdefault(task, {})[key.removesuffix(",none")] = {
+            "base": before,
+            "tuned": after,
+            "difference": after - before,
+            "standard_error": errors.get((task, key)),
+        }
     return found
 
 

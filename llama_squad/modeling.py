@@ -149,7 +149,7 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def say_device() -> None:
+def choose_device() -> None:
     """Where no GPU is found take the cores that are free, and say so from the first process."""
     if torch.cuda.is_available():
         return

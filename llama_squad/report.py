@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from llama_squad.metrics import STRICT_COLUMNS
@@ -126,19 +126,31 @@ def render_comparison(
     standard errors is marked.
     """
     lines = [["task", "metric", "base", "tuned", "difference", "± s.e.", "beyond 2 s.e."]]
+    for task, key, before, after in shared_metrics(base, tuned):
+        metric, _, kind = key.partition(",")
+        errors = [_number(run[task].get(f"{metric}_stderr,{kind}")) for run in (base, tuned)]
+        name = metric if kind == "none" else f"{metric} ({kind})"
+        error = (paired or {}).get((task, key))
+        lines.append([task, name, *_difference(before, after, errors, error)])
+    note = "\n\\* of two independent samples: the true one is smaller\n"
+    return _render_table(lines, "markdown") + note * any("*" in line[-2] for line in lines)
+
+
+def shared_metrics(
+    base: Mapping[str, Mapping[str, Any]], tuned: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[str, str, float, float]]:
+    """Yield task, "metric,filter" and both values of what two runs of the harness have in common.
+
+    Args:
+        base: as for ``render_comparison``.
+        tuned: the same of the tuned model.
+    """
     for task, metrics in base.items():
         for key in metrics:
             metric, _, kind = key.partition(",")
-            error_key = f"{metric}_stderr,{kind}"
             before, after = (_number(run.get(task, {}).get(key)) for run in (base, tuned))
-            if not kind or metric.endswith("_stderr") or before is None or after is None:
-                continue
-            errors = [_number(run[task].get(error_key)) for run in (base, tuned)]
-            name = metric if kind == "none" else f"{metric} ({kind})"
-            error = (paired or {}).get((task, key))
-            lines.append([task, name, *_difference(before, after, errors, error)])
-    note = "\n\\* of two independent samples: the true one is smaller\n"
-    return _render_table(lines, "markdown") + note * any("*" in line[-2] for line in lines)
+            if kind and not metric.endswith("_stderr") and before is not None and after is not None:
+                yield task, key, before, after
 
 
 def _number(value: Any) -> float | None:

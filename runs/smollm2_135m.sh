@@ -4,7 +4,7 @@
 #
 #   ./runs/smollm2_135m.sh
 #   MODEL=DIR ./runs/smollm2_135m.sh              # a folder in place of the Hub
-#   SAMPLE="--num_samples 2000 --sample paragraphs" ./runs/smollm2_135m.sh   # a sixth of the time
+#   SAMPLE="--num_samples 2000 --sample paragraphs" ./runs/smollm2_135m.sh   # a sixth of the answers
 #
 # PROCESSES=N: how many share the work (default: one per GPU; without a GPU two, which share the cores).
 set -euo pipefail

@@ -144,15 +144,16 @@ def test_where_the_answer_is_closed(completion: str, closed: bool) -> None:
     assert answer_is_closed(completion) is closed
 
 
+@pytest.mark.slow
 def test_what_follows_a_closed_answer_does_not_count() -> None:
     pieces = ["```json", "```", "``", "`", "\n", "{", "}", '"', '{"answer": "', "Paris", '"}', "?",
               ", ", ': "', '"a": ', "[", "]", '{"answer": "b"}', "\\"]  # fmt: skip
     closed = 0
     rng = random.Random(5)
-    for _ in range(4_000):
+    for _ in range(20_000):
         reply = "```json\n" * (rng.random() < 0.7) + "".join(rng.choices(pieces, k=14))
         ends = [end for end in range(len(reply)) if answer_is_closed(reply[:end])]
         if ends:
             closed += 1
             assert extract_answer(reply[: ends[0]]) == extract_answer(reply), reply
-    assert closed > 100
+    assert closed > 500

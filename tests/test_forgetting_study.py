@@ -88,6 +88,12 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return study
 
 
+def kept_replies(name: str) -> list[dict[str, Any]]:
+    """What a study has kept of a model's chat."""
+    kept = Path("results/forgetting", name, "chat.json")
+    return json.loads(kept.read_text())["replies"]
+
+
 def test_the_study(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All parts are measured once, adapters come in later, and the picture is drawn."""
     base = str(tmp_path / "model")
@@ -134,13 +140,11 @@ def test_the_study(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert at_rest["chat"]["paired"]["words"] == {"difference": 0.0, "standard_error": 0.0}
     assert at_rest["wikitext"]["paired"] == {"difference": 0.0, "standard_error": 0.0}
     replies = [
-        [r["text"] for r in json.loads(path.read_text())["replies"]]
+        [reply["text"] for reply in kept_replies(name)]
         for name in ("base", "acts from the question", "plain")
-        for path in [Path("results/forgetting") / name / "chat.json"]
     ]
     assert replies[0] == replies[1] != replies[2]
-    prompts = [r["prompt"] for r in json.loads(
-        Path("results/forgetting/base/chat.json").read_text())["replies"]]  # fmt: skip
+    prompts = [reply["prompt"] for reply in kept_replies("base")]
     assert prompts == ["Who met whom?", "Write a word.", "Who met Kalomir?"]
 
 

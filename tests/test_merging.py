@@ -4,7 +4,7 @@ import json
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -275,22 +275,26 @@ def every_byte(folder: Path) -> dict[str, bytes]:
     return found
 
 
+class Hub:
+    """The Hub as far as pushing goes: what came, and with which token."""
+
+    pushed: ClassVar[list[tuple[str, str, str]]]
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+
+    def create_repo(self, name: str, **_: Any) -> None:
+        """Take every name."""
+
+    def upload_folder(self, repo_id: str, folder_path: str) -> None:
+        self.pushed.append((repo_id, Path(folder_path).name, self.token))
+
+
 def test_a_run_merges_measures_and_keeps_its_token_secret(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pushed = []
-
-    class Hub:
-        def __init__(self, token: str) -> None:
-            self.token = token
-
-        def create_repo(self, name: str, **_: Any) -> None:
-            """Take every name."""
-
-        def upload_folder(self, repo_id: str, folder_path: str) -> None:
-            pushed.append((repo_id, Path(folder_path).name, self.token))
-
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "pushed", [])
     flags = training_flags(
         tmp_path, "--lora_r", "4", "--per_device_train_batch_size", "4", "--max_steps", "2",
         "--save_steps", "1", "--learning_rate", "3e-2", "--no_quantize", "--merge_and_push",
@@ -299,7 +303,7 @@ def test_a_run_merges_measures_and_keeps_its_token_secret(
         val=make_records(2, [2], seed=5),
     )  # fmt: skip
     train_llama_squad.main(flags)
-    assert pushed == [
+    assert Hub.pushed == [
         ("someone/model", "final_checkpoints", SECRET),
         ("someone/model-merged", "final_merged_checkpoint", SECRET),
     ]

@@ -78,9 +78,9 @@ def test_says_how_many_and_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     watch(monkeypatch, 0, 0, 1, 0)
-    modeling.say_device()
+    modeling.choose_device()
     watch(monkeypatch, 1)  # one thread by now
-    modeling.say_device()
+    modeling.choose_device()
     assert capsys.readouterr().err.splitlines() == [
         "No CUDA device: running on the CPU, 1 thread, as other work keeps the rest of 4 cores busy.",
         "No CUDA device: running on the CPU, 1 thread.",

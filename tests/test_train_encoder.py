@@ -64,11 +64,11 @@ def test_a_long_context_is_read_in_windows(folder: Path) -> None:
 # The run -------------------------------------------------------------------------------------
 
 
-def train(folder: Path, out: Path) -> dict[str, torch.Tensor]:
+def train(folder: Path, out: Path, *more: str) -> dict[str, torch.Tensor]:
     """Train for five steps; return the weights."""
     train_encoder.main([
         f"--model={folder}/base", f"--dataset_name={folder}/data", f"--output_dir={out}",
-        "--batch_size=4", "--save_steps=2", "--questions=17",
+        "--batch_size=4", "--save_steps=2", "--questions=17", *more,
     ])  # fmt: skip
     return AutoModelForQuestionAnswering.from_pretrained(out).state_dict()
 
@@ -93,6 +93,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
             train(folder, tmp_path / "stopped")
     capsys.readouterr()
     (tmp_path / "stopped" / "checkpoint-4").mkdir()  # killed while it was written
+    with pytest.raises(SystemExit, match="checkpoint-2 was made with another --learning_rate"):
+        train(folder, tmp_path / "stopped", "--learning_rate", "1e-5")
     resumed = train(folder, tmp_path / "stopped")
     assert "\n10 questions in" in capsys.readouterr().out  # 3 of 5 steps
     for name, weights in whole.items():

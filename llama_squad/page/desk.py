@@ -113,7 +113,7 @@ def load(
     from llama_squad.thresholds import load_threshold
     from llama_squad.weights import weights_digest
 
-    modeling.say_device()
+    modeling.choose_device()
     asking = resolve_decoding(EvalArguments(
         adapter_name=args.adapter_name, prompt=args.prompt, system_prompt=args.system_prompt,
         reasoning_tokens=args.reasoning_tokens, filler=args.filler, quantize=args.quantize,

@@ -42,7 +42,7 @@ def load_predictor(args: EvalArguments, model_args: ModelArguments) -> "Callable
             max_tokens_name=args.max_tokens_name, structured_output=args.structured_output, **chat,
         )  # fmt: skip
         return lambda **_: server
-    modeling.say_device()
+    modeling.choose_device()
     if args.predictor == "encoder":
         reader, tokenizer = modeling.load_reader(model_args)
         return lambda na_prob_thresh, **_: ExtractiveModel(reader, tokenizer, na_prob_thresh)

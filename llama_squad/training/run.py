@@ -22,7 +22,7 @@ from llama_squad.training.trainer import SquadTrainer
 def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Path:
     """Train, save the adapter, and merge and push it where asked; return the adapter's folder."""
     preflight.check_hub(sft_args)
-    modeling.say_device()
+    modeling.choose_device()
     settings = publishing.run_settings(args, model_args, sft_args.to_dict())
     set_seed(sft_args.seed)
     checkpoint = checkpoints.find_checkpoint(sft_args.resume_from_checkpoint, sft_args.output_dir)
