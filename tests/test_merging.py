@@ -278,7 +278,7 @@ def every_byte(folder: Path) -> dict[str, bytes]:
 class Hub:
     """The Hub as far as pushing goes: what came, and with which token."""
 
-    pushed: ClassVar[list[tuple[str, str, str]]]
+    pushed: ClassVar[list[tuple[str, str, str]]] = []
 
     def __init__(self, token: str) -> None:
         self.token = token
