@@ -21,8 +21,9 @@ def quicken(model: Any) -> None:
     from peft.tuners.lora import Linear
 
     activation = activation_of(model)
-    for layer in model.modules():
-        if type(layer) is Linear and type(layer.base_layer) is nn.Linear:
+    plain: list[Any] = [m for m in model.modules() if type(m) is Linear]
+    for layer in plain:
+        if type(layer.base_layer) is nn.Linear:
             layer.forward = _Layer(layer, layer.forward, activation)
 
 
