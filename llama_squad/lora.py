@@ -39,7 +39,7 @@ class _Layer:
         """Return what PEFT's does, within rounding."""
         layer = self._layer
         mask = self._activation.mask if self._activation else None
-        if args or kwargs or not self._is_plain(x) or (self._activation and mask is None):
+        if args or kwargs or not is_plain(layer, x) or (self._activation and mask is None):
             return self._otherwise(x, *args, **kwargs)
         (name,) = layer.active_adapters
         base, first, second = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
@@ -47,21 +47,23 @@ class _Layer:
             x, base.weight, base.bias, first.weight, second.weight, layer.scaling[name], mask
         )
 
-    def _is_plain(self, x: torch.Tensor) -> bool:
-        layer, names = self._layer, self._layer.active_adapters
-        if layer.disable_adapters or layer.merged or len(names) != 1 or x.device.type != "cpu":
-            return False
-        (name,) = names
-        if name not in layer.lora_A or name in layer.lora_variant:
-            return False
-        dropout, matrices = layer.lora_dropout[name], (layer.lora_A[name], layer.lora_B[name])
-        return (
-            # without autocast PEFT's products of the adapter are in the adapter's type
-            (torch.is_autocast_enabled("cpu") or x.dtype == matrices[0].weight.dtype)
-            and (isinstance(dropout, nn.Identity) or not layer.training)
-            and all(type(m) is nn.Linear and m.bias is None for m in matrices)
-            and not layer.base_layer.weight.requires_grad
-        )
+
+def is_plain(layer: Any, x: torch.Tensor) -> bool:
+    """Tell whether ``LoraLinear`` is all that a layer does with an input."""
+    names = layer.active_adapters
+    if layer.disable_adapters or layer.merged or len(names) != 1 or x.device.type != "cpu":
+        return False
+    (name,) = names
+    if name not in layer.lora_A or name in layer.lora_variant:
+        return False
+    dropout, matrices = layer.lora_dropout[name], (layer.lora_A[name], layer.lora_B[name])
+    return (
+        # without autocast PEFT's products of the adapter are in the adapter's type
+        (torch.is_autocast_enabled("cpu") or x.dtype == matrices[0].weight.dtype)
+        and (isinstance(dropout, nn.Identity) or not layer.training)
+        and all(type(m) is nn.Linear and m.bias is None for m in matrices)
+        and not layer.base_layer.weight.requires_grad
+    )
 
 
 class LoraLinear(torch.autograd.Function):
