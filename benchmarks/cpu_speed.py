@@ -2,7 +2,8 @@
 
 Training: a step's row of real paragraphs, forward and backward, of an adapter that acts from the
 question on (``--alora_from``): attention over the whole row, in blocks, by plain products
-(``llama_squad/attention.py``), and the base's tokens first (``llama_squad/supervised.py``).
+(``llama_squad/attention.py``), the base's tokens first (``llama_squad/supervised.py``), LoRA's
+layers as one step of the graph (``llama_squad/lora.py``), and cross entropy a few tokens at a time.
 Evaluation: whole paragraphs answered in batches, with neither finished rows dropped nor tokens run
 ahead (``decoding/lookahead.py``), then with one, and with both. Every way takes its turn in each
 round, so that other work on the machine falls on all alike; what is printed is the median of the
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from llama_squad import attention, modeling, supervised
+from llama_squad import attention, lora, modeling, supervised
 from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.data import load_squad, sample_paragraphs
 from llama_squad.decoding import batch, lookahead
@@ -98,11 +99,14 @@ def training(args: argparse.Namespace, settings: ModelArguments, dataset: Any) -
         (loss / count).backward()
         return loss.item() / int(count)
 
+    new = "one step", "loss"
     ways = {
-        "torch's attention over the whole row": lambda: step("blocks", "base first"),
-        "in blocks": lambda: step("products", "base first"),
-        "by plain products": lambda: step("base first"),
-        "and the base's tokens first": step,
+        "torch's attention over the whole row": lambda: step("blocks", "base first", *new),
+        "in blocks": lambda: step("products", "base first", *new),
+        "by plain products": lambda: step("base first", *new),
+        "the base's tokens first": lambda: step(*new),
+        "LoRA's layers as one step": lambda: step("loss"),
+        "cross entropy in parts": step,
     }
     seconds, losses = take_turns(ways, args.rounds)
     title = f"A step of {len(tree.leaves)} questions, {len(tree.input_ids):,} tokens"
@@ -110,12 +114,29 @@ def training(args: argparse.Namespace, settings: ModelArguments, dataset: Any) -
 
 
 def torchs_own(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: Any, scaling: float | None
 ) -> torch.Tensor:
     """Run torch's attention in the place of our products."""
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
-    )
+    parts = [
+        F.scaled_dot_product_attention(
+            query[:, :, rows],
+            key[:, :, keys],
+            value[:, :, keys],
+            attn_mask=mask,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        for rows, keys, mask in blocks
+    ]
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+def plain_loss(
+    logits: torch.Tensor, wanted: torch.Tensor, smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run torch's cross entropy in the place of ours."""
+    loss = F.cross_entropy(logits.float(), wanted, reduction="sum", label_smoothing=smoothing)
+    return loss, (logits.float().argmax(-1) == wanted).sum()
 
 
 @contextlib.contextmanager
@@ -126,6 +147,10 @@ def without(*parts: str) -> Iterator[None]:
             stack.enter_context(mock.patch.object(attention, "BLOCK_TOKENS", 10**9))
         if "products" in parts:
             stack.enter_context(mock.patch.object(attention.Products, "apply", torchs_own))
+        if "one step" in parts:
+            stack.enter_context(mock.patch.object(lora, "is_plain", lambda *_: False))
+        if "loss" in parts:
+            stack.enter_context(mock.patch.object(supervised.CrossEntropy, "apply", plain_loss))
         if "base first" in parts:
             stack.enter_context(mock.patch.object(supervised, "runs_base_first", lambda *_: False))
         if "lookahead" in parts:

@@ -38,6 +38,11 @@ class Activation:
         self._mask = None if mask is None else mask[..., None]
         return args, kwargs
 
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """Where the adapter acts in this pass: bool, of shape (rows, tokens, 1); None: nowhere."""
+        return self._mask
+
     def gate(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         """Mask what goes into an adapter's first matrix: that module's hook before each pass."""
         (x,) = args

@@ -103,18 +103,19 @@ def attend(
         and query.dtype == key.dtype == value.dtype  # else autocast has a say
         and not kwargs.get("dropout")
     )
-    parts = []
-    for rows, keys, mask in blocks:
-        part = query[:, :, rows], key[:, :, keys], value[:, :, keys], mask
-        if plain:
-            parts.append(Products.apply(*part, kwargs.get("scaling")).transpose(1, 2))
-        else:
-            parts.append(sdpa_attention_forward(module, *part, **kwargs)[0])
+    if plain:
+        return Products.apply(query, key, value, blocks, kwargs.get("scaling")), None
+    parts = [
+        sdpa_attention_forward(
+            module, query[:, :, rows], key[:, :, keys], value[:, :, keys], mask, **kwargs
+        )[0]
+        for rows, keys, mask in blocks
+    ]
     return torch.cat(parts, dim=1), None
 
 
 class Products(torch.autograd.Function):
-    """Attention as three products, for gradients: torch's own is slow backward on a CPU.
+    """Attention as three products a block, for gradients: torch's own is slow backward on a CPU.
 
     Scores and their softmax are in float32 at least, as in torch's own; the probabilities are kept
     for the gradient, in the type of the query.
@@ -126,37 +127,68 @@ class Products(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor,
+        blocks: list[Block],
         scaling: float | None,
     ) -> torch.Tensor:
-        """Return what is attended to, of shape (rows, heads, queries, width)."""
+        """Return what is attended to, of shape (rows, queries, heads, width)."""
         rows, heads, queries, width = query.shape
-        # the heads that share keys are one product
-        together = query.reshape(-1, heads // key.shape[1] * queries, width)
-        key, value = key.flatten(0, 1), value.flatten(0, 1)
         ctx.scaling = width**-0.5 if scaling is None else scaling
-        wide = torch.promote_types(query.dtype, torch.float32)
+        ctx.blocks = blocks
+        found = query.new_empty(rows, queries, heads, value.shape[-1])
+        kept = []
         with torch.autocast("cpu", enabled=False):
-            scores = torch.bmm(together.to(wide), key.to(wide).mT).mul_(ctx.scaling)
-            unseen = torch.zeros(mask.shape, dtype=wide).masked_fill_(~mask, -torch.inf)
-            scores.view(rows, heads, queries, -1).add_(unseen)
-            shares = scores.softmax(-1).to(query.dtype)
-            ctx.save_for_backward(together, key, value, shares)
-            return torch.bmm(shares, value).view(rows, heads, queries, -1)
+            for places, keys, mask in blocks:
+                part = _heads_together(query[:, :, places], key.shape[1])
+                shares = _shares(part, key[:, :, keys].flatten(0, 1), mask, ctx.scaling)
+                kept.append(shares)
+                seen = torch.bmm(shares, value[:, :, keys].flatten(0, 1))
+                found[:, places] = seen.view(rows, heads, -1, seen.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, *kept)
+        return found
 
     @staticmethod
     @once_differentiable  # the probabilities are constants to a second gradient
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of query, key and value."""
-        query, key, value, shares = ctx.saved_tensors
-        (given,) = gradients
-        rows, heads, queries, _ = given.shape
-        given = given.reshape(*query.shape[:2], -1)
-        moved = torch._softmax_backward_data(given @ value.mT, shares, -1, shares.dtype)
-        moved.mul_(ctx.scaling)
-        found = moved @ key, moved.mT @ query, shares.mT @ given
-        first, second, third = (f.view(rows, -1, *f.shape[1:]) for f in found)
-        return first.reshape(rows, heads, queries, -1), second, third, None, None
+        query, key, value, *kept = ctx.saved_tensors
+        given = gradients[0].transpose(1, 2)
+        of_query, of_key, of_value = (torch.zeros_like(x) for x in (query, key, value))
+        for (places, keys, _), shares in zip(ctx.blocks, kept, strict=True):
+            asked = _heads_together(query[:, :, places], key.shape[1])
+            part = _heads_together(given[:, :, places], key.shape[1])
+            told, held = (x[:, :, keys].flatten(0, 1) for x in (key, value))
+            moved = torch._softmax_backward_data(part @ held.mT, shares, -1, shares.dtype)
+            # scaled where that is the least to do
+            of_query[:, :, places] = (moved @ told).view_as(of_query[:, :, places]) * ctx.scaling
+            _add(of_key, keys, moved.mT @ asked * ctx.scaling)
+            _add(of_value, keys, shares.mT @ part)
+        return of_query, of_key, of_value, None, None
+
+
+def _add(total: torch.Tensor, keys: torch.Tensor | slice, part: torch.Tensor) -> None:
+    """Add what is of a block's keys, of shape (rows * key heads, keys, width)."""
+    part = part.view(*total.shape[:2], *part.shape[1:])
+    if isinstance(keys, slice):
+        total[:, :, keys] += part
+    else:
+        total.index_add_(2, keys, part)
+
+
+def _heads_together(x: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """Let the heads that share keys be one product, of shape (rows * key heads, tokens, width)."""
+    rows, heads, tokens, width = x.shape
+    return x.reshape(rows * key_heads, heads // key_heads * tokens, width)
+
+
+def _shares(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Return how much of each key a query takes, in the type of the query."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = torch.bmm(query.to(wide) * scaling, key.to(wide).mT)
+    unseen = torch.zeros(mask.shape, dtype=wide).masked_fill_(~mask, -torch.inf)
+    scores.view(mask.shape[0], -1, *mask.shape[2:]).add_(unseen)
+    return scores.softmax(-1).to(query.dtype)
 
 
 ALL_ATTENTION_FUNCTIONS["sdpa"] = attend

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import DynamicCache
 
 from llama_squad.activation import ADAPTER_MASK, activation_of
 from llama_squad.encoding import IGNORE
-from llama_squad.tree import kept_logits, make_masks
+from llama_squad.tree import kept_logits, make_masks, widen
+
+CPU_LOGITS, GPU_LOGITS = 2**19, 2**26
+"""Logits that ``CrossEntropy`` takes at a time: 2 and 256 MiB in float32."""
 
 
 def answer_logits(
@@ -28,7 +32,8 @@ def answer_logits(
             and what the model takes beside them.
 
     Returns:
-        Logits of shape (supervised tokens, vocabulary), and ids of shape (supervised tokens,).
+        Logits of shape (supervised tokens, vocabulary), in the model's type, and ids of shape
+        (supervised tokens,).
     """
     targets = next_tokens(inputs["labels"], IGNORE)
     keep = targets != IGNORE
@@ -66,8 +71,7 @@ def _logits_over_the_base(
         part.gather(1, order)
         for part in (inputs["input_ids"], inputs["position_ids"], inputs[ADAPTER_MASK], keep)
     )
-    visible = visible.take_along_dim(order[:, None, :, None], 2)
-    visible = visible.take_along_dim(order[:, None, None, :], 3)
+    visible = torch.stack([row[:, o][:, :, o] for row, o in zip(visible, order, strict=True)])
     cache = DynamicCache()
     if first:
         stem = positions[:, :first]
@@ -81,7 +85,7 @@ def _logits_over_the_base(
                 logits_to_keep=1,
             )
     rest = positions[:, first:]
-    logits = model(
+    return model(
         input_ids=ids[:, first:],
         position_ids=rest,
         attention_mask=make_masks(inner, visible[:, :, first:], rest, positions),
@@ -90,7 +94,54 @@ def _logits_over_the_base(
         logits_to_keep=keep[:, first:],
         **{ADAPTER_MASK: adapted[:, first:]},
     ).logits
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Summed cross entropy, its gradient taken at once, a few tokens at a time.
+
+    The probabilities of a large vocabulary in float32 are the largest tensors of a step, and are
+    needed three times; a few tokens' fit into a CPU's cache, and into what a GPU has left.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, wanted: torch.Tensor, smoothing: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss in nats, and how many tokens are the likeliest.
+
+        Args:
+            ctx: for the gradient.
+            logits: of shape (tokens, vocabulary).
+            wanted: ids, of shape (tokens,).
+            smoothing: the share of a token's probability that all tokens have in common.
+        """
+        size = logits.shape[-1]
+        step = max((CPU_LOGITS if logits.device.type == "cpu" else GPU_LOGITS) // size, 1)
+        gradients = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        loss = widen(logits.new_zeros(()))
+        right = torch.zeros((), dtype=torch.long, device=logits.device)
+        for at in range(0, len(logits), step):
+            part, ids = widen(logits[at : at + step]), wanted[at : at + step, None]
+            # argmax is three times as slow on a CPU
+            right += (part.max(-1, keepdim=True).indices == ids).sum()
+            part = part.log_softmax(-1)
+            loss -= part.gather(1, ids).sum() * (1 - smoothing)
+            if smoothing:
+                loss -= part.mean(-1).sum() * smoothing
+            if gradients is not None:
+                part = part.exp_().sub_(smoothing / size)
+                part.scatter_add_(1, ids, part.new_full(ids.shape, smoothing - 1))
+                gradients[at : at + step] = part
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(right)
+        return loss, right
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient of the logits."""
+        gradients, ctx.gradients = ctx.gradients, None
+        return gradients.mul_(given[0]), None, None
 
 
 def runs_base_first(model: Any, inputs: Mapping[str, torch.Tensor]) -> bool:

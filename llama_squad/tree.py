@@ -140,7 +140,7 @@ NOT_OF_MODEL = ("labels", "counts", "chat")
 
 
 def kept_logits(model: Any, inputs: Mapping[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
-    """Run a batch; return the logits at the tokens that ``keep`` marks, at least in float32.
+    """Run a batch; return the logits at the tokens that ``keep`` marks, in the model's type.
 
     ``keep`` is bool, of shape (rows, length); the logits are of shape (kept tokens, vocabulary).
     """
@@ -150,7 +150,11 @@ def kept_logits(model: Any, inputs: Mapping[str, torch.Tensor], keep: torch.Tens
         # of DDP, FSDP and DeepSpeed, whose wrappers have no configuration
         inner = model.module if hasattr(model, "module") else model
         features["attention_mask"] = make_masks(inner, mask, positions, positions)
-    logits = model(**features, logits_to_keep=keep, use_cache=False).logits
+    return model(**features, logits_to_keep=keep, use_cache=False).logits
+
+
+def widen(logits: torch.Tensor) -> torch.Tensor:
+    """Return numbers in float32 at least."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

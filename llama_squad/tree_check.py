@@ -20,6 +20,7 @@ from llama_squad.tree import (
     kept_logits,
     layer_kinds,
     refused_attention,
+    widen,
 )
 
 _CARRY = ("linear", "conv", "mamba", "recurrent", "hybrid", "rwkv", "lstm", "ssm", "retention")
@@ -152,7 +153,7 @@ class RowProbe:
     def _watch(self, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         keep = torch.zeros(batch["input_ids"].shape, dtype=torch.bool, device=self._model.device)
         keep[0, [c for columns in self._columns for c in columns]] = True
-        logits = kept_logits(self._model, batch, keep).flatten(0, -2)
+        logits = widen(kept_logits(self._model, batch, keep)).flatten(0, -2)
         return list(logits.split([len(columns) for columns in self._columns]))
 
 
@@ -249,7 +250,7 @@ def _run_last_alone(model: Any, probe: Probe) -> torch.Tensor:
     keep = torch.zeros(ids.shape, dtype=torch.bool, device=model.device)
     keep[0, list(probe.watched[-1])] = True
     with exact_head(model):
-        return kept_logits(model, batch, keep).flatten(0, -2)
+        return widen(kept_logits(model, batch, keep)).flatten(0, -2)
 
 
 @contextlib.contextmanager

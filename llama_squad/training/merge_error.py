@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_squad.supervised import answer_logits
+from llama_squad.tree import widen
 
 MEASURED_QUESTIONS = 64
 """The same ones for all three models, so that few of them tell what was lost."""
@@ -136,4 +137,5 @@ class MergeMeter:
 def _score(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
     """Return the summed loss of a batch, and its logits (supervised tokens, vocabulary)."""
     logits, wanted = answer_logits(model, {k: v.to(model.device) for k, v in batch.items()})
+    logits = widen(logits)
     return F.cross_entropy(logits, wanted, reduction="sum").item(), logits.cpu()

@@ -18,6 +18,7 @@ from llama_squad.collator import SquadDataCollator
 from llama_squad.config import load_run_config, prompt_settings
 from llama_squad.decoding.cache import check_tree
 from llama_squad.encoding import ChatEncoder
+from llama_squad.lora import quicken
 from llama_squad.metrics import Outcome, strict_counts, strict_outcome
 from llama_squad.predictors.base import batch_paragraphs
 from llama_squad.predictors.local import LocalModel
@@ -92,6 +93,7 @@ def prepare_model(args: TrainArguments, model_args: ModelArguments, encoder: Cha
         model = resume_lora(model, args, model_args.model_name)
     else:
         model = add_lora(model, args, encoder.reasoning_ids[0] if encoder.reasoning_ids else None)
+    quicken(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = "4 bits" if args.quantize else str(model.dtype)
     if this_process().is_main_process:

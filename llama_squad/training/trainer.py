@@ -12,9 +12,9 @@ from trl import SFTTrainer
 
 from llama_squad.config import save_run_config
 from llama_squad.encoding import IGNORE
-from llama_squad.supervised import answer_logits, next_tokens
+from llama_squad.supervised import CrossEntropy, answer_logits, next_tokens
 from llama_squad.training.packing import count_questions
-from llama_squad.tree import kept_logits
+from llama_squad.tree import kept_logits, widen
 
 
 def answer_loss(
@@ -39,11 +39,10 @@ def answer_loss(
     """
     base = chat_logits_of_base(model, inputs) if chat_kl and "chat" in inputs else None
     logits, wanted = answer_logits(model, inputs)
-    loss = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=label_smoothing)
+    loss, right = CrossEntropy.apply(logits, wanted, label_smoothing)
     if base is not None:
         of_chat = next_tokens(inputs["chat"], 0)[next_tokens(inputs["labels"], IGNORE) != IGNORE]
         loss = loss + chat_kl * chat_divergence(base, logits[of_chat])
-    right = (logits.detach().argmax(-1) == wanted).sum()
     return loss, right, torch.tensor(len(wanted), device=loss.device)
 
 
@@ -64,7 +63,8 @@ def chat_logits_of_base(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch
 
 def chat_divergence(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
     """Return KL(base || tuned) in nats, summed over tokens; logits of (tokens, vocabulary)."""
-    return F.kl_div(tuned.log_softmax(-1), base.log_softmax(-1), reduction="sum", log_target=True)
+    base, tuned = (widen(logits).log_softmax(-1) for logits in (base, tuned))
+    return F.kl_div(tuned, base, reduction="sum", log_target=True)
 
 
 class SquadTrainer(SFTTrainer):
