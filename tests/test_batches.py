@@ -17,7 +17,7 @@ from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph, Reply, Span
 from llama_squad.encoding import ChatEncoder
 from llama_squad.evaluation import begun_with, evaluate
-from llama_squad.head import exact_head
+from llama_squad.head import HEAD_ROWS, exact_head
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
 from llama_squad.results import config_path
@@ -81,6 +81,20 @@ def test_logits_of_16_bit_weights_are_float32() -> None:
     expected = F.linear(hidden.float(), model.lm_head.weight.float())
     assert torch.equal(logits, expected)
     assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_logits_of_a_large_head_are_float32() -> None:
+    model = tiny_model(dtype=torch.bfloat16)
+    head = torch.nn.Linear(64, HEAD_ROWS + 1, bias=False, dtype=torch.bfloat16)
+    model.set_output_embeddings(head)
+    hidden = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        expected = F.linear(hidden.double(), head.weight.double())
+        with exact_head(model), exact_head(model):
+            logits = head(hidden)
+        assert head(hidden).dtype == torch.bfloat16
+    torch.testing.assert_close(logits, expected.float(), rtol=1e-6, atol=1e-6)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 
 def _fused_step(model: Any) -> None:

@@ -25,6 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llama_squad.answers import NO_ANSWER
+from llama_squad.decoding.adapters import lean_adapters
 from llama_squad.decoding.batch import DecodingBatch, DecodingOptions
 from llama_squad.decoding.boundaries import Boundaries
 from llama_squad.decoding.cache import check_tree
@@ -32,6 +33,7 @@ from llama_squad.decoding.constraints import CONSTRAINTS, Constraint
 from llama_squad.decoding.replies import Paragraph, Reply
 from llama_squad.decoding.spans import reply_ids
 from llama_squad.encoding import ChatEncoder
+from llama_squad.head import exact_head
 from llama_squad.tree import common_prefix, is_out_of_memory
 
 SEARCHED_TOKENS = 16
@@ -102,7 +104,8 @@ class Generator:
         fits = questions < self._too_many and self.memory_needed(paragraphs) < free_memory()
         if fits or not halves:
             try:
-                return DecodingBatch(self.options, paragraphs).replies()
+                with exact_head(self.model), lean_adapters(self.model):
+                    return DecodingBatch(self.options, paragraphs).replies()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

@@ -1,0 +1,102 @@
+"""A LoRA adapter in decoding: two small products onto the base's, in the base's number format.
+
+PEFT's layer turns its input to the adapter's float32 and passes six times over what the base gave:
+more work than the product of a small model itself. And an adapter that acts from some token on
+(``llama_squad.activation``) is run on those tokens alone.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from llama_squad.activation import Activation, activation_of
+
+
+@contextlib.contextmanager
+def lean_adapters(model: Any) -> Iterator[None]:
+    """Run a model's plain LoRA layers without PEFT's detours, in the body of ``with``.
+
+    There, no gradients are taken and no weights change. Layers of other kinds (quantised, DoRA, of
+    several adapters) stay as they are, and so do all under autocast.
+    """
+    layers = _plain_layers(model) if hasattr(model, "peft_config") else []
+    acting = _Acting(activation_of(model))
+    for layer in layers:
+        layer.forward = _Sum(layer, acting)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _plain_layers(model: Any) -> list[Any]:
+    from peft.tuners.lora.layer import Linear
+
+    return [
+        layer
+        for layer in model.modules()
+        if type(layer) is Linear
+        and "forward" not in layer.__dict__
+        and type(layer.base_layer) is nn.Linear
+        and not (layer.training or layer.merged or layer.disable_adapters or layer.lora_variant)
+        and len(layer.active_adapters) == 1
+        and layer.active_adapters[0] in layer.lora_A
+        and layer.lora_B[layer.active_adapters[0]].bias is None
+        and not hasattr(layer, "_hf_hook")
+    ]
+
+
+class _Acting:
+    """The tokens of a pass on which the adapter acts, found once a pass."""
+
+    def __init__(self, activation: Activation | None) -> None:
+        self._activation = activation
+        self._mask: torch.Tensor | None = None
+        self._tokens: slice | torch.Tensor | None = None
+
+    def tokens(self, x: torch.Tensor) -> slice | torch.Tensor | None:
+        """Return which rows of a layer's flattened input the adapter acts on; None: on none."""
+        if self._activation is None:
+            return slice(None)
+        mask = self._activation.mask
+        if mask is not self._mask:
+            self._mask, self._tokens = mask, None if mask is None else _places(mask)
+        return self._tokens if mask is not None else None
+
+
+def _places(mask: torch.Tensor) -> slice | torch.Tensor | None:
+    index = mask.flatten().nonzero()[:, 0]
+    if not len(index):
+        return None
+    first, stop = int(index[0]), int(index[-1]) + 1
+    return slice(first, stop) if stop - first == len(index) else index  # a slice is no copy
+
+
+class _Sum:
+    """A linear layer's product and its adapter's."""
+
+    def __init__(self, layer: Any, acting: _Acting) -> None:
+        self._layer, self._base, self._acting = layer, layer.base_layer, acting
+        (name,) = layer.active_adapters
+        dtype = self._base.weight.dtype
+        self._first = layer.lora_A[name].weight.to(dtype).T
+        self._second = (layer.lora_B[name].weight * layer.scaling[name]).to(dtype).T
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum, of shape (..., width)."""
+        if torch.is_autocast_enabled(x.device.type):  # of a trainer's evaluation, in forward alone
+            return type(self._layer).forward(self._layer, x)
+        result: torch.Tensor = self._base(x)
+        tokens = self._acting.tokens(x)
+        if tokens is None:
+            return result
+        given, total = x.flatten(0, -2), result.flatten(0, -2)
+        if isinstance(tokens, slice):
+            total[tokens].addmm_(given[tokens] @ self._first, self._second)
+        else:
+            total.index_add_(0, tokens, given[tokens] @ self._first @ self._second)
+        return result

@@ -1,0 +1,101 @@
+"""Adapters in decoding: PEFT's layers without their detours give what PEFT's give."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from helpers import make_records, tiny_model, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
+
+from llama_squad.activation import ADAPTER_MASK, activate
+from llama_squad.decoding import generator
+from llama_squad.decoding.adapters import lean_adapters
+from llama_squad.decoding.cache import Branch, TokenTree
+from llama_squad.encoding import ChatEncoder
+from llama_squad.predictors.local import LocalModel
+
+IDS = torch.arange(5, 25).view(2, 10)
+MASKS = {
+    "no token": torch.zeros(2, 10, dtype=torch.bool),
+    "the last": torch.arange(20).view(2, 10) >= 4,
+    "some": torch.arange(20).view(2, 10) % 3 == 0,
+    "all": torch.ones(2, 10, dtype=torch.bool),
+}
+
+
+def _adapted(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", **options)
+    model: Any = get_peft_model(tiny_model(dtype=dtype), config)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    return model.eval()
+
+
+@torch.inference_mode()
+def _logits(model: Any, lean: bool, **more: Any) -> torch.Tensor:
+    if not lean:
+        return model(IDS, **more).logits
+    with lean_adapters(model):
+        return model(IDS, **more).logits
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_the_same_logits_where_the_adapter_acts_on_some_tokens(mask: torch.Tensor) -> None:
+    model = _adapted()
+    activate(model, "question")
+    found, expected = (_logits(model, lean, **{ADAPTER_MASK: mask}) for lean in (True, False))
+    torch.testing.assert_close(found, expected)
+    base = _logits(model, True)
+    assert torch.equal(base, _logits(model, False))  # a pass without a mask is the base's
+    assert torch.equal(base, found) != bool(mask.any())
+
+
+def test_the_same_logits_where_it_acts_on_all() -> None:
+    model = _adapted()
+    torch.testing.assert_close(_logits(model, True), _logits(model, False))
+    assert not any("forward" in layer.__dict__ for layer in model.modules())
+
+
+def test_in_16_bits_as_near_as_rounding() -> None:
+    model = _adapted(torch.bfloat16)
+    exact = _logits(_adapted(), False)
+    ours, theirs = ((_logits(model, lean) - exact).abs().mean() for lean in (True, False))
+    assert ours < 2 * theirs
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
+def test_layers_of_other_kinds_stay_as_they_are(options: Any) -> None:
+    model = _adapted(**options)
+    assert torch.equal(_logits(model, True), _logits(model, False))
+
+
+def test_replies_and_their_scores_are_those_of_pefts_layers() -> None:
+    model = _adapted()
+    activate(model, "question")
+    batch = [make_records(1, [3])]
+    ours = LocalModel(model, ChatEncoder(tiny_tokenizer())).answer(batch)
+    with mock.patch.object(generator, "lean_adapters", mock.MagicMock()):
+        theirs = LocalModel(model, ChatEncoder(tiny_tokenizer())).answer(batch)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.reply.completion == b.reply.completion
+        assert a.reply.score == pytest.approx(b.reply.score, abs=1e-4)
+
+
+def test_a_tree_grows_under_it() -> None:
+    model = _adapted()
+    activate(model, "question")
+    found = []
+    for lean in (True, False):
+        tree = TokenTree(model)
+        with torch.inference_mode():
+            stem = Branch(None, [5, 6, 7], wanted=0, adapter_from=2)
+            branches = [stem, Branch(stem, [8, 9]), Branch(stem, [10, 11, 12])]
+            if lean:
+                with lean_adapters(model):
+                    found.append(tree.extend([branches]))
+            else:
+                found.append(tree.extend([branches]))
+    torch.testing.assert_close(*found)
