@@ -11,6 +11,7 @@ Uses torch and transformers only; ``tree.make_masks`` marks the masks.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,6 +20,7 @@ BLOCK_TOKENS = 256
 """Queries of a block, at most: a paragraph with its questions has 285 tokens on average."""
 
 _BLOCKS = "llama_squad_blocks"
+_NUMBERS = "llama_squad_numbers"
 
 Block = tuple[slice, torch.Tensor | slice, torch.Tensor]
 """Queries, keys, and the mask of both."""
@@ -96,7 +98,7 @@ def attend(
     blocks = blocks_of(attention_mask)
     # a bias is of the whole row, and a cap of the scores is what sdpa refuses
     if blocks is None or any(kwargs.get(name) is not None for name in ("position_bias", "softcap")):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return _sdpa(module, query, key, value, attention_mask, **kwargs), None
     plain = (
         torch.is_grad_enabled()
         and query.requires_grad
@@ -106,12 +108,61 @@ def attend(
     if plain:
         return Products.apply(query, key, value, blocks, kwargs.get("scaling")), None
     parts = [
-        sdpa_attention_forward(
-            module, query[:, :, rows], key[:, :, keys], value[:, :, keys], mask, **kwargs
-        )[0]
+        _sdpa(module, query[:, :, rows], key[:, :, keys], value[:, :, keys], mask, **kwargs)
         for rows, keys, mask in blocks
     ]
     return torch.cat(parts, dim=1), None
+
+
+def _sdpa(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Run ``sdpa`` attention; without gradients on a CPU, heads that share keys as one.
+
+    There, transformers copies the keys for each head, and torch turns the mask to numbers in each
+    layer: as much work as a short pass over a long cache is in all.
+
+    Returns:
+        what is attended to, of shape (rows, queries, heads, width).
+    """
+    more = ("position_bias", "softcap", "cache")
+    if (
+        mask is None
+        or mask.dtype != torch.bool
+        or mask.device.type != "cpu"
+        or mask.shape[1] != 1
+        or torch.is_grad_enabled()
+        or any(kwargs.get(name) is not None for name in more)
+        or kwargs.get("dropout")
+    ):
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    rows, heads, queries, _ = query.shape
+    found = F.scaled_dot_product_attention(
+        _heads_together(query, key.shape[1]).unflatten(0, (rows, -1)),
+        key,
+        value,
+        attn_mask=_added(mask, heads // key.shape[1], query.dtype),
+        scale=kwargs.get("scaling"),
+    )
+    return found.view(rows, heads, queries, -1).transpose(1, 2)
+
+
+def _added(mask: torch.Tensor, times: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return a mask as numbers to add to the scores of several heads at once.
+
+    It is made for the first layer, and kept with the mask for the others.
+    """
+    kept: torch.Tensor | None = getattr(mask, _NUMBERS, None)
+    if kept is None or kept.dtype != dtype or kept.shape[2] != times * mask.shape[2]:
+        kept = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+        kept = kept.repeat(1, 1, times, 1)
+        setattr(mask, _NUMBERS, kept)
+    return kept
 
 
 class Products(torch.autograd.Function):

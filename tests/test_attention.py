@@ -106,7 +106,7 @@ def test_products_round_like_torchs_own(rows: int, autocast: bool) -> None:
     # six heads on two of keys, which are wider than the values
     shapes = (6, queries, 16), (2, keys, 16), (2, keys, 8), (6, queries, 8)
     query, key, value, given = (torch.randn(rows, *shape) for shape in shapes)
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = 3, True  # type: ignore[assignment]
 
     def run(mask: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -153,3 +153,21 @@ def test_windows_in_blocks(architecture: str, monkeypatch: pytest.MonkeyPatch) -
     separate = [collator()([example]) for paragraph in PARAGRAPHS for example in paragraph]
     found = difference(model, shared, separate)
     assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+@pytest.mark.parametrize("queries", [1, 7, 40])
+def test_heads_that_share_keys_as_one(key_heads: int, queries: int) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(2, queries, 6, 16).transpose(1, 2)
+    key, value = torch.randn(2, 2, key_heads, 50, 16)
+    mask = torch.rand(2, 1, queries, 50) < 0.5
+    mask[..., 0] = True
+    module: Any = torch.nn.Module()
+    module.num_key_value_groups = 6 // key_heads
+    expected, _ = attention.sdpa_attention_forward(module, query, key, value, mask, scaling=0.2)
+    mark_blocks(mask, 16)
+    with torch.inference_mode():
+        for _ in range(2):  # the second with the numbers that the first made
+            found, _ = attention.attend(module, query, key, value, mask, scaling=0.2)
+            torch.testing.assert_close(found, expected)
