@@ -13,12 +13,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from llama_squad.activation import ADAPTER_MASK
 from llama_squad.encoding import IGNORE
 from llama_squad.head import exact_head
 from llama_squad.tree import Tree, batch_rows, make_masks
 from llama_squad.tree_check import RowProbe, move_back, other_tokens, why_not_shared
+
+ROOM = 128
+"""Columns that a full cache grows by, beside those asked for."""
 
 
 @dataclass
@@ -43,6 +47,35 @@ class Branch:
             self.adapter_from = self.parent.adapter_from
 
 
+class _Layer(DynamicLayer):
+    """A layer's keys and values with room for more: a pass over a few tokens copies no others."""
+
+    _room: tuple[torch.Tensor, ...] = ()
+    _shown: torch.Tensor | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add a pass's keys and values; return all."""
+        if not self.is_initialized:
+            return super().update(key_states, value_states, *args, **kwargs)
+        held = cast(tuple[torch.Tensor, torch.Tensor], (self.keys, self.values))
+        start = held[0].shape[2]
+        stop = start + key_states.shape[2]
+        if held[0] is not self._shown or stop > self._room[0].shape[2]:  # or the tree changed them
+            self._room = tuple(F.pad(x, (0, 0, 0, stop - start + ROOM)) for x in held)
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, start:stop] = new
+        self.keys, self.values = (room[:, :, :stop] for room in self._room)
+        self._shown = self.keys
+        return self.keys, self.values
+
+    def replace(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
+        """Hold others in their place, of any length."""
+        self.keys, self.values = keys, values
+        self._room, self._shown = (), None
+
+
 class TokenTree:
     """Token sequences that share stems, one tree per row, run with one key/value cache.
 
@@ -52,6 +85,7 @@ class TokenTree:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self.cache = DynamicCache()
+        self.cache.layer_class_to_replicate = _Layer
         self._length = self._compact_length = 0
         self._depths = np.zeros((0, 0), dtype=np.int64)  # of the cache's columns, a row each
 
@@ -145,7 +179,7 @@ class TokenTree:
             keys = torch.cat([F.pad(layer.keys, (0, 0, 0, pad)) for layer, pad in pairs])
             values = torch.cat([F.pad(layer.values, (0, 0, 0, pad)) for layer, pad in pairs])
             for layer in layers:
-                layer.keys = layer.values = None
+                layer.replace(None, None)
             joined.cache.update(keys, values, index)
         return joined
 
@@ -162,16 +196,15 @@ class TokenTree:
         self._depths = np.take_along_axis(self._depths, index, axis=1)
         for layer in cast(list[Any], self.cache.layers):
             where = torch.from_numpy(index).to(layer.keys.device)[:, None, :, None]
-            layer.keys = layer.keys.take_along_dim(where, dim=2)
-            layer.values = layer.values.take_along_dim(where, dim=2)
+            held = layer.keys, layer.values
+            layer.replace(*(x.take_along_dim(where, dim=2) for x in held))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all rows but these."""
         self._depths = self._depths[list(rows)]
         for layer in cast(list[Any], self.cache.layers):
             index = torch.tensor(rows, device=layer.keys.device)
-            layer.keys = layer.keys.index_select(0, index)
-            layer.values = layer.values.index_select(0, index)
+            layer.replace(*(x.index_select(0, index) for x in (layer.keys, layer.values)))
 
     @property
     def grown(self) -> int:
