@@ -59,11 +59,13 @@ def test_the_same_logits_where_it_acts_on_all() -> None:
     assert not any("forward" in layer.__dict__ for layer in model.modules())
 
 
-def test_in_16_bits_as_near_as_rounding() -> None:
+def test_in_16_bits_as_near_as_in_training() -> None:
+    """Which is under autocast: the adapter's products are in the base's number format."""
     model = _adapted(torch.bfloat16)
     exact = _logits(_adapted(), False)
-    ours, theirs = ((_logits(model, lean) - exact).abs().mean() for lean in (True, False))
-    assert ours < 2 * theirs
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = _logits(model, False)
+    assert (_logits(model, True) - exact).norm() < 1.1 * (trained - exact).norm()
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
