@@ -107,7 +107,7 @@ def test_products_round_like_torchs_own(rows: int, autocast: bool) -> None:
     shapes = (6, queries, 16), (2, keys, 16), (2, keys, 8), (6, queries, 8)
     query, key, value, given = (torch.randn(rows, *shape) for shape in shapes)
     module: Any = torch.nn.Module()
-    module.num_key_value_groups, module.is_causal = 3, True  # type: ignore[assignment]
+    module.num_key_value_groups, module.is_causal = 3, True
 
     def run(mask: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         q, k, v = (x.bfloat16().to(dtype).requires_grad_() for x in (query, key, value))

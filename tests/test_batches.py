@@ -94,7 +94,8 @@ def test_logits_of_a_large_head_are_float32() -> None:
             logits = head(hidden)
         assert head(hidden).dtype == torch.bfloat16
     torch.testing.assert_close(logits, expected.float(), rtol=1e-6, atol=1e-6)
-    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    assert matmul.fp32_precision == "none"
 
 
 def _fused_step(model: Any) -> None:
