@@ -4,8 +4,10 @@ Training: a step's row of real paragraphs, forward and backward, of an adapter t
 question on (``--alora_from``): attention over the whole row, in blocks, by plain products
 (``llama_squad/attention.py``), the base's tokens first (``llama_squad/supervised.py``), LoRA's
 layers as one step of the graph (``llama_squad/lora.py``), and cross entropy a few tokens at a time.
-Evaluation: whole paragraphs answered in batches, with neither finished rows dropped nor tokens run
-ahead (``decoding/lookahead.py``), then with one, and with both. Every way takes its turn in each
+Evaluation: whole paragraphs answered in batches, without all of the following, then with one more
+each: finished rows dropped, tokens run ahead (``decoding/lookahead.py``), the adapter without
+PEFT's detours (``decoding/adapters.py``), the output layer on a CPU's units for bfloat16
+(``head.py``), and attention that copies no keys. Every way takes its turn in each
 round, so that other work on the machine falls on all alike; what is printed is the median of the
 rounds, in seconds of processor time, and how many answers differ.
 
@@ -24,12 +26,13 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from llama_squad import attention, lora, modeling, supervised
+from llama_squad import attention, head, lora, modeling, supervised
 from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.data import load_squad, sample_paragraphs
-from llama_squad.decoding import batch, lookahead
+from llama_squad.decoding import batch, generator, lookahead
 from llama_squad.predictors.base import batch_paragraphs
 from llama_squad.predictors.local import LocalModel
 from llama_squad.prompts import adapter_start
@@ -139,6 +142,11 @@ def plain_loss(
     return loss, (logits.float().argmax(-1) == wanted).sum()
 
 
+def plain_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """Run transformers' attention in the place of ours."""
+    return sdpa_attention_forward(*args, **kwargs)[0]
+
+
 @contextlib.contextmanager
 def without(*parts: str) -> Iterator[None]:
     """Switch parts of training and of decoding off."""
@@ -155,6 +163,17 @@ def without(*parts: str) -> Iterator[None]:
             stack.enter_context(mock.patch.object(supervised, "runs_base_first", lambda *_: False))
         if "lookahead" in parts:
             stack.enter_context(mock.patch.object(lookahead, "PASS_TOKENS", 0))
+        if "adapter" in parts:
+            stack.enter_context(
+                mock.patch.object(generator, "lean_adapters", lambda _: contextlib.nullcontext())
+            )
+        if "head" in parts:
+            product: Any = head._Product
+            stack.enter_context(
+                mock.patch.object(product, "_is_exact_in_bfloat16", lambda *_: False)
+            )
+        if "attention" in parts:
+            stack.enter_context(mock.patch.object(attention, "_sdpa", plain_attention))
         if "rows" in parts:
             stack.enter_context(mock.patch.object(batch, "KEPT_ROWS", -1.0))
         yield
@@ -175,13 +194,17 @@ def evaluation(args: argparse.Namespace, settings: ModelArguments, dataset: Any)
                 for prediction in local.answer(part)
             ]
 
+    new = "adapter", "head", "attention"
     ways = {
-        "neither": lambda: answer("lookahead", "rows"),
-        "finished rows dropped": lambda: answer("lookahead"),
-        "and tokens run ahead": answer,
+        "none of it": lambda: answer("lookahead", "rows", *new),
+        "finished rows dropped": lambda: answer("lookahead", *new),
+        "tokens run ahead": lambda: answer(*new),
+        "the adapter without PEFT's detours": lambda: answer(*new[1:]),
+        "the output layer in bfloat16": lambda: answer(*new[2:]),
+        "attention without copies": answer,
     }
     seconds, answers = take_turns(ways, args.rounds)
-    first = answers["neither"]
+    first = answers["none of it"]
     notes = {
         name: f"{seconds[name] / len(first):.3f} s per question, "
         f"{sum(a != b for a, b in zip(first, found, strict=True))} answers differ"

@@ -24,6 +24,10 @@ stage() {
   OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} \
     "${run[@]}" "$@" --config $config ${MODEL:+"--model_name=$MODEL"}
 }
+# A training on a CPU slows down under glibc's allocator; jemalloc, where it is, does not (docs/stages.md).
+export LD_PRELOAD=${LD_PRELOAD-$(python -c \
+  "import ctypes.util; print(ctypes.util.find_library('jemalloc') or '')")}
+
 evaluate() { stage test_llama_squad.py ${sample[@]+"${sample[@]}"} "$@"; }
 tuned=--adapter_name=$out/final_checkpoints
 
