@@ -31,9 +31,9 @@ export LD_PRELOAD=${LD_PRELOAD-$(python -c \
 evaluate() { stage test_llama_squad.py ${sample[@]+"${sample[@]}"} "$@"; }
 tuned=--adapter_name=$out/final_checkpoints
 
-echo "Two cores with AVX512-BF16 (AMD EPYC) take, by what was measured on one (benchmarks/RESULTS.md): training" \
-  "about an hour, each evaluation half an hour, but that of the untuned model's free replies, which are long," \
-  "two and a half hours. CPUs without AVX512-BF16 or AMX compute in float32, at less than half of that speed."
+echo "Two cores with AMX (Intel Xeon) take, by what was measured on one (benchmarks/RESULTS.md): training half an" \
+  "hour, each evaluation a quarter, but that of the untuned model's free replies, which are long, 70 minutes." \
+  "With AVX512-BF16 alone (AMD EPYC) twice as long; other CPUs compute in float32, and take longer still."
 [ -d data/squad_v2 ] || python create_squad_dataset.py --config $config
 [ -d $out/final_checkpoints ] ||
   stage train_llama_squad.py --resume_from_checkpoint auto \
@@ -41,7 +41,7 @@ echo "Two cores with AVX512-BF16 (AMD EPYC) take, by what was measured on one (b
 evaluate $tuned --output $out/tuned_spans.csv
 evaluate $tuned --decoding free --output $out/tuned_free.csv
 evaluate --output $out/base_spans.csv
-evaluate --decoding free --output $out/base_free.csv
+evaluate --decoding free --batch_size 128 --output $out/base_free.csv
 
 python summarize_results.py "base, free=$out/base_free.csv" "base, held to spans=$out/base_spans.csv" \
   "tuned, free=$out/tuned_free.csv" "tuned, held to spans=$out/tuned_spans.csv"
