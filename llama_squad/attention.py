@@ -135,7 +135,7 @@ def _sdpa(
         mask is None
         or mask.dtype != torch.bool
         or mask.device.type != "cpu"
-        or mask.shape[1] != 1
+        or mask.shape[1:3] != (1, query.shape[2])
         or torch.is_grad_enabled()
         or any(kwargs.get(name) is not None for name in more)
         or kwargs.get("dropout")
@@ -149,7 +149,8 @@ def _sdpa(
         attn_mask=_added(mask, heads // key.shape[1], query.dtype),
         scale=kwargs.get("scaling"),
     )
-    return found.view(rows, heads, queries, -1).transpose(1, 2)
+    # some models take a view of it
+    return found.view(len(found), heads, queries, -1).transpose(1, 2).contiguous()
 
 
 def _added(mask: torch.Tensor, times: int, dtype: torch.dtype) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Logits in float32 of a model whose weights have 16 bits."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -11,6 +12,9 @@ from transformers import PreTrainedModel
 
 HEAD_ROWS = 8192
 """So many rows of a 16-bit head are turned to float32 at once, where it is not kept."""
+
+_PRECISION = threading.Lock()
+"""Held while torch's own is another: two threads at once would leave it so."""
 
 
 @contextlib.contextmanager
@@ -74,9 +78,10 @@ def _bfloat16_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Its units for bfloat16 (AMX) sum in float32, too, and several times as fast.
     """
     matmul = cast(Any, torch.backends.mkldnn).matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        return F.linear(x, weight)
-    finally:
-        matmul.fp32_precision = before
+    with _PRECISION:
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "bf16"
+        try:
+            return F.linear(x, weight)
+        finally:
+            matmul.fp32_precision = before

@@ -39,7 +39,9 @@ class _Layer:
         """Return what PEFT's does, within rounding."""
         layer = self._layer
         mask = self._activation.mask if self._activation else None
-        if args or kwargs or not is_plain(layer, x) or (self._activation and mask is None):
+        # a mask of other tokens than these is refused there
+        masked = not self._activation or (mask is not None and mask.shape[:-1] == x.shape[:-1])
+        if args or kwargs or not masked or not is_plain(layer, x):
             return self._otherwise(x, *args, **kwargs)
         (name,) = layer.active_adapters
         base, first, second = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
@@ -62,7 +64,7 @@ def is_plain(layer: Any, x: torch.Tensor) -> bool:
         (torch.is_autocast_enabled("cpu") or x.dtype == matrices[0].weight.dtype)
         and (isinstance(dropout, nn.Identity) or not layer.training)
         and all(type(m) is nn.Linear and m.bias is None for m in matrices)
-        and not layer.base_layer.weight.requires_grad
+        and not any(p.requires_grad for p in layer.base_layer.parameters())
     )
 
 
@@ -111,7 +113,7 @@ class LoraLinear(torch.autograd.Function):
             found.addmm_(inner, second.T)
         ctx.save_for_backward(flat, weight, first, second, inner, mask)
         ctx.scaling = scaling
-        return found.view(*x.shape[:-1], -1)
+        return found.view(*x.shape[:-1], found.shape[-1])  # not -1: there may be no tokens
 
     @staticmethod
     @once_differentiable
@@ -128,7 +130,7 @@ class LoraLinear(torch.autograd.Function):
         found = None
         if ctx.needs_input_grad[0]:
             found = (given @ weight).addmm_(through, first)
-            found = found.view(*shape[:-1], -1).to(of_x)
+            found = found.view(*shape[:-1], found.shape[-1]).to(of_x)
         return (
             found,
             None,

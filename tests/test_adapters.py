@@ -9,7 +9,7 @@ from helpers import make_records, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 
 from llama_squad.activation import ADAPTER_MASK, activate
-from llama_squad.decoding import generator
+from llama_squad.decoding import adapters, generator
 from llama_squad.decoding.adapters import lean_adapters
 from llama_squad.decoding.cache import Branch, TokenTree
 from llama_squad.encoding import ChatEncoder
@@ -101,3 +101,29 @@ def test_a_tree_grows_under_it() -> None:
             else:
                 found.append(tree.extend([branches]))
     torch.testing.assert_close(*found)
+
+
+def test_tokens_that_no_mask_is_of_are_refused() -> None:
+    model = _adapted()
+    activate(model, "question")
+    layer = model.model.model.layers[0].self_attn.q_proj
+    with torch.inference_mode(), lean_adapters(model):
+        model(IDS, **{ADAPTER_MASK: MASKS["the last"]})
+        with pytest.raises(ValueError, match="rows of tokens"):
+            layer(torch.zeros(10, 32))
+
+
+def test_no_layer_stays_lean_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _adapted()
+    real, made = adapters._Sum, list[Any]()
+
+    def full(*args: Any) -> Any:
+        if len(made) == 3:
+            raise MemoryError
+        made.append(real(*args))
+        return made[-1]
+
+    monkeypatch.setattr(adapters, "_Sum", full)
+    with pytest.raises(MemoryError), lean_adapters(model):
+        pass
+    assert made and not any("forward" in layer.__dict__ for layer in model.modules())

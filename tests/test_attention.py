@@ -171,3 +171,19 @@ def test_heads_that_share_keys_as_one(key_heads: int, queries: int) -> None:
         for _ in range(2):  # the second with the numbers that the first made
             found, _ = attention.attend(module, query, key, value, mask, scaling=0.2)
             torch.testing.assert_close(found, expected)
+
+
+def test_a_mask_that_all_queries_share() -> None:
+    """Which torch takes too; what comes back is contiguous, as from transformers' own."""
+    torch.manual_seed(0)
+    query, mask = torch.randn(2, 6, 5, 16), torch.arange(9).expand(2, 1, 1, 9) < 7
+    key, value = torch.randn(2, 2, 2, 9, 16)
+    module: Any = torch.nn.Module()
+    module.num_key_value_groups = 3
+    with torch.inference_mode():
+        expected, _ = attention.sdpa_attention_forward(module, query, key, value, mask)
+        whole = mask.expand(2, 1, 5, 9).contiguous()
+        for each in (mask, whole):
+            found, _ = attention.attend(module, query, key, value, each)
+            torch.testing.assert_close(found, expected)
+            assert found.is_contiguous()

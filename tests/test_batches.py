@@ -3,8 +3,9 @@
 import dataclasses
 import itertools
 import json
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph, Reply, Span
 from llama_squad.encoding import ChatEncoder
 from llama_squad.evaluation import begun_with, evaluate
-from llama_squad.head import HEAD_ROWS, exact_head
+from llama_squad.head import HEAD_ROWS, _bfloat16_product, exact_head
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
 from llama_squad.results import config_path
@@ -96,6 +97,29 @@ def test_logits_of_a_large_head_are_float32() -> None:
     torch.testing.assert_close(logits, expected.float(), rtol=1e-6, atol=1e-6)
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     assert matmul.fp32_precision == "none"
+
+
+def test_two_threads_leave_torchs_precision_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ends while the second works, if they can be at it both."""
+    x = torch.ones(1, 2)
+    begun, both = threading.Event(), threading.Event()
+
+    def linear(*_: Any) -> torch.Tensor:
+        if not begun.is_set():
+            begun.set()
+            both.wait(0.5)
+        else:
+            both.set()
+            one.join()
+        return x
+
+    monkeypatch.setattr(F, "linear", linear)
+    one, two = (threading.Thread(target=_bfloat16_product, args=(x, x)) for _ in range(2))
+    one.start()
+    begun.wait()
+    two.start()
+    two.join()
+    assert cast(Any, torch.backends.mkldnn).matmul.fp32_precision == "none"
 
 
 def _fused_step(model: Any) -> None:

@@ -143,3 +143,33 @@ def test_cross_entropy_in_parts(
 def test_cross_entropy_of_nothing() -> None:
     loss, right = CrossEntropy.apply(torch.zeros(0, 9), torch.zeros(0, dtype=torch.long))
     assert (loss.item(), right.item()) == (0, 0)
+
+
+def test_a_bias_of_the_base_is_trained(calls: list[int]) -> None:
+    """As PEFT does it where an adapter's configuration says ``bias``: the layer is left to it."""
+    config = LoraConfig(r=4, target_modules="all-linear", bias="all")
+    model: Any = get_peft_model(tiny_model("qwen2"), config)
+    wanted = gradients(model)
+    quicken(model)
+    found = gradients(model)
+    assert any(name.endswith("q_proj.base_layer.bias") for name in wanted)
+    assert found.keys() == wanted.keys()
+    assert calls  # of the layers without one
+
+
+def test_layers_that_are_given_no_tokens(calls: list[int]) -> None:
+    """As an expert that none is sent to."""
+    model: Any = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear"))
+    quicken(model)
+    x = torch.zeros(0, 32, requires_grad=True)
+    model.model.model.layers[0].self_attn.q_proj(x).sum().backward()
+    assert calls and x.grad is not None and x.grad.shape == (0, 32)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_tokens_that_no_mask_is_of_are_refused(tokens: int) -> None:
+    model = activated("question")
+    quicken(model)
+    model(ROW["input_ids"][:, :tokens], adapter_mask=torch.ones(1, tokens, dtype=torch.bool))
+    with pytest.raises(ValueError, match="rows of tokens"):
+        model.model.model.layers[0].self_attn.q_proj(torch.zeros(4, 32))

@@ -24,13 +24,13 @@ def lean_adapters(model: Any) -> Iterator[None]:
     """
     layers = _plain_layers(model) if hasattr(model, "peft_config") else []
     acting = _Acting(activation_of(model))
-    for layer in layers:
-        layer.forward = _Sum(layer, acting)
     try:
+        for layer in layers:
+            layer.forward = _Sum(layer, acting)
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer in layers:  # not all have it where memory ran out
+            layer.__dict__.pop("forward", None)
 
 
 def _plain_layers(model: Any) -> list[Any]:
@@ -57,6 +57,11 @@ class _Acting:
         self._activation = activation
         self._mask: torch.Tensor | None = None
         self._tokens: slice | torch.Tensor | None = None
+
+    def fits(self, x: torch.Tensor) -> bool:
+        """Tell whether a layer's input is of the tokens that the pass names."""
+        mask = self._activation.mask if self._activation else None
+        return mask is None or mask.shape[:-1] == x.shape[:-1]
 
     def tokens(self, x: torch.Tensor) -> slice | torch.Tensor | None:
         """Return which rows of a layer's flattened input the adapter acts on; None: on none."""
@@ -88,7 +93,8 @@ class _Sum:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum, of shape (..., width)."""
-        if torch.is_autocast_enabled(x.device.type):  # of a trainer's evaluation, in forward alone
+        # autocast: of a trainer's evaluation, in forward alone; other tokens are refused there
+        if torch.is_autocast_enabled(x.device.type) or not self._acting.fits(x):
             return type(self._layer).forward(self._layer, x)
         result: torch.Tensor = self._base(x)
         tokens = self._acting.tokens(x)
