@@ -238,8 +238,7 @@ def _shares(
     """Return how much of each key a query takes, in the type of the query."""
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = torch.bmm(query.to(wide) * scaling, key.to(wide).mT)
-    unseen = torch.zeros(mask.shape, dtype=wide).masked_fill_(~mask, -torch.inf)
-    scores.view(mask.shape[0], -1, *mask.shape[2:]).add_(unseen)
+    scores.view(mask.shape[0], -1, *mask.shape[2:]).add_(_added(mask, 1, wide))
     return scores.softmax(-1).to(query.dtype)
 
 

@@ -18,12 +18,9 @@ from llama_squad.activation import Activation, activation_of
 
 def quicken(model: Any) -> None:
     """Let the plain LoRA layers of a ``PeftModel`` train as ``LoraLinear``, where they can."""
-    from peft.tuners.lora import Linear
-
     activation = activation_of(model)
-    plain: list[Any] = [m for m in model.modules() if type(m) is Linear]
-    for layer in plain:
-        if type(layer.base_layer) is nn.Linear:
+    for layer in model.modules():
+        if plain_adapter(layer):
             layer.forward = _Layer(layer, layer.forward, activation)
 
 
@@ -51,21 +48,32 @@ class _Layer:
 
 
 def is_plain(layer: Any, x: torch.Tensor) -> bool:
-    """Tell whether ``LoraLinear`` is all that a layer does with an input."""
-    names = layer.active_adapters
-    if layer.disable_adapters or layer.merged or len(names) != 1 or x.device.type != "cpu":
-        return False
-    (name,) = names
-    if name not in layer.lora_A or name in layer.lora_variant:
-        return False
-    dropout, matrices = layer.lora_dropout[name], (layer.lora_A[name], layer.lora_B[name])
+    """Tell whether ``LoraLinear`` is all that a layer does with an input, on a CPU."""
+    name = plain_adapter(layer)
     return (
+        name is not None
+        and x.device.type == "cpu"
         # without autocast PEFT's products of the adapter are in the adapter's type
-        (torch.is_autocast_enabled("cpu") or x.dtype == matrices[0].weight.dtype)
-        and (isinstance(dropout, nn.Identity) or not layer.training)
-        and all(type(m) is nn.Linear and m.bias is None for m in matrices)
+        and (torch.is_autocast_enabled("cpu") or x.dtype == layer.lora_A[name].weight.dtype)
+        and (isinstance(layer.lora_dropout[name], nn.Identity) or not layer.training)
         and not any(p.requires_grad for p in layer.base_layer.parameters())
     )
+
+
+def plain_adapter(layer: Any) -> str | None:
+    """Return the name of a layer's adapter, where that is one plain LoRA on a linear layer."""
+    from peft.tuners.lora import Linear
+
+    if type(layer) is not Linear or type(layer.base_layer) is not nn.Linear:
+        return None
+    names = layer.active_adapters
+    if layer.disable_adapters or layer.merged or hasattr(layer, "_hf_hook") or len(names) != 1:
+        return None
+    (name,) = names
+    if name not in layer.lora_A or name in layer.lora_variant:
+        return None
+    matrices = layer.lora_A[name], layer.lora_B[name]
+    return name if all(type(m) is nn.Linear and m.bias is None for m in matrices) else None
 
 
 class LoraLinear(torch.autograd.Function):

@@ -33,7 +33,7 @@ tuned=--adapter_name=$out/final_checkpoints
 
 echo "Two cores with AMX (Intel Xeon) take, by what was measured on one (benchmarks/RESULTS.md): training half an" \
   "hour, each evaluation a quarter, but that of the untuned model's free replies, which are long, 70 minutes." \
-  "With AVX512-BF16 alone (AMD EPYC) twice as long; other CPUs compute in float32, and take longer still."
+  "CPUs with AVX512-BF16 alone take longer (unmeasured since 1.1.0), others compute in float32, and longer still."
 [ -d data/squad_v2 ] || python create_squad_dataset.py --config $config
 [ -d $out/final_checkpoints ] ||
   stage train_llama_squad.py --resume_from_checkpoint auto \

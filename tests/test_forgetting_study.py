@@ -94,6 +94,19 @@ def kept_replies(name: str) -> list[dict[str, Any]]:
     return json.loads(kept.read_text())["replies"]
 
 
+def check_chat_at_rest(at_rest: dict[str, Any]) -> None:
+    """An activated adapter takes no part in chat and given texts; a plain one does."""
+    assert at_rest["chat"]["paired"]["words"] == {"difference": 0.0, "standard_error": 0.0}
+    assert at_rest["wikitext"]["paired"] == {"difference": 0.0, "standard_error": 0.0}
+    replies = [
+        [reply["text"] for reply in kept_replies(name)]
+        for name in ("base", "acts from the question", "plain")
+    ]
+    assert replies[0] == replies[1] != replies[2]
+    prompts = [reply["prompt"] for reply in kept_replies("base")]
+    assert prompts == ["Who met whom?", "Write a word.", "Who met Kalomir?"]
+
+
 def test_the_study(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All parts are measured once, adapters come in later, and the picture is drawn."""
     base = str(tmp_path / "model")
@@ -135,17 +148,7 @@ def test_the_study(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert set(loads) == {"acts from the question"} and len(study.calls) == 5
     assert models["plain"] == tuned
     assert "acts from the question" in Path("pictures/p.svg").read_text()
-    # an activated adapter takes no part in chat and given texts; a plain one does
-    at_rest = models["acts from the question"]
-    assert at_rest["chat"]["paired"]["words"] == {"difference": 0.0, "standard_error": 0.0}
-    assert at_rest["wikitext"]["paired"] == {"difference": 0.0, "standard_error": 0.0}
-    replies = [
-        [reply["text"] for reply in kept_replies(name)]
-        for name in ("base", "acts from the question", "plain")
-    ]
-    assert replies[0] == replies[1] != replies[2]
-    prompts = [reply["prompt"] for reply in kept_replies("base")]
-    assert prompts == ["Who met whom?", "Write a word.", "Who met Kalomir?"]
+    check_chat_at_rest(models["acts from the question"])
 
 
 def test_a_study_goes_on_where_it_stopped(

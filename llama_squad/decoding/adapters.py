@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from llama_squad.activation import Activation, activation_of
+from llama_squad.lora import plain_adapter
 
 
 @contextlib.contextmanager
@@ -34,19 +34,10 @@ def lean_adapters(model: Any) -> Iterator[None]:
 
 
 def _plain_layers(model: Any) -> list[Any]:
-    from peft.tuners.lora.layer import Linear
-
     return [
         layer
         for layer in model.modules()
-        if type(layer) is Linear
-        and "forward" not in layer.__dict__
-        and type(layer.base_layer) is nn.Linear
-        and not (layer.training or layer.merged or layer.disable_adapters or layer.lora_variant)
-        and len(layer.active_adapters) == 1
-        and layer.active_adapters[0] in layer.lora_A
-        and layer.lora_B[layer.active_adapters[0]].bias is None
-        and not hasattr(layer, "_hf_hook")
+        if plain_adapter(layer) and not layer.training and "forward" not in layer.__dict__
     ]
 
 
