@@ -5,7 +5,7 @@ Reads:   the CSV files that ``test_llama_squad.py`` writes (or the original repo
 Writes:  the table to the terminal, to ``--output``, and plots to ``--plot``.
 
     python summarize_results.py
-    python summarize_results.py base=results/base.csv tuned=results/results.csv --format markdown
+    python summarize_results.py base=results/base.csv tuned=results/results.csv --paired
     python summarize_results.py --data dev.json --predictions pred.json --format json
 """
 
@@ -21,6 +21,7 @@ from llama_squad.checks import check_summary
 from llama_squad.config import parse_stage
 from llama_squad.durable import one_line_errors
 from llama_squad.metrics import ScoreTable, gold_texts, score_predictions, score_table
+from llama_squad.paired import QuestionScores, add_differences
 from llama_squad.plots import plot_na_probs
 from llama_squad.report import describe_differing, render_metrics, render_summaries
 from llama_squad.result_reader import name_files, read_rows
@@ -42,12 +43,14 @@ def summarize_files(args: SummarizeArguments) -> str:
     """Summarise result files, one row each."""
     if args.data or args.na_prob:
         raise ValueError("--data and --na_prob need --predictions FILE")
-    summaries, questions, unplotted = {}, {}, []
+    summaries, questions, scores, unplotted = {}, {}, {}, []
     for name, path in name_files(args.results).items():
-        asked, tally = Questions(), Tally()
+        asked, tally, scores[name] = Questions(), Tally(), QuestionScores()
         for row in read_rows(path, args.na_prob_thresh):
             asked.add(row)
             tally.add(row)
+            if args.paired:
+                scores[name].add(row)
         summaries[name], questions[name] = tally.metrics(), asked.key()
         if args.plot:
             table = tally.weighed()
@@ -59,6 +62,8 @@ def summarize_files(args: SummarizeArguments) -> str:
         raise ValueError(f"no --plot of {', '.join(unplotted)}: some rows have no na_prob")
     if unplotted:
         print(f"No plot of {', '.join(unplotted)}: some rows have no na_prob.", file=sys.stderr)
+    if args.paired:
+        add_differences(summaries, scores)
     summary = render_summaries(summaries, args.format, args.intervals)
     note = describe_differing(questions)
     if note and args.format in ("csv", "json"):  # which have no place for it
@@ -95,12 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     files = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))
     flags = ["--results", *files] if files else []
-    (args,) = parse_stage(
-        "summarize",
-        (SummarizeArguments,),
-        [*flags, *argv[len(files) :]],
-        description=__doc__,
-    )
+    argv = [*flags, *argv[len(files) :]]
+    (args,) = parse_stage("summarize", (SummarizeArguments,), argv, description=__doc__)
     try:
         check_summary(args)
         summary = score_official(args) if args.predictions else summarize_files(args)

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama_squad.config import write_json
-from llama_squad.metrics import wilson_interval
+from llama_squad.intervals import wilson_interval
 from llama_squad.result_reader import iter_results
 from llama_squad.rows import Row
 

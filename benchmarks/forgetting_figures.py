@@ -10,6 +10,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from llama_squad.chat_check import ChatReply, summarize_chat
 from llama_squad.harness import Run, paired_errors
+from llama_squad.intervals import standard_error
 from llama_squad.metrics import score_answer
 from llama_squad.rows import Row, row_answer
 from llama_squad.summary import summarize
@@ -20,10 +21,9 @@ Figures = dict[str, Any]
 def paired(before: Sequence[float], after: Sequence[float]) -> Figures:
     """Return the mean difference of paired figures, with its standard error."""
     differences = [b - a for a, b in zip(before, after, strict=True)]
-    spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
     return {
         "difference": statistics.fmean(differences),
-        "standard_error": spread / math.sqrt(len(differences)),
+        "standard_error": standard_error(differences) if len(differences) > 1 else 0.0,
     }
 
 

@@ -375,6 +375,11 @@ class SummarizeArguments:
         False,
         "Show 95 %% confidence intervals below the figures, too (csv and json always hold them).",
     )
+    paired: bool = _option(
+        False,
+        "Show what each file gains over the first one on the questions that both hold, with paired "
+        "95 %% intervals.",
+    )
     data: str | None = _option(
         None, "Dataset in the official SQuAD JSON form, to score --predictions on."
     )

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from llama_squad.answers import extract_answer
 from llama_squad.encoding import ChatEncoder
-from llama_squad.metrics import wilson_interval
+from llama_squad.intervals import wilson_interval
 
 CHAT_PROMPTS = Path(__file__).with_name("chat_prompts.txt")
 

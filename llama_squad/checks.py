@@ -315,10 +315,12 @@ def _check_url(args: EvalArguments) -> None:
 
 
 def check_summary(args: SummarizeArguments) -> None:
-    """Refuse what no na_prob can be compared with. Raises ValueError.
+    """Refuse what no na_prob can be compared with, and one file to compare. Raises ValueError.
 
     Other systems' files may hold any figure in the place of a probability, such as log-odds.
     """
+    if args.paired and (args.predictions or len(args.results) < 2):
+        raise ValueError("--paired compares result files with the first of them: give two or more")
     threshold = args.na_prob_thresh
     if threshold is None or (args.predictions and not math.isnan(threshold)):
         return

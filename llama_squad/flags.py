@@ -42,7 +42,8 @@ _GROUPS = {
         *("na_prob_thresh", "tune_threshold", "n_best"),
     ),
     "output": (
-        *("output_dir", "output", "predictions_dir", "overwrite", "format", "intervals", "plot"),
+        *("output_dir", "output", "predictions_dir", "overwrite"),
+        *("format", "intervals", "paired", "plot"),
         *("merge_and_push", "hub_model_id", "save_steps", "logging_steps", "report_to"),
     ),
 }

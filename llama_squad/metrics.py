@@ -22,11 +22,6 @@ Golds = Mapping[str, Sequence[str]]
 """Question id → its gold answers; none means the question has no answer."""
 Scores = dict[str, tuple[int, float]]
 """Question id → (exact, F1), both in [0, 1]."""
-Interval = tuple[float, float]
-
-Z_95 = 1.959963984540054
-"""The 97.5 % point of the standard normal distribution, for two-sided 95 % intervals."""
-
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -315,36 +310,3 @@ def strict_counts(outcomes: Mapping[Outcome, int]) -> dict[str, tuple[int, int]]
         successes = sum(n for outcome, n in tried.items() if succeeds(outcome))
         counts[name] = (successes, sum(tried.values()))
     return counts
-
-
-def wilson_interval(successes: int, trials: int, z: float = Z_95) -> Interval:
-    """Return Wilson's score interval of a proportion, as percentages.
-
-    Source: E. B. Wilson 1927, "Probable inference, the law of succession, and statistical
-    inference", JASA 22. Unlike the normal interval it holds near 0 and 100 %.
-    """
-    if not trials:
-        raise ValueError("no interval of a proportion of nothing")
-    share, square = successes / trials, z * z / trials
-    centre = (share + square / 2) / (1 + square)
-    half = z / (1 + square) * math.sqrt(share * (1 - share) / trials + square / (4 * trials))
-    # Rounding may leave the sure ends of 0 and 100 % a hair off.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == trials else centre + half
-    return 100.0 * low, 100.0 * high
-
-
-def mean_interval(values: Sequence[float], z: float = Z_95) -> Interval:
-    """Return the normal interval of a mean of values in [0, 1], as percentages, cut to [0, 100].
-
-    Mean ± z · s / √n with the sample's standard deviation s (the central limit theorem; no random
-    resampling, so the figure is the same each time). One value alone gives (0, 100).
-    """
-    if not values:
-        raise ValueError("no interval of a mean of nothing")
-    if len(values) == 1:
-        return 0.0, 100.0
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    half = z * math.sqrt(variance / len(values))
-    return 100.0 * max(0.0, mean - half), 100.0 * min(1.0, mean + half)

@@ -24,6 +24,8 @@ OFFICIAL_COLUMNS = (
 APART_COLUMNS = ("HasAns_span_exact", "HasAns_span_f1", "na_prob_auroc")
 """Reading: the best spans of questions with an answer, had none abstained; and abstaining."""
 
+_COUNTS = ("became right", "became wrong")
+
 _NOTE = "95 % confidence intervals: Wilson's; for F1 the normal one.\n"
 
 _WIDTH = 80
@@ -35,6 +37,7 @@ _NAME_WIDTH = 12
 def render_summaries(summaries: Summaries, form: Format, intervals: bool = False) -> str:
     """Write one row a run: the strict columns, the official SQuAD 2.0 figures, then what is found.
 
+    Where runs have "paired" differences to the first (``llama_squad.paired``), those stand below.
     A table is at most 80 characters wide. A csv holds all figures unrounded (best_f1 too), an
     interval as two columns, "<figure> low" and "<figure> high"; a json is a list of objects, each
     with its "name".
@@ -65,7 +68,35 @@ def render_summaries(summaries: Summaries, form: Format, intervals: bool = False
             cells = [_cell(summary, column, between if intervals else "") for column in columns]
             lines.append([name, f"{summary['n']:,}", *cells])
         tables.append(_terminal_table(lines) if form == "table" else _render_table(lines, form))
+    tables += _paired_table(summaries, form)
     return "\n".join([*tables, *_failed_note(summaries), *[_NOTE] * intervals])
+
+
+def _paired_table(summaries: Summaries, form: Format) -> list[str]:
+    """Return a table of differences, and what they are; [] where none are told."""
+    told = {name: summary["paired"] for name, summary in summaries.items() if "paired" in summary}
+    if not told:
+        return []
+    (to, *_) = {paired["to"] for paired in told.values()}
+    columns = list(dict.fromkeys(name for paired in told.values() for name in paired["difference"]))
+    between = "\n" if form == "table" else " "
+    lines = [["differences", "n", *columns, *_COUNTS]]
+    for name, paired in told.items():
+        cells = [_paired_cell(paired, column, between) for column in columns]
+        lines.append([name, f"{paired['n']:,}", *cells, *(f"{paired[c]:,}" for c in _COUNTS)])
+    table = _terminal_table(lines) if form == "table" else _render_table(lines, form)
+    note = (
+        f"Differences to {to} in points, on the questions that both files hold, ± half of the "
+        "paired 95 % interval; became right or wrong by strict equality."
+    )
+    return [table, textwrap.fill(note, _WIDTH, break_on_hyphens=False) + "\n"]
+
+
+def _paired_cell(paired: Mapping[str, Any], column: str, between: str) -> str:
+    if column not in paired["difference"]:
+        return "–"
+    low, high = paired["intervals"][column]
+    return f"{paired['difference'][column]:+.2f}{between}± {(high - low) / 2:.2f}"
 
 
 def _failed_note(summaries: Summaries) -> list[str]:
@@ -185,10 +216,17 @@ def _csv(records: Sequence[Sequence[Any]]) -> str:
 
 
 def _flatten(summary: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {key: value for key, value in summary.items() if key not in ("states", "intervals")}
+    apart = ("states", "intervals", "paired")
+    flat = {key: value for key, value in summary.items() if key not in apart}
     for name, (low, high) in summary["intervals"].items():
         flat |= {f"{name} low": low, f"{name} high": high}
-    return flat | summary["states"]
+    flat |= summary["states"]
+    if paired := summary.get("paired"):
+        flat |= {f"paired {key}": paired[key] for key in ("to", "n", *_COUNTS)}
+        for name, (low, high) in paired["intervals"].items():
+            gain = f"{name} difference"
+            flat |= {gain: paired["difference"][name], f"{gain} low": low, f"{gain} high": high}
+    return flat
 
 
 def _cell(summary: Mapping[str, Any], column: str, between: str = "") -> str:

@@ -11,15 +11,13 @@ from typing import Any
 
 from llama_squad.config import write_json
 from llama_squad.durable import one_line_errors
+from llama_squad.intervals import Interval, mean_interval, wilson_interval
 from llama_squad.metrics import (
-    Interval,
     Outcome,
     ScoreTable,
-    mean_interval,
     score_answer,
     strict_counts,
     strict_outcome,
-    wilson_interval,
 )
 from llama_squad.rows import STATES, Row, best_answer, row_answer
 
@@ -152,6 +150,12 @@ def _official_intervals(table: ScoreTable) -> dict[str, Interval]:
     return intervals
 
 
+def question_digest(row: Row) -> int:
+    """Return what tells questions apart, by their id, their words and their right answers."""
+    text = json.dumps([row["id"], row["question"], row["answers"]])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
+
+
 class Questions:
     """Which questions a file answers, in any order: their number, and a digest."""
 
@@ -161,8 +165,7 @@ class Questions:
 
     def add(self, row: Row) -> None:
         """Count a row's question and its right answers in."""
-        text = json.dumps([row["id"], row["question"], row["answers"]])
-        self._digest ^= int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
+        self._digest ^= question_digest(row)
         self._named = self._named or bool(row["question"])
         self._count += 1
 

@@ -9,7 +9,7 @@ import disfl_qa
 import pytest
 
 from llama_squad.answers import Answer
-from llama_squad.metrics import wilson_interval
+from llama_squad.intervals import wilson_interval
 from llama_squad.rows import HEADER, encode_rows, make_row
 
 

@@ -6,6 +6,7 @@ out by a second reading of the definition (``by_definition``) that shares no lin
 
 import dataclasses
 import json
+import math
 import random
 import re
 import statistics
@@ -17,17 +18,16 @@ from typing import Any
 import pytest
 
 from llama_squad.answers import Answer
+from llama_squad.intervals import mean_interval, standard_error, wilson_interval
 from llama_squad.metrics import (
     ScoreTable,
     evaluate_predictions,
     gold_texts,
     is_exact_match,
-    mean_interval,
     normalize_answer,
     score_answer,
     strict_counts,
     strict_outcome,
-    wilson_interval,
 )
 from llama_squad.thresholds import Plateau, choose_threshold
 
@@ -351,6 +351,7 @@ def test_wilson(successes: int, trials: int, expected: tuple[float, float]) -> N
 def test_mean_interval() -> None:
     # mean 0.5, s = 0.5 sqrt(4/3), n = 4: half-width 1.959964 · 0.288675 = 0.565793, cut to [0, 1]
     assert mean_interval([0.0, 0.0, 1.0, 1.0]) == (0.0, 100.0)
+    assert standard_error([0.4, 0.6] * 50) == pytest.approx(0.1 * math.sqrt(1 / 99))
     low, high = mean_interval([0.4, 0.6] * 50)
     # s = 0.1 sqrt(100/99), n = 100: half-width 1.959964 · 0.01005038 = 0.01969838
     assert (low, high) == pytest.approx((48.030162, 51.969838), abs=1e-6)

@@ -1,12 +1,12 @@
 """What came of corrections: the corrected questions, and all others, before and after training."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llama_squad.feedback.verdicts import Feedback, Verdict
-from llama_squad.metrics import Z_95, score_answer
+from llama_squad.intervals import Z_95, standard_error
+from llama_squad.metrics import score_answer
 from llama_squad.result_reader import iter_results
 from llama_squad.rows import Row, row_answer
 
@@ -71,18 +71,9 @@ def describe(outcome: Outcome) -> str:
     for place, name in enumerate(("exact", "F1")):
         pairs = [(before[place], after[place]) for before, after in others]
         means = [100 * math.fsum(scores) / len(pairs) for scores in zip(*pairs, strict=True)]
-        half = _half_interval([after - before for before, after in pairs])
+        half = 100 * Z_95 * standard_error([after - before for before, after in pairs])
         change = f"{means[1] - means[0]:+6.2f} ± {half:.2f}"
         lines.append(f"  {name:26} {means[0]:6.2f}    {means[1]:6.2f}   {change}")
     changes = [after[0] - before[0] for before, after in others]
     lines.append(f"  {changes.count(1):,} became right (exact), {changes.count(-1):,} wrong.")
     return "\n".join(lines)
-
-
-def _half_interval(differences: Sequence[float]) -> float:
-    """Return half the normal 95 % interval of a mean of differences, in points; NaN of one."""
-    if len(differences) < 2:
-        return math.nan
-    mean = math.fsum(differences) / len(differences)
-    variance = math.fsum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
-    return 100 * Z_95 * math.sqrt(variance / len(differences))
