@@ -13,22 +13,10 @@ cd "$(dirname "$0")/.."
 config=configs/smollm2_135m.yaml
 out=results/smollm2_135m
 read -ra sample <<< "${SAMPLE:-}"
-cores=$(env -u OMP_NUM_THREADS nproc 2> /dev/null || sysctl -n hw.ncpu)  # sysctl: macOS
-processes=${PROCESSES:-$(python -c \
-  "import torch; print(torch.cuda.device_count() or min(2, $cores))")}
-threads=$(((cores + processes - 1) / processes))
+. runs/lib/stage.sh
+flags=(--config $config ${MODEL:+"--model_name=$MODEL"})
 
-stage() {
-  local run=(python)
-  [ "$processes" = 1 ] || run=(torchrun --nproc_per_node "$processes")
-  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} \
-    "${run[@]}" "$@" --config $config ${MODEL:+"--model_name=$MODEL"}
-}
-# A training on a CPU slows down under glibc's allocator; jemalloc, where it is, does not (docs/stages.md).
-export LD_PRELOAD=${LD_PRELOAD-$(python -c \
-  "import ctypes.util; print(ctypes.util.find_library('jemalloc') or '')")}
-
-evaluate() { stage test_llama_squad.py ${sample[@]+"${sample[@]}"} "$@"; }
+evaluate() { stage test_llama_squad.py "${flags[@]}" ${sample[@]+"${sample[@]}"} "$@"; }
 tuned=--adapter_name=$out/final_checkpoints
 
 echo "Two cores with AMX (Intel Xeon) take, by what was measured on one (benchmarks/RESULTS.md): training half an" \
@@ -36,7 +24,7 @@ echo "Two cores with AMX (Intel Xeon) take, by what was measured on one (benchma
   "CPUs with AVX512-BF16 alone take longer (unmeasured since 1.1.0), others compute in float32, and longer still."
 [ -d data/squad_v2 ] || python create_squad_dataset.py --config $config
 [ -d $out/final_checkpoints ] ||
-  stage train_llama_squad.py --resume_from_checkpoint auto \
+  stage train_llama_squad.py "${flags[@]}" --resume_from_checkpoint auto \
     --per_device_train_batch_size $((48 / processes))
 evaluate $tuned --output $out/tuned_spans.csv
 evaluate $tuned --decoding free --output $out/tuned_free.csv

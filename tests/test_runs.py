@@ -93,7 +93,7 @@ def run_script(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> An
             except (SystemExit, Exception) as error:
                 self.wfile.write(f"{stage} {argv}: {error!r}".encode())
 
-    def run(name: str, questions: int = 6, **environment: str) -> list[list[str]]:
+    def run(name: str, questions: int = 6, *words: str, **environment: str) -> list[list[str]]:
         files = tiny["create_squad_dataset.py"]
         files[3:] = [str(Path(files[1]).with_name(f"test_{questions}.json"))]
         with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
@@ -104,8 +104,8 @@ def run_script(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> An
             threading.Thread(target=server.serve_forever, daemon=True).start()
             path = f"{shim.parent}{os.pathsep}{os.environ['PATH']}"
             done = subprocess.run(
-                ["bash", str(tmp_path / "runs" / name)], check=False, capture_output=True, text=True,
-                env=os.environ | {"PATH": path} | environment, cwd="/",
+                ["bash", str(tmp_path / "runs" / name), *words], check=False, capture_output=True,
+                text=True, env=os.environ | {"PATH": path} | environment, cwd="/",
             )  # fmt: skip
             server.shutdown()
         assert done.returncode == 0, done.stderr
@@ -137,6 +137,34 @@ def test_run(name: str, files: Any, trainings: Any, run_script: Any, tmp_path: P
     for file in files:
         rows = (tmp_path / "results" / file).read_text().count('"2-')
         assert rows == questions, file  # each question's row begins with its id
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("study", "trained"),
+    [
+        ("learning_curve", ["96 questions", "all parameters"]),
+        ("rates", ["8e-4", "2e-4", "4e-4", "2e-3"]),
+        ("adapters", ["recipe", "rank 8", "rank 128", "attention alone", "from the reply",
+                      "from the start"]),
+        ("prompts", ["recipe", "question first", "question twice", "no system text"]),
+        ("reasoning", ["none", "filler 20", "pause 1", "pause 5", "question twice"]),
+        ("precision", ["16 bits", "4 bits"]),
+        ("beams", ["4 beams"]),
+    ],
+)  # fmt: skip
+def test_studies(study: str, trained: list[str], run_script: Any, tmp_path: Path) -> None:
+    """Each way is trained with as many questions, and each row is compared with the first."""
+    calls = run_script("studies.sh", 6, study, CURVE="96", QUESTIONS="144", PROCESSES="1")
+    trainings = [call for call in calls if call[0] == "train_llama_squad.py"]
+    folders = [call[call.index("--output_dir") + 1] for call in trainings]
+    assert folders == [f"results/studies/{study}/{name}" for name in trained]
+    for name, call in zip(trained, trainings, strict=True):
+        steps = {"96 questions": "2", "all parameters": "417"}.get(name, "3")  # 48 questions each
+        assert call[call.index("--max_steps") + 1] == steps
+    first, *others = json.loads((tmp_path / f"results_published/study_{study}.json").read_text())
+    assert others and all(row["paired"]["to"] == first["name"] for row in others)
+    assert all(row["n"] == row["paired"]["n"] == 6 for row in others)
 
 
 @pytest.mark.slow
@@ -223,6 +251,14 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
     assert all("--nproc_per_node 3 test_llama_squad.py" in call for call in evaluations)
 
 
+def test_a_study_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    done = run_stubbed("studies.sh", tmp_path, {"python": "echo python was called >&2"})
+    assert (done.returncode, done.stderr) == (
+        2,
+        "studies.sh: give one of the studies that its head names\n",
+    )
+
+
 def test_every_script_is_run() -> None:
     (cases,) = [mark.args[1] for mark in test_run.pytestmark if mark.name == "parametrize"]
     tested = {name for name, *_ in cases}
@@ -230,4 +266,5 @@ def test_every_script_is_run() -> None:
         "carry_over.sh",
         "forgetting.sh",
         "others.sh",
+        "studies.sh",
     }

@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# One thing changed at a time: SmolLM2-135M-Instruct tuned in several ways, each asked the same questions
+# of dev in whole paragraphs. The table ends with the paired differences to the first row. No GPU needed.
+#
+#   ./runs/studies.sh learning_curve    the base; 1,000 to 60,000 questions; all parameters on 20,000
+#   ./runs/studies.sh rates             learning rates
+#   ./runs/studies.sh adapters          rank, adapted modules, where the adapter begins to act
+#   ./runs/studies.sh prompts           the question before the context, or twice; no system text
+#   ./runs/studies.sh reasoning         words of filler, pause tokens
+#   ./runs/studies.sh precision         4 bits and 16, merged or not
+#   ./runs/studies.sh beams             beams, and free replies
+#
+# QUESTIONS to train on (but for the curve's CURVE); ASKED of dev; MODEL and DATASET: folders in place of
+# the Hub; DATA_FLAGS for create_squad_dataset.py; PROCESSES as for smollm2_135m.sh. The same command
+# resumes where it was stopped. Figures: results_published/study_NAME.json.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+study=${1:-}
+case " learning_curve rates adapters prompts reasoning precision beams " in
+  *" ${study:-none} "*) ;;
+  *)
+    echo "studies.sh: give one of the studies that its head names" >&2
+    exit 2
+    ;;
+esac
+config=configs/smollm2_135m.yaml
+model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
+dataset=${DATASET:-data/squad_v2}
+questions=${QUESTIONS:-4992}
+asked=${ASKED:-2000}
+out=results/studies/$study
+read -ra data_flags <<< "${DATA_FLAGS:-}"
+rows=()
+. runs/lib/stage.sh
+
+build() { # FOLDER FLAGS
+  [ -d "$1" ] || python create_squad_dataset.py --config $config --dataset_name "$1" \
+    ${data_flags[@]+"${data_flags[@]}"} "${@:2}"
+}
+
+train() { # NAME FLAGS
+  local steps=$(((questions + 47) / 48))
+  [ -d "$out/$1/final_checkpoints" ] ||
+    stage train_llama_squad.py --config $config --model_name "$model" --dataset_name "$dataset" \
+      --output_dir "$out/$1" --resume_from_checkpoint auto --eval_strategy no --max_steps $steps \
+      --warmup_steps $((steps / 20 + 1)) --per_device_train_batch_size $((48 / processes)) "${@:2}"
+}
+
+ask() { # NAME FLAGS
+  stage test_llama_squad.py --config $config --model_name "$model" --dataset_name "$dataset" \
+    --sample paragraphs --num_samples "$asked" --output "$out/$1.csv" "${@:2}"
+  rows+=("$1=$out/$1.csv")
+}
+
+tune() { # NAME FLAGS: train an adapter, and ask it
+  train "$@"
+  ask "$1" --adapter_name "$out/$1/final_checkpoints"
+}
+
+tune_on() { # NAME FLAGS: the same on a dataset that is built with other flags
+  local dataset=data/studies/$1
+  build "$dataset" "${@:2}"
+  tune "$1"
+}
+
+ask_whole() { # NAME FOLDER: a model that is no adapter
+  local model=$2
+  ask "$1"
+}
+
+build "$dataset"
+case $study in
+  learning_curve)
+    ask base
+    for questions in ${CURVE:-1000 5000 20000 60000}; do tune "$questions questions"; done
+    questions=20000
+    train "all parameters" --full_parameters --learning_rate 5e-5
+    ask_whole "all parameters" "$out/all parameters/final_checkpoints"
+    ;;
+  rates)
+    for rate in 8e-4 2e-4 4e-4 2e-3; do tune $rate --learning_rate $rate; done
+    ;;
+  adapters)
+    tune "recipe"
+    tune "rank 8" --lora_r 8 --lora_alpha 16
+    tune "rank 128" --lora_r 128 --lora_alpha 256
+    tune "attention alone" --lora_target_modules q_proj k_proj v_proj o_proj
+    tune "from the reply" --alora_from reply
+    tune "from the start" --alora_from start
+    ;;
+  prompts)
+    tune "recipe"
+    tune_on "question first" --prompt question_first
+    tune_on "question twice" --prompt question_twice
+    tune_on "no system text" --system_prompt ""
+    ;;
+  reasoning)
+    tune "none"
+    tune "filler 20" --filler 20
+    tune "pause 1" --reasoning_tokens 1
+    tune "pause 5" --reasoning_tokens 5
+    tune_on "question twice" --prompt question_twice
+    ;;
+  precision) # activated adapters cannot be merged
+    train "16 bits" --alora_from start --merge_and_push
+    ask "16 bits" --adapter_name "$out/16 bits/final_checkpoints"
+    ask_whole "16 bits, merged" "$out/16 bits/final_merged_checkpoint"
+    train "4 bits" --alora_from start --merge_and_push --quantize
+    ask "4 bits" --adapter_name "$out/4 bits/final_checkpoints" --quantize
+    ask_whole "4 bits, merged" "$out/4 bits/final_merged_checkpoint"
+    ;;
+  beams)
+    tune "4 beams"
+    for beams in 1 10; do
+      ask "$beams beams" --adapter_name "$out/4 beams/final_checkpoints" --num_beams $beams
+    done
+    ask "free" --adapter_name "$out/4 beams/final_checkpoints" --decoding free
+    ;;
+esac
+
+python summarize_results.py "${rows[@]}" --paired
+python summarize_results.py "${rows[@]}" --paired --format json \
+  --output "results_published/study_$study.json" > /dev/null
