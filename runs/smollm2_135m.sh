@@ -3,7 +3,7 @@
 # table of README.md. No GPU needed. The same command resumes where it was stopped.
 #
 #   ./runs/smollm2_135m.sh
-#   MODEL=DIR ./runs/smollm2_135m.sh              # a folder in place of the Hub
+#   MODEL=DIR DATA_FLAGS="--train_files train-*.json --test_files dev.json" ./runs/smollm2_135m.sh   # without the Hub
 #   SAMPLE="--num_samples 2000 --sample paragraphs" ./runs/smollm2_135m.sh   # a sixth of the answers
 #
 # PROCESSES=N: how many share the work (default: one per GPU; without a GPU two, which share the cores).
@@ -22,7 +22,7 @@ tuned=--adapter_name=$out/final_checkpoints
 echo "Two cores with AMX (Intel Xeon) take, by what was measured on one (benchmarks/RESULTS.md): training half an" \
   "hour, each evaluation a quarter, but that of the untuned model's free replies, which are long, 70 minutes." \
   "CPUs with AVX512-BF16 alone take longer (unmeasured since 1.1.0), others compute in float32, and longer still."
-[ -d data/squad_v2 ] || python create_squad_dataset.py --config $config
+build data/squad_v2
 [ -d $out/final_checkpoints ] ||
   stage train_llama_squad.py "${flags[@]}" --resume_from_checkpoint auto \
     --per_device_train_batch_size $((48 / processes))

@@ -30,14 +30,8 @@ dataset=${DATASET:-data/squad_v2}
 questions=${QUESTIONS:-4992}
 asked=${ASKED:-2000}
 out=results/studies/$study
-read -ra data_flags <<< "${DATA_FLAGS:-}"
 rows=()
 . runs/lib/stage.sh
-
-build() { # FOLDER FLAGS
-  [ -d "$1" ] || python create_squad_dataset.py --config $config --dataset_name "$1" \
-    ${data_flags[@]+"${data_flags[@]}"} "${@:2}"
-}
 
 train() { # NAME FLAGS
   local steps=$(((questions + 47) / 48))

@@ -251,6 +251,14 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
     assert all("--nproc_per_node 3 test_llama_squad.py" in call for call in evaluations)
 
 
+def test_the_dataset_is_built_from_given_files(tmp_path: Path) -> None:
+    flags = "--train_files train-*.json --test_files dev.json"
+    stubs = {"python": f'echo "$*" >> {tmp_path}/calls; [ "$1" != create_squad_dataset.py ]'}
+    run_stubbed("smollm2_135m.sh", tmp_path / "a", stubs, PROCESSES="1", DATA_FLAGS=flags)
+    last = (tmp_path / "calls").read_text().splitlines()[-1]
+    assert last.startswith("create_squad_dataset.py ") and last.endswith(flags)
+
+
 def test_a_study_that_is_not_there_is_refused(tmp_path: Path) -> None:
     done = run_stubbed("studies.sh", tmp_path, {"python": "echo python was called >&2"})
     assert (done.returncode, done.stderr) == (
