@@ -22,6 +22,9 @@ Golds = Mapping[str, Sequence[str]]
 """Question id → its gold answers; none means the question has no answer."""
 Scores = dict[str, tuple[int, float]]
 """Question id → (exact, F1), both in [0, 1]."""
+BINS = 15
+"""Of a calibration error: as many as in its source."""
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -220,6 +223,33 @@ class ScoreTable:
             won += kinds.count(0) * (lower + sum(kinds) / 2)
             lower += sum(kinds)
         return 100.0 * won / lower / (len(self) - lower) if 0 < lower < len(self) else None
+
+    def reliability(self) -> list[tuple[int, float, float]]:
+        """Compare na_prob with how often there is no answer, in ``BINS`` bins of equal width.
+
+        Returns:
+            Of each bin that holds a question, their number, the mean of their na_prob, and the
+            share that has no answer; in [0, 1].
+        """
+        bins: dict[int, list[float]] = {}
+        for na_prob, has in zip(self.na_prob, self.has_answer, strict=True):
+            total = bins.setdefault(min(int(na_prob * BINS), BINS - 1), [0, 0.0, 0])
+            total[0] += 1
+            total[1] += na_prob
+            total[2] += not has
+        return [(int(n), p / n, without / n) for _, (n, p, without) in sorted(bins.items())]
+
+    def calibration_error(self) -> float | None:
+        """Return na_prob's expected calibration error in points; None if it is no probability.
+
+        The mean over all questions of how far na_prob and the share without an answer are apart in
+        their bin. Source: Guo et al. 2017, "On Calibration of Modern Neural Networks",
+        arXiv 1706.04599.
+        """
+        if not all(0 <= na_prob <= 1 for na_prob in self.na_prob):
+            return None
+        apart = math.fsum(n * abs(mean - share) for n, mean, share in self.reliability())
+        return 100.0 * apart / len(self)
 
     def best(self) -> dict[str, float]:
         """Return the official best_exact, best_f1 and their thresholds."""

@@ -9,11 +9,12 @@ from llama_squad.metrics import ScoreTable
 
 
 def plot_na_probs(table: ScoreTable, path: str | Path, title: str) -> None:
-    """Draw what the no-answer probability is worth, in four panels of one picture.
+    """Draw what the no-answer probability is worth, in panels of one picture.
 
-    Score against threshold (the official ``best_exact`` and ``best_f1`` are its peaks); precision
-    against recall as in the official script; na_prob of questions with and without an answer; and
-    the accuracy of the answers given against how many questions are given one.
+    Score against threshold (the official ``best_exact`` and ``best_f1`` are its peaks); na_prob of
+    questions with and without an answer; how often there is none against na_prob, where that is a
+    probability; precision against recall as in the official script; and the accuracy of the answers
+    given against how many questions are given one.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -22,12 +23,13 @@ def plot_na_probs(table: ScoreTable, path: str | Path, title: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(11, 8.5), layout="constrained")
-    panels = figure.subplots(2, 2)
-    _plot_thresholds(panels[0, 0], table)
-    _plot_histogram(panels[0, 1], table)
-    _plot_precision_recall(panels[1, 0], table)
-    _plot_coverage(panels[1, 1], table)
+    figure = Figure(figsize=(16, 8.5), layout="constrained")
+    panels = figure.subplot_mosaic("THR;PC.")
+    _plot_thresholds(panels["T"], table)
+    _plot_histogram(panels["H"], table)
+    _plot_reliability(panels["R"], table)
+    _plot_precision_recall(panels["P"], table)
+    _plot_coverage(panels["C"], table)
     figure.suptitle(title)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -129,6 +131,22 @@ def _plot_coverage(panel: Any, table: ScoreTable) -> None:
         panel.plot(coverage, accuracy, label=name)
     panel.set(xlabel="questions given an answer (%)", ylabel="answers right (%)")
     panel.set(title="Coverage and accuracy", xlim=(0, 100), ylim=(0, 105))
+    _legend(panel)
+
+
+def _plot_reliability(panel: Any, table: ScoreTable) -> None:
+    error = table.calibration_error()
+    panel.set(xlabel="na_prob (mean of a bin)", ylabel="questions without an answer (%)")
+    panel.set(title="Reliability", xlim=(0, 1), ylim=(0, 105))
+    if error is None:
+        panel.text(0.5, 50, "na_prob is no probability", ha="center")
+        return
+    counts, means, shares = zip(*table.reliability(), strict=True)
+    panel.plot((0, 1), (0, 100), color="grey", linewidth=0.8, label="calibrated")
+    areas = [10 + 300 * count / len(table) for count in counts]
+    label = f"off by {error:.1f} points on average"
+    panel.plot(means, [100 * share for share in shares], linewidth=0.8)
+    panel.scatter(means, [100 * share for share in shares], areas, label=label)
     _legend(panel)
 
 

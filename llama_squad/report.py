@@ -21,8 +21,9 @@ OFFICIAL_COLUMNS = (
     *("best_exact", "best_exact_thresh"),
 )
 
-APART_COLUMNS = ("HasAns_span_exact", "HasAns_span_f1", "na_prob_auroc")
-"""Reading: the best spans of questions with an answer, had none abstained; and abstaining."""
+APART_COLUMNS = ("HasAns_span_exact", "HasAns_span_f1", "na_prob_auroc", "na_prob_ece")
+"""Reading: the best spans of questions with an answer, had none abstained; and abstaining: how well
+na_prob tells the two kinds apart, and how far it is from how often there is no answer."""
 
 _COUNTS = ("became right", "became wrong")
 

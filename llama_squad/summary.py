@@ -117,7 +117,9 @@ class Tally:
             found = {f"HasAns_span_{name}": averages[f"HasAns_{name}"] for name in names}
         weighed = self.weighed()
         auroc = None if weighed is None else weighed.auroc()
-        return found if auroc is None else found | {"na_prob_auroc": auroc}
+        error = None if weighed is None else weighed.calibration_error()
+        told = {"na_prob_auroc": auroc, "na_prob_ece": error}
+        return found | {name: value for name, value in told.items() if value is not None}
 
 
 def summarize(rows: Iterable[Row]) -> dict[str, Any]:
@@ -128,7 +130,8 @@ def summarize(rows: Iterable[Row]) -> dict[str, Any]:
         the official figures of ``evaluate_predictions`` over the rows' own gold answers, best_*
         only where all rows tell their best span (``best_answer``) and have a na_prob; so too
         "HasAns_span_exact" and "HasAns_span_f1", the scores of the best spans where there is an
-        answer, had none abstained, and "na_prob_auroc" (``ScoreTable.auroc``); and
+        answer, had none abstained, "na_prob_auroc" (``ScoreTable.auroc``) and "na_prob_ece"
+        (``ScoreTable.calibration_error``); and
         "intervals": figure → [low, high] at 95 %, Wilson's for proportions and the normal one for
         F1 (see ``llama_squad.metrics``).
     """

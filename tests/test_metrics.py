@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llama_squad.answers import Answer
@@ -270,6 +271,25 @@ def test_auroc_counts_pairs_and_ties_by_half() -> None:
     without = [p for has, p in questions if not has]
     pairs = [(p > q) + (p == q) / 2 for p in without for has, q in questions if has]
     assert table.auroc() == pytest.approx(100 * statistics.mean(pairs))
+
+
+def test_calibration_error() -> None:
+    """By a second way: numpy's histogram over bins of equal width."""
+    rng = random.Random(6)
+    table = ScoreTable()
+    for _ in range(500):
+        na_prob = rng.choice([0.0, 1.0, rng.random(), rng.random()])
+        table.add(rng.random() < 1 - na_prob**2, "x", (1, 1.0), na_prob)
+    edges = np.linspace(0, 1, 16)
+    without = 1 - np.array(table.has_answer)
+    mean, share = (
+        np.histogram(table.na_prob, edges, weights=weights)[0]
+        for weights in (table.na_prob, without)
+    )
+    assert table.calibration_error() == pytest.approx(100 * np.abs(mean - share).sum() / 500)
+    assert sum(count for count, _, _ in table.reliability()) == 500
+    table.add(True, "x", (1, 1.0), 3.5)  # log-odds of some other system
+    assert table.calibration_error() is None
 
 
 def test_keys_of_one_kind_of_question_and_strangers() -> None:

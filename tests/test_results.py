@@ -510,6 +510,8 @@ def test_another_threshold_and_best_exact_whatever_the_threshold(
     # Of a, b and d, which have an answer, b's span is wrong; c is less likely to have one than two.
     told = (figures["HasAns_span_exact"], figures["HasAns_span_f1"], figures["na_prob_auroc"])
     assert told == pytest.approx((200 / 3,) * 3)
+    apart = [abs(row["na_prob"] - (not row["answers"])) for row in rows]  # each in a bin of its own
+    assert figures["na_prob_ece"] == pytest.approx(25 * sum(apart))
 
 
 def test_a_failed_question_is_wrong_at_every_threshold(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_the_bare_command_reads_the_default_file(capsys: pytest.CaptureFixture[s
     ]
     assert [line.split() for line in lines if line.startswith("results ")][1:] == [
         ["results", "2", *["100.00"] * 6, "0.1000"],
-        ["results", "2", *["100.00"] * 3],
+        ["results", "2", *["100.00"] * 3, "10.00"],
     ]
     lines = run(capsys, "--intervals").splitlines()
     two, one = "34.2–100.0", "20.7–100.0"
@@ -202,10 +202,25 @@ def test_plots_are_in_log_odds_and_legends_cover_nothing(
     table = score_table(golds, dict.fromkeys(golds, "x"), na_probs)
     plot_na_probs(table, tmp_path / "p.png", "p")
     panels = figures[0].axes
-    assert [panel.get_xscale() for panel in panels] == ["logit", "logit", "linear", "linear"]
+    assert [panel.get_xscale() for panel in panels] == ["logit"] * 2 + ["linear"] * 3
     assert sum(patch.get_height() for patch in panels[1].patches) == 3, "0 and 1 are drawn, too"
+    points = panels[2].collections[0].get_offsets().tolist()
+    assert points == [[0.0005, 0.0], [1.0, 100.0]]
     for panel in panels:
         assert panel.get_legend().get_window_extent().y1 < panel.get_window_extent().y0
+
+
+def test_a_picture_of_what_is_no_probability(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from llama_squad.plots import plot_na_probs
+
+    golds: dict[str, list[str]] = {"a": ["x"], "b": []}
+    plot_na_probs(
+        score_table(golds, dict.fromkeys(golds, "x"), {"a": -3.0, "b": 2.0}),
+        tmp_path / "p.png",
+        "p",
+    )
+    assert (tmp_path / "p.png").is_file()
 
 
 def test_several_files_give_several_rows(capsys: pytest.CaptureFixture[str]) -> None:
