@@ -1,4 +1,4 @@
-"""Logits in float32 of a model whose weights have 16 bits."""
+"""Logits in float32 of a model that computes in 16 bits."""
 
 import contextlib
 import threading
@@ -19,7 +19,7 @@ _PRECISION = threading.Lock()
 
 @contextlib.contextmanager
 def exact_head(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model with 16-bit weights give its logits in float32, in the body of ``with``.
+    """Let a model with 16-bit weights, or under autocast, give its logits in float32.
 
     A logit of 20 is rounded to the next 0.125 in bfloat16: that is the coarsest rounding of all,
     and it falls on what is compared. Heads of other kinds (quantised, adapted) stay as they are.
@@ -27,9 +27,7 @@ def exact_head(model: PreTrainedModel) -> Iterator[None]:
     """
     head = cast(Any, model.get_output_embeddings())
     own = head.__dict__.get("forward")
-    kinds = (torch.bfloat16, torch.float16)
-    plain = type(head) is nn.Linear and head.weight.dtype in kinds and not hasattr(head, "_hf_hook")
-    if not plain or isinstance(own, _Product):
+    if not _is_plain(head) or isinstance(own, _Product):
         yield
         return
     head.forward = _Product(head)
@@ -42,8 +40,27 @@ def exact_head(model: PreTrainedModel) -> Iterator[None]:
             head.forward = own
 
 
+def kept_bytes(model: PreTrainedModel) -> int:
+    """Return how many bytes ``exact_head`` keeps: a large head in float32, on a CPU."""
+    head = cast(Any, model.get_output_embeddings())
+    return 4 * head.weight.numel() if _is_plain(head) and _is_kept(head.weight) else 0
+
+
+def _is_plain(head: Any) -> bool:
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+    return type(head) is nn.Linear and head.weight.dtype in kinds and not hasattr(head, "_hf_hook")
+
+
+def _is_kept(weight: torch.Tensor) -> bool:
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and len(weight) > HEAD_ROWS  # a small one gains nothing
+    )
+
+
 class _Product:
-    """The product of a 16-bit head, in float32."""
+    """The product of a head, in float32."""
 
     def __init__(self, head: nn.Linear) -> None:
         self._head = head
@@ -51,9 +68,16 @@ class _Product:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits, of shape (..., vocabulary)."""
+        # a trainer's evaluation runs under autocast, which would round factors and logits
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._logits(hidden)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         weight, bias = self._head.weight, self._head.bias
+        if weight.dtype == torch.float32:
+            return F.linear(hidden.float(), weight, bias)
         wide = hidden.float().flatten(0, -2)  # of more dimensions, torch would copy the weights
-        if self._is_exact_in_bfloat16(hidden):
+        if _is_kept(weight) and hidden.dtype == weight.dtype:
             if self._wide is None:
                 self._wide = weight.float()
             logits = _bfloat16_product(wide, self._wide)
@@ -62,14 +86,6 @@ class _Product:
             logits = torch.cat(parts, dim=-1)
         logits = logits.unflatten(0, hidden.shape[:-1])
         return logits if bias is None else logits + bias.float()
-
-    def _is_exact_in_bfloat16(self, hidden: torch.Tensor) -> bool:
-        weight = self._head.weight
-        return (
-            weight.device.type == "cpu"
-            and weight.dtype == hidden.dtype == torch.bfloat16
-            and len(weight) > HEAD_ROWS  # a small one gains nothing
-        )
 
 
 def _bfloat16_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

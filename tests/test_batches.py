@@ -84,6 +84,39 @@ def test_logits_of_16_bit_weights_are_float32() -> None:
     assert not torch.equal(logits, logits.bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [600, HEAD_ROWS + 1])
+@torch.no_grad()
+def test_logits_under_autocast_are_float32(dtype: torch.dtype, rows: int) -> None:
+    """A trainer's evaluation runs under it."""
+    model = tiny_model(dtype=dtype, vocab_size=rows)
+    ids = torch.arange(5, 25)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(ids).last_hidden_state
+        with exact_head(model):
+            logits = model(ids).logits
+        assert model(ids).logits.dtype == torch.bfloat16  # and the head is as it was
+    expected = F.linear(hidden.float(), model.lm_head.weight.float())
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [600, HEAD_ROWS + 1])
+def test_memory_of_a_head_that_is_kept_is_counted(dtype: torch.dtype, rows: int) -> None:
+    """All that a pass leaves behind is what was reckoned with."""
+    model = tiny_model(dtype=dtype, vocab_size=rows)
+    with exact_head(model), torch.inference_mode():
+        assert model(torch.arange(5, 25)[None]).logits.dtype == torch.float32
+        made = vars(model.lm_head.forward).get("_wide")
+    kept = 0 if made is None else made.nbytes
+    assert kept == (rows * 32 * 4 if dtype == torch.bfloat16 and rows > HEAD_ROWS else 0)
+    generator = Generator(model, ChatEncoder(tiny_tokenizer()))
+    paragraph = Paragraph("", [[0] * 400, [1] * 400])
+    needed = generator.memory_needed([paragraph])
+    model.set_output_embeddings(torch.nn.Identity())
+    assert needed - generator.memory_needed([paragraph]) == kept
+
+
 def test_logits_of_a_large_head_are_float32() -> None:
     model = tiny_model(dtype=torch.bfloat16)
     head = torch.nn.Linear(64, HEAD_ROWS + 1, bias=False, dtype=torch.bfloat16)

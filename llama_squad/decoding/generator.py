@@ -33,7 +33,7 @@ from llama_squad.decoding.constraints import CONSTRAINTS, Constraint
 from llama_squad.decoding.replies import Paragraph, Reply
 from llama_squad.decoding.spans import reply_ids
 from llama_squad.encoding import ChatEncoder
-from llama_squad.head import exact_head
+from llama_squad.head import exact_head, kept_bytes
 from llama_squad.tree import common_prefix, is_out_of_memory
 
 SEARCHED_TOKENS = 16
@@ -144,7 +144,7 @@ class Generator:
         return min(power, MOST_QUESTIONS)
 
     def memory_needed(self, paragraphs: Sequence[Paragraph]) -> float:
-        """Estimate the bytes of a batch: keys and values, activations and logits of a pass."""
+        """Estimate the bytes of a batch: keys and values, a pass's tensors, a head in float32."""
         config = self.model.config.get_text_config()
         size = self.model.dtype.itemsize
         attention_heads = config.num_attention_heads
@@ -160,7 +160,7 @@ class Generator:
         activations = length * (8 * config.hidden_size * size + length * 4)
         questions = sum(len(p.prompts) for p in paragraphs)
         logits = 8 * questions * config.vocab_size * (size + 8)
-        return len(paragraphs) * cache + activations + logits
+        return len(paragraphs) * cache + activations + logits + kept_bytes(self.model)
 
 
 def free_memory() -> float:
