@@ -139,8 +139,10 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradient of the logits."""
+        """Return the gradient of the logits, once: it is too large to be kept beside itself."""
         gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradient of this cross entropy was taken before: run it anew")
         return gradients.mul_(given[0]), None, None
 
 

@@ -140,6 +140,14 @@ def test_cross_entropy_in_parts(
     torch.testing.assert_close(gradient.double(), slope, atol=limits[0], rtol=limits[1])
 
 
+def test_a_second_gradient_of_a_cross_entropy_is_refused() -> None:
+    logits = torch.randn(3, 9, requires_grad=True)
+    loss, _ = CrossEntropy.apply(logits, torch.arange(3))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="was taken before"):
+        loss.backward()
+
+
 def test_cross_entropy_of_nothing() -> None:
     loss, right = CrossEntropy.apply(torch.zeros(0, 9), torch.zeros(0, dtype=torch.long))
     assert (loss.item(), right.item()) == (0, 0)
