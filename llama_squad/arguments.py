@@ -296,7 +296,9 @@ class EvalArguments:
         None, "Abstain where na_prob is above this (default: the adapter's tuned one, else 0.5)."
     )
     tune_threshold: bool = _option(
-        False, "Pick the threshold on the validation split first, and keep it with the adapter."
+        False,
+        "Pick the threshold on the validation split first, and keep it with the adapter; on a "
+        "sample of it (--num_samples), for this run alone.",
     )
     tune_for: Literal["exact", "f1"] = _option(
         "exact", "Which official score --tune_threshold makes as high as it can."

@@ -1,4 +1,4 @@
-"""The no-answer threshold: tuned on the validation split, kept beside the adapter."""
+"""The no-answer threshold: tuned on the validation split; on all of it, kept with the adapter."""
 
 import json
 import math
@@ -85,8 +85,9 @@ def tune_threshold(
     """Choose the threshold with the best score on the validation split, and keep it.
 
     The score is exact match or F1 (``args.tune_for``), the questions are chosen as those of the
-    test are. ``model`` must not abstain (a threshold of 1): what it would have said is needed. The
-    answers are kept in a result file of their own, so that an interrupted tuning is resumed.
+    test are; a threshold of a sample serves this run alone. ``model`` must not abstain (a threshold
+    of 1): what it would have said is needed. The answers are kept in a result file of their own, so
+    that an interrupted tuning is resumed.
 
     Raises:
         ValueError: see ``evaluate``.
@@ -105,21 +106,36 @@ def tune_threshold(
             table.add(bool(golds), text, score_answer(text, golds), row["na_prob"] or 0.0)
         chosen = choose_threshold(table.curve(("exact", "f1").index(args.tune_for)), present)
         threshold = chosen.threshold
-        path = Path(args.adapter_name or "", THRESHOLD_FILE)
-        tuned_for = _tuning_settings(args, model_args)
-        with one_line_errors(path):
-            content = {
-                "na_prob_thresh": threshold,
-                "tune_for": args.tune_for,
-                args.tune_for: chosen.score,
-                "plateau": [chosen.low, chosen.high],
-                "questions": len(table),
-                "tuned_for": tuned_for,
-                "settings": settings,
-            }
-            write_json(path, content)
-        print(_describe(chosen, args.tune_for, len(table), present, path))
+        print(_describe(chosen, args.tune_for, len(table), present))
+        if len(records) == len(split):
+            _keep(chosen, len(table), args, model_args, settings)
+        else:
+            print(f"Tuned on a sample of {len(split):,}: for this run alone, not kept.")
     return share(threshold)
+
+
+def _keep(
+    chosen: "Plateau",
+    questions: int,
+    args: EvalArguments,
+    model_args: ModelArguments,
+    settings: dict[str, Any],
+) -> None:
+    """Write the threshold into the adapter's folder, with what it was tuned for."""
+    path = Path(args.adapter_name or "", THRESHOLD_FILE)
+    tuned_for = _tuning_settings(args, model_args)
+    with one_line_errors(path):
+        content = {
+            "na_prob_thresh": chosen.threshold,
+            "tune_for": args.tune_for,
+            args.tune_for: chosen.score,
+            "plateau": [chosen.low, chosen.high],
+            "questions": questions,
+            "tuned_for": tuned_for,
+            "settings": settings,
+        }
+        write_json(path, content)
+    print(f"Saved in {path}")
 
 
 @dataclass(frozen=True)
@@ -159,10 +175,9 @@ def choose_threshold(curve: Iterable[tuple[float, float]], present: float) -> Pl
     return Plateau((low + high) / 2, best, low, high)
 
 
-def _describe(chosen: Plateau, score: str, questions: int, present: float, path: Path) -> str:
+def _describe(chosen: Plateau, score: str, questions: int, present: float) -> str:
     kept = " (kept: none is better)" if chosen.threshold == present else ""
     return (
         f"Threshold {chosen.threshold:.4f}{kept}: {chosen.score:.2f} % {score} on {questions:,} "
-        f"validation questions, as with any from {chosen.low:.4f} to {chosen.high:.4f}. "
-        f"Saved in {path}"
+        f"validation questions, as with any from {chosen.low:.4f} to {chosen.high:.4f}."
     )

@@ -21,6 +21,7 @@ from helpers import make_records, replies_in, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 import test_llama_squad
+from llama_squad import thresholds
 from llama_squad.answers import NO_ANSWER, format_answer
 from llama_squad.arguments import CreateArguments, EvalArguments, resolve_decoding
 from llama_squad.config import load_yaml, save_run_config
@@ -315,7 +316,7 @@ def test_a_threshold_that_was_tuned_for_other_settings_is_not_used(
     adapter: Any, run: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = (f"--adapter_name={adapter}", "--num_samples=2")
-    run(*flags, "--tune_threshold", model=False)
+    run(flags[0], "--tune_threshold", model=False)
     path = adapter / THRESHOLD_FILE
     saved = json.loads(path.read_text())
     path.write_text(json.dumps(saved | {"na_prob_thresh": 0.123}))
@@ -341,7 +342,7 @@ def test_a_threshold_that_was_tuned_for_other_settings_is_not_used(
 
 
 def test_tuning_takes_the_sample_and_goes_on_with_its_own_file(
-    adapter: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+    adapter: Any, run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = (f"--adapter_name={adapter}", "--tune_threshold", "--num_samples=3")
     run(*flags, model=False)
@@ -362,8 +363,30 @@ def test_tuning_takes_the_sample_and_goes_on_with_its_own_file(
     run(*flags, "--n_best=3", "--tune_for=f1", model=False)
     assert judged.read_bytes() == before
     assert {record["id"][0] for group in answered for record in group} == {"3"}, "test's alone"
-    saved = json.loads((adapter / THRESHOLD_FILE).read_text())
-    assert (saved["tune_for"], saved["questions"], "f1" in saved) == ("f1", 3, True)
+    assert "% f1 on 3 validation questions" in capsys.readouterr().out
+
+
+def test_a_threshold_of_a_sample_serves_its_own_run_alone(
+    adapter: Any, run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = thresholds.Plateau(0.123, 50.0, 0.1, 0.2)
+    monkeypatch.setattr(thresholds, "choose_threshold", lambda *_: chosen)
+    flags = (f"--adapter_name={adapter}", "--tune_threshold", "--overwrite")
+
+    def used(*more: str) -> Any:
+        run(*flags, *more, model=False)
+        return load_yaml(Path("results/results.csv.config.json"))["na_prob_thresh"]
+
+    assert used("--num_samples=3") == 0.123
+    assert not (adapter / THRESHOLD_FILE).exists()
+    assert "a sample of 12: for this run alone" in capsys.readouterr().out
+    assert used("--num_samples=100", "--tune_for=f1") == 0.123  # which all of them are
+    kept = (adapter / THRESHOLD_FILE).read_text()
+    saved = json.loads(kept)
+    assert (saved["tune_for"], saved["questions"], "f1" in saved) == ("f1", 12, True)
+    assert "a sample" not in capsys.readouterr().out
+    used("--num_samples=3")
+    assert (adapter / THRESHOLD_FILE).read_text() == kept
 
 
 def test_any_file_can_be_thresholded_anew(run: Any) -> None:
