@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: EvalArguments, model_args: ModelArguments) -> None:
     """Answer, score and print."""
+    from llama_squad.calibration import Abstention
     from llama_squad.data import load_squad
     from llama_squad.evaluation import (
         begun_with,
@@ -61,26 +62,26 @@ def run(args: EvalArguments, model_args: ModelArguments) -> None:
         settings_of,
     )
     from llama_squad.processes import share
-    from llama_squad.thresholds import load_threshold, tune_threshold
+    from llama_squad.thresholds import load_abstention, tune_abstention
 
     check_outputs(args)
     dataset = load_squad(args.dataset_name)
-    threshold = 1.0 if args.tune_threshold else load_threshold(args, model_args)
+    abstention = Abstention(1.0) if args.tune_threshold else load_abstention(args, model_args)
     model = load_predictor(args, model_args)
     if args.batch_size is None:
         size = begun_with(args)
-        size = size or getattr(model(na_prob_thresh=threshold), "batch_size", 32)
+        size = size or getattr(model(**abstention.options), "batch_size", 32)
         args = dataclasses.replace(args, batch_size=share(size))
     assert args.batch_size is not None
     if args.tune_threshold:
-        judge = model(na_prob_thresh=threshold)
-        threshold = tune_threshold(judge, dataset["val"], args, model_args)
+        judge = model(**abstention.options)
+        abstention = tune_abstention(judge, dataset["val"], args, model_args)
     records = choose_records(dataset[args.split], args)
     evaluate(
-        model(na_prob_thresh=threshold, n_best=max(1, args.n_best)),
+        model(**abstention.options, n_best=max(1, args.n_best)),
         records,
         Path(args.output),
-        settings_of(args, model_args, threshold, records),
+        settings_of(args, model_args, abstention, records),
         batch_size=args.batch_size,
         overwrite=args.overwrite,
         finish=partial(report, args),

@@ -303,6 +303,11 @@ class EvalArguments:
     tune_for: Literal["exact", "f1"] = _option(
         "exact", "Which official score --tune_threshold makes as high as it can."
     )
+    calibrate: bool = _option(
+        False,
+        "With --tune_threshold: fit na_prob to how often there is no answer on the validation "
+        "split, too (Platt scaling), and keep that with the threshold.",
+    )
     n_best: int = _option(
         0, "Find this many best spans of each question: JSON, in a column of the result file."
     )

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from llama_squad.answers import FAILED, extract_answer
 from llama_squad.arguments import EvalArguments, ModelArguments
+from llama_squad.calibration import Abstention, Calibration
 from llama_squad.config import provenance, write_json
 from llama_squad.data import sample_paragraphs
 from llama_squad.decoding.replies import Reply
@@ -45,7 +46,7 @@ THRESHOLD_FILE = "na_prob_thresh.json"
 
 # What may change between two runs of one result file.
 _VOLATILE = ("output", "overwrite", "batch_size", "batch_sizes", "predictions_dir", "audit",
-             "tune_threshold", "tune_for", "concurrency", "timeout", "max_tokens_name",
+             "tune_threshold", "tune_for", "calibrate", "concurrency", "timeout", "max_tokens_name",
              "versions", "commit")  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def choose_records(split: Any, args: EvalArguments) -> list[Record]:
 def settings_of(
     args: EvalArguments,
     model_args: ModelArguments,
-    threshold: float | None,
+    abstention: Abstention,
     records: Sequence[Record],
 ) -> dict[str, Any]:
     """Return what a result file says of how it was made.
@@ -72,7 +73,9 @@ def settings_of(
     With digests of the questions and of local weights: another training may write into the same
     folder, and its rows must not be taken for those of the last one.
     """
-    settings = resolved_settings(args, model_args) | {"na_prob_thresh": threshold}
+    settings = resolved_settings(args, model_args) | {"na_prob_thresh": abstention.threshold}
+    if abstention.calibration != Calibration():
+        settings["calibration"] = dataclasses.asdict(abstention.calibration)
     text = json.dumps(list(records), sort_keys=True, ensure_ascii=False)
     return {
         **settings,

@@ -17,12 +17,13 @@ from typing import Any, Literal, Self, overload
 from llama_squad import modeling, weights
 from llama_squad.answers import extract_answer
 from llama_squad.arguments import EvalArguments, ModelArguments, resolve_decoding
+from llama_squad.calibration import Abstention
 from llama_squad.decoding.generator import Generator
 from llama_squad.encoding import ChatEncoder
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
 from llama_squad.prompts import Message, Record
-from llama_squad.thresholds import load_threshold
+from llama_squad.thresholds import load_abstention
 
 Many = list[str] | tuple[str, ...]
 """Several questions, or their contexts."""
@@ -105,32 +106,36 @@ class Reader:
                 span_boundaries=span_boundaries, **brought,
             )
         )  # fmt: skip
-        threshold = load_threshold(args, model_args)
+        abstention = load_abstention(args, model_args)
         encoder = modeling.load_encoder(model_args, args.reasoning_tokens, adapter, args.filler)
         model = modeling.load_model(model_args, quantize, adapter).eval()
-        self._set_up(model, encoder, dataclasses.replace(args, na_prob_thresh=threshold))
+        self._set_up(model, encoder, args, abstention)
 
     @classmethod
-    def of(cls, model: Any, encoder: ChatEncoder, args: EvalArguments) -> Self:
+    def of(
+        cls, model: Any, encoder: ChatEncoder, args: EvalArguments, abstention: Abstention
+    ) -> Self:
         """Return a reader of a model that is loaded already, in evaluation mode.
 
         Args:
             model: on its device, with its adapter where it has one.
             encoder: its tokenizer's.
-            args: how to ask, and the threshold to go by.
+            args: how to ask.
+            abstention: the threshold to go by, and the calibration.
         """
         reader = cls.__new__(cls)
-        reader._set_up(model, encoder, resolve_decoding(args))
+        reader._set_up(model, encoder, resolve_decoding(args), abstention)
         return reader
 
-    def _set_up(self, model: Any, encoder: ChatEncoder, args: EvalArguments) -> None:
-        assert args.num_beams is not None and args.na_prob_thresh is not None
-        self.args = args
+    def _set_up(
+        self, model: Any, encoder: ChatEncoder, args: EvalArguments, abstention: Abstention
+    ) -> None:
+        assert args.num_beams is not None
+        self.args = dataclasses.replace(args, na_prob_thresh=abstention.threshold)
         self._local = LocalModel(
             model, encoder, prompt=args.prompt, system_prompt=args.system_prompt,
             num_beams=args.num_beams, max_new_tokens=args.max_new_tokens,
-            n_best=max(1, args.n_best), na_prob_thresh=args.na_prob_thresh,
-            span_boundaries=args.span_boundaries,
+            n_best=max(1, args.n_best), span_boundaries=args.span_boundaries, **abstention.options,
         )  # fmt: skip
         self._encoder = encoder
         limit = args.max_new_tokens

@@ -1,5 +1,9 @@
-"""The no-answer threshold: tuned on the validation split; on all of it, kept with the adapter."""
+"""The no-answer threshold and the calibration of na_prob: tuned on the validation split.
 
+What was tuned on all of it is kept with the adapter.
+"""
+
+import dataclasses
 import json
 import math
 import sys
@@ -9,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_squad.arguments import EvalArguments, ModelArguments
+from llama_squad.calibration import Abstention, Calibration, fit_calibration
 from llama_squad.config import write_json
 from llama_squad.durable import one_line_errors
 from llama_squad.evaluation import (
@@ -24,10 +29,10 @@ from llama_squad.predictors.base import Predictor
 from llama_squad.processes import share, this_process
 from llama_squad.result_reader import iter_results
 from llama_squad.results import differences
-from llama_squad.rows import row_answer
+from llama_squad.rows import Row, row_answer
 from llama_squad.weights import weights_digest, whole_model
 
-DEFAULT_THRESHOLD = 0.5
+DEFAULT_THRESHOLD = Abstention().threshold
 
 # What a tuned threshold is good for: these move na_prob, or which span it is compared with.
 _TUNED_FOR = ("decoding", "num_beams", "dtype", "quantize", "bnb_4bit_quant_type", "prompt",
@@ -46,95 +51,125 @@ def _tuning_settings(args: EvalArguments, model_args: ModelArguments) -> dict[st
     }
 
 
-def load_threshold(args: EvalArguments, model_args: ModelArguments) -> float:
-    """Return the threshold to abstain above: the flag's, else the adapter's tuned one, else 0.5.
+def load_abstention(args: EvalArguments, model_args: ModelArguments) -> Abstention:
+    """Return the threshold (the flag's, else the adapter's tuned one, else 0.5) and calibration.
 
-    A threshold that was tuned for other settings is not used; that is said.
+    What was tuned for other settings is not used; that is said.
 
     Raises:
         ValueError: the adapter's file is damaged.
     """
-    if args.na_prob_thresh is not None:
-        return args.na_prob_thresh
+    given = DEFAULT_THRESHOLD if args.na_prob_thresh is None else args.na_prob_thresh
     path = Path(args.adapter_name or "", THRESHOLD_FILE)
     if not args.adapter_name or not path.is_file() or args.decoding == "free":
-        return DEFAULT_THRESHOLD
+        return Abstention(given)
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         threshold, tuned_for = float(saved["na_prob_thresh"]), saved.get("tuned_for")
+        calibration = Calibration(**saved.get("calibration", {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, or tune again") from error
     wanted = _tuning_settings(args, model_args)
     if tuned_for == wanted:
-        return threshold
-    if this_process().is_main_process and not args.tune_threshold:
+        return Abstention(threshold if args.na_prob_thresh is None else given, calibration)
+    needed = args.na_prob_thresh is None or calibration != Calibration()
+    if needed and this_process().is_main_process and not args.tune_threshold:
         what = "does not say what it was tuned for"
         if isinstance(tuned_for, dict):
             what = f"was tuned for other settings ({'; '.join(differences(tuned_for, wanted))})"
         print(
-            f"{path} {what}: {DEFAULT_THRESHOLD} is used. --tune_threshold tunes for these "
+            f"{path} {what}: {given} is used. --tune_threshold tunes for these "
             "settings, and --na_prob_thresh sets it by hand.",
             file=sys.stderr,
         )
-    return DEFAULT_THRESHOLD
+    return Abstention(given)
 
 
-def tune_threshold(
+def tune_abstention(
     model: Predictor, split: Any, args: EvalArguments, model_args: ModelArguments
-) -> float:
+) -> Abstention:
     """Choose the threshold with the best score on the validation split, and keep it.
 
-    The score is exact match or F1 (``args.tune_for``), the questions are chosen as those of the
-    test are; a threshold of a sample serves this run alone. ``model`` must not abstain (a threshold
-    of 1): what it would have said is needed. The answers are kept in a result file of their own, so
-    that an interrupted tuning is resumed.
+    The score is exact match or F1 (``args.tune_for``), with ``args.calibrate`` of the calibrated
+    na_prob; the questions are chosen as those of the test are, and what was tuned on a sample
+    serves this run alone. ``model`` must not abstain (a threshold of 1) nor be calibrated: what it
+    would have said is needed. The answers are kept in a result file of their own, so that an
+    interrupted tuning is resumed.
 
     Raises:
-        ValueError: see ``evaluate``.
+        ValueError: see ``evaluate``; or na_prob cannot be calibrated.
     """
-    present = load_threshold(args, model_args)
+    present = DEFAULT_THRESHOLD if args.calibrate else load_abstention(args, model_args).threshold
     records = choose_records(split, args)
     assert args.batch_size is not None
     output = validation_path(Path(args.output))
-    settings = settings_of(args, model_args, 1.0, records) | {"split": "val", "n_best": 0}
+    settings = settings_of(args, model_args, Abstention(1.0), records)
+    settings |= {"split": "val", "n_best": 0}
     evaluate(model, records, output, settings, batch_size=args.batch_size, overwrite=args.overwrite)
-    threshold = present
+    found = Abstention(present)
     if this_process().is_main_process:
-        table = ScoreTable()
-        for row in iter_results(output):
-            text, golds = row_answer(row).official, row["answers"]
-            table.add(bool(golds), text, score_answer(text, golds), row["na_prob"] or 0.0)
+        calibration = _calibrate(output) if args.calibrate else None
+        table = _table(output, calibration)
         chosen = choose_threshold(table.curve(("exact", "f1").index(args.tune_for)), present)
-        threshold = chosen.threshold
+        found = Abstention(chosen.threshold, calibration or Calibration())
         print(_describe(chosen, args.tune_for, len(table), present))
+        if calibration:
+            before, after = (each.calibration_error() for each in (_table(output, None), table))
+            print(f"na_prob's calibration error there: {after:.2f} points ({before:.2f} before).")
         if len(records) == len(split):
-            _keep(chosen, len(table), args, model_args, settings)
+            about = {
+                "tune_for": args.tune_for,
+                args.tune_for: chosen.score,
+                "plateau": [chosen.low, chosen.high],
+                "questions": len(table),
+                "tuned_for": _tuning_settings(args, model_args),
+                "settings": settings,
+            }
+            _keep(found, about, Path(args.adapter_name or "", THRESHOLD_FILE))
         else:
             print(f"Tuned on a sample of {len(split):,}: for this run alone, not kept.")
-    return share(threshold)
+    return share(found)
 
 
-def _keep(
-    chosen: "Plateau",
-    questions: int,
-    args: EvalArguments,
-    model_args: ModelArguments,
-    settings: dict[str, Any],
-) -> None:
-    """Write the threshold into the adapter's folder, with what it was tuned for."""
-    path = Path(args.adapter_name or "", THRESHOLD_FILE)
-    tuned_for = _tuning_settings(args, model_args)
+def _table(output: Path, calibration: Calibration | None) -> ScoreTable:
+    """Score the answers of a file, with na_prob as it stands there or calibrated."""
+    table = ScoreTable()
+    for row in iter_results(output):
+        text, golds = row_answer(row).official, row["answers"]
+        odds = _log_odds(row)
+        na_prob = calibration(odds) if calibration and odds is not None else row["na_prob"] or 0.0
+        table.add(bool(golds), text, score_answer(text, golds), na_prob)
+    return table
+
+
+def _calibrate(output: Path) -> Calibration:
+    """Fit a calibration to the answers of a file."""
+    odds, no_answer = [], []
+    for row in iter_results(output):
+        if (found := _log_odds(row)) is not None:
+            odds.append(found)
+            no_answer.append(not row["answers"])
+    try:
+        return fit_calibration(odds, no_answer)
+    except ValueError as error:
+        raise ValueError(
+            f"--calibrate cannot fit na_prob to the validation questions: {error}. Leave it out, "
+            "or ask more of them (--num_samples)"
+        ) from error
+
+
+def _log_odds(row: Row) -> float | None:
+    """Return the log-odds of no answer; None where no span was found, or the question failed."""
+    best, none = row["best_span_log_prob"], row["no_answer_log_prob"]
+    return None if best is None or none is None else none - best
+
+
+def _keep(found: Abstention, about: dict[str, Any], path: Path) -> None:
+    """Write a threshold and a calibration, where there is one, into the adapter's folder."""
+    raw = found.calibration == Calibration()
+    calibration = {} if raw else {"calibration": dataclasses.asdict(found.calibration)}
     with one_line_errors(path):
-        content = {
-            "na_prob_thresh": chosen.threshold,
-            "tune_for": args.tune_for,
-            args.tune_for: chosen.score,
-            "plateau": [chosen.low, chosen.high],
-            "questions": questions,
-            "tuned_for": tuned_for,
-            "settings": settings,
-        }
-        write_json(path, content)
+        write_json(path, {"na_prob_thresh": found.threshold, **calibration, **about})
     print(f"Saved in {path}")
 
 

@@ -243,8 +243,8 @@ FAULTS = [
     Fault(
         "search: na_prob is the chance of an answer",
         "llama_squad/decoding/constraints.py",
-        "_sigmoid(alternative - best.score)",
-        "_sigmoid(best.score - alternative)",
+        "calibration(alternative - best.score)",
+        "calibration(best.score - alternative)",
         f"{DECODING} -k threshold",
     ),
     Fault(

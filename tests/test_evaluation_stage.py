@@ -24,6 +24,7 @@ import test_llama_squad
 from llama_squad import thresholds
 from llama_squad.answers import NO_ANSWER, format_answer
 from llama_squad.arguments import CreateArguments, EvalArguments, resolve_decoding
+from llama_squad.calibration import Calibration, sigmoid
 from llama_squad.config import load_yaml, save_run_config
 from llama_squad.data import write_dataset
 from llama_squad.decoding.boundaries import is_span
@@ -389,6 +390,60 @@ def test_a_threshold_of_a_sample_serves_its_own_run_alone(
     assert (adapter / THRESHOLD_FILE).read_text() == kept
 
 
+def test_na_prob_is_calibrated_with_its_threshold(
+    adapter: Any, run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fitted to the validation answers as they were, and used by all that read the adapter."""
+    fitted: list[Any] = []
+
+    def fit(odds: Any, without: Any) -> Calibration:
+        fitted.append((odds, without))
+        return Calibration(0.25, -0.5)
+
+    monkeypatch.setattr(thresholds, "fit_calibration", fit)
+    flags = (f"--adapter_name={adapter}",)
+    plain = run(*flags, model=False)
+    again = (*flags, "--overwrite")
+    run(*again, "--tune_threshold", "--calibrate", model=False)
+    judged = read_results("results/results.csv.val.csv")
+    apart = [row["no_answer_log_prob"] - row["best_span_log_prob"] for row in judged]
+    assert fitted == [(apart, [not row["answers"] for row in judged])]
+    assert [row["na_prob"] for row in judged] == pytest.approx([sigmoid(x) for x in apart])
+    saved = json.loads((adapter / THRESHOLD_FILE).read_text())
+    assert saved["calibration"] == {"scale": 0.25, "shift": -0.5}
+    assert "na_prob's calibration error there:" in capsys.readouterr().out
+
+    rows, config = run(*again, model=False), Path("results/results.csv.config.json")
+    assert load_yaml(config)["calibration"] == saved["calibration"]
+    for row, before in zip(rows, plain, strict=True):
+        odds = row["no_answer_log_prob"] - row["best_span_log_prob"]
+        assert row["na_prob"] == pytest.approx(sigmoid(0.25 * odds - 0.5))
+        assert row["best_span"] == before["best_span"]
+        assert (row["state"] == "no_answer") == (row["na_prob"] > saved["na_prob_thresh"])
+    reader = Reader(str(adapter), num_beams=4)
+    records = {record["id"]: record for record in make_records(5, [2, 4], seed=3)}
+    asked = [[records[row["id"]][name] for row in rows] for name in ("question", "context")]
+    assert [reading.na_prob for reading in reader(*asked)] == pytest.approx(
+        [row["na_prob"] for row in rows], abs=1e-4
+    )
+    run(*again, "--na_prob_thresh=0.9", model=False)  # of what is calibrated
+    given = load_yaml(config)
+    assert (given["na_prob_thresh"], given["calibration"]) == (0.9, saved["calibration"])
+    run(*again, "--tune_threshold", model=False)
+    assert "calibration" not in json.loads((adapter / THRESHOLD_FILE).read_text())
+
+
+def test_a_calibration_that_fails_says_why(adapter: Any, run: Any) -> None:
+    with pytest.raises(SystemExit, match="--calibrate cannot fit na_prob .* all of one kind"):
+        run(
+            f"--adapter_name={adapter}",
+            "--tune_threshold",
+            "--calibrate",
+            "--num_samples=1",
+            model=False,
+        )
+
+
 def test_any_file_can_be_thresholded_anew(run: Any) -> None:
     """As if another threshold had been given, row by row; best_exact knows no threshold."""
     by_threshold = {
@@ -698,6 +753,7 @@ def test_what_cannot_be_written_is_said_before_a_model_is_loaded(
         (["--split=val", "--decoding=free", "--n_best=2"], "--n_best needs --decoding span"),
         (["--tune_threshold", "--na_prob_thresh=0.3"], "give one of them"),
         (["--tune_threshold"], "local --adapter_name"),
+        (["--calibrate"], "moves na_prob, and so its threshold"),
         (["--tune_for=f1"], "--tune_for says what --tune_threshold tunes for"),
         (["--num_beams=0"], "at least 1"),
         (["--stop_after_answer"], "--stop_after_answer needs --decoding free"),

@@ -6,13 +6,13 @@ nothing else of it. A new one is a class with these attributes, which is given t
 ``Generator(decoding=...)`` or named in ``CONSTRAINTS``.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from llama_squad.answers import NO_ANSWER, answer_is_closed, format_answer
+from llama_squad.calibration import Abstention
 from llama_squad.decoding.boundaries import Boundaries, find_span
 from llama_squad.decoding.replies import Reply, Span
 from llama_squad.decoding.search import Closing, Hypothesis, State, Successors
@@ -149,10 +149,10 @@ class Spans:
     windowed = True
 
     def __init__(
-        self, vocabulary: SpanVocabulary, boundaries: Boundaries, na_prob_thresh: float
+        self, vocabulary: SpanVocabulary, boundaries: Boundaries, abstention: Abstention
     ) -> None:
         self.vocabulary = vocabulary
-        self._boundaries, self._threshold = boundaries, na_prob_thresh
+        self._boundaries, self._abstention = boundaries, abstention
         self.header: Sequence[int] = vocabulary.header
         tail = max(len(vocabulary.no_answer), *map(len, vocabulary.tails.values()))
         self.reserve = len(vocabulary.header) + tail
@@ -165,17 +165,21 @@ class Spans:
 
     def grammar(self, context: str) -> Grammar:
         """Return the grammar of the context's spans; see ``Constraint``."""
-        return _SpansOf(self.vocabulary, context, self._boundaries, self._threshold)
+        return _SpansOf(self.vocabulary, context, self._boundaries, self._abstention)
 
 
 class _SpansOf(SpanGrammar):
     """The spans of one context, and how a reply that holds one is read."""
 
     def __init__(
-        self, vocabulary: SpanVocabulary, context: str, boundaries: Boundaries, threshold: float
+        self,
+        vocabulary: SpanVocabulary,
+        context: str,
+        boundaries: Boundaries,
+        abstention: Abstention,
     ) -> None:
         super().__init__(vocabulary, context, boundaries)
-        self._context, self._boundaries, self._threshold = context, boundaries, threshold
+        self._context, self._boundaries, self._abstention = context, boundaries, abstention
 
     def step(self, ids: Sequence[int], target: Any) -> State | Closing | None:
         """Go on in the span, or close it; see ``Grammar``."""
@@ -193,9 +197,9 @@ class _SpansOf(SpanGrammar):
             for h in found
         ]
         best = spans[0] if spans else None
-        na_prob = _sigmoid(alternative - best.score) if best else 1.0
+        na_prob = self._abstention.calibration(alternative - best.score) if best else 1.0
         text, ids, score = NO_ANSWER, list(self._vocabulary.no_answer), alternative
-        if best and na_prob <= self._threshold:
+        if best and na_prob <= self._abstention.threshold:
             text, ids, score = best.text, list(found[0].ids), best.score
         proven = best is not None and pruned_log_prob <= best.score
         ranked = sorted(spans, key=lambda span: -span.score)
@@ -216,16 +220,12 @@ def _span(
     stop_ids: frozenset[int],
     *,
     span_boundaries: Boundaries,
-    na_prob_thresh: float,
+    abstention: Abstention,
     **_: Any,
 ) -> Constraint:
-    return Spans(span_vocabulary(encoder), span_boundaries, na_prob_thresh)
+    return Spans(span_vocabulary(encoder), span_boundaries, abstention)
 
 
 CONSTRAINTS: Mapping[str, Callable[..., Constraint]] = {"free": _free, "span": _span}
 """The values of ``--decoding`` → what makes the constraint of an encoder, given the tokens that end
-a reply, ``span_boundaries``, ``na_prob_thresh`` and ``stop_after_answer``."""
-
-
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+a reply, ``span_boundaries``, ``abstention`` and ``stop_after_answer``."""

@@ -25,6 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llama_squad.answers import NO_ANSWER
+from llama_squad.calibration import Abstention, Calibration
 from llama_squad.decoding.adapters import lean_adapters
 from llama_squad.decoding.batch import DecodingBatch, DecodingOptions
 from llama_squad.decoding.boundaries import Boundaries
@@ -53,6 +54,7 @@ class Generator:
         num_beams: partial replies of one length that the search takes at most.
         max_new_tokens: length limit of a reply (in span decoding of the span).
         na_prob_thresh: the reply abstains where na_prob is above it (span decoding).
+        calibration: of na_prob.
         n_best: how many distinct spans to find (span decoding). The answer is the same for any.
         length_penalty: a complete reply of several beams counts log P / tokens ** this, as with
             ``generate`` (free decoding; 0: the likeliest reply).
@@ -71,6 +73,7 @@ class Generator:
         num_beams: int = 1,
         max_new_tokens: int = 256,
         na_prob_thresh: float = 0.5,
+        calibration: Calibration | None = None,
         n_best: int = 1,
         length_penalty: float = 0.0,
         span_boundaries: Boundaries = "word",
@@ -78,8 +81,9 @@ class Generator:
     ) -> None:
         stops = stop_ids(model, encoder)
         if isinstance(decoding, str):
+            abstention = Abstention(na_prob_thresh, calibration or Calibration())
             decoding = CONSTRAINTS[decoding](
-                encoder, stops, span_boundaries=span_boundaries, na_prob_thresh=na_prob_thresh,
+                encoder, stops, span_boundaries=span_boundaries, abstention=abstention,
                 stop_after_answer=stop_after_answer,
             )  # fmt: skip
         self.model, self.constraint = model, decoding

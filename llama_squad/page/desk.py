@@ -110,7 +110,7 @@ def load(
     """Load the model, the adapter apart from its base. Raises ValueError: it cannot be had."""
     from llama_squad import modeling
     from llama_squad.reader import Reader
-    from llama_squad.thresholds import load_threshold
+    from llama_squad.thresholds import load_abstention
     from llama_squad.weights import weights_digest
 
     modeling.choose_device()
@@ -119,7 +119,7 @@ def load(
         reasoning_tokens=args.reasoning_tokens, filler=args.filler, quantize=args.quantize,
         n_best=SPANS,
     ))  # fmt: skip
-    threshold = load_threshold(asking, model_args)
+    abstention = load_abstention(asking, model_args)
     encoder = modeling.load_encoder(
         model_args, args.reasoning_tokens, args.adapter_name, args.filler
     )
@@ -130,9 +130,9 @@ def load(
         model_args.model_name, args.adapter_name or "",
         weights_digest(model_args.model_name), weights_digest(args.adapter_name),
     )  # fmt: skip
-    reader = Reader.of(model, encoder, dataclasses.replace(asking, na_prob_thresh=1.0))
+    reader = Reader.of(model, encoder, asking, dataclasses.replace(abstention, threshold=1.0))
     session = ChatSession(model, encoder, args, tell, lock)
-    return Desk(reader, session, args, threshold, answering, lock)
+    return Desk(reader, session, args, abstention.threshold, answering, lock)
 
 
 # Deciding ------------------------------------------------------------------------------------

@@ -1,0 +1,85 @@
+"""A no-answer probability that is as often right as it says: Platt scaling of its log-odds.
+
+What span decoding weighs are two replies out of many, so its na_prob ranks questions well and need
+not be as often right as it says. Two numbers, fitted to validation questions, put that right.
+Source: Platt 1999, "Probabilistic Outputs for Support Vector Machines", with its targets.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """na_prob = sigmoid(scale · log-odds + shift), of the log-odds that a model gives.
+
+    ``scale`` is positive, so the order of questions stays, and with it what a threshold can reach.
+    """
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def __call__(self, log_odds: float) -> float:
+        """Return na_prob, in [0, 1]."""
+        return sigmoid(self.scale * log_odds + self.shift)
+
+
+@dataclass(frozen=True)
+class Abstention:
+    """When to abstain: where na_prob, calibrated, is above the threshold."""
+
+    threshold: float = 0.5
+    calibration: Calibration = field(default_factory=Calibration)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What ``Generator`` takes of it."""
+        return {"na_prob_thresh": self.threshold, "calibration": self.calibration}
+
+
+def sigmoid(x: float) -> float:
+    """Return 1 / (1 + exp(-x)), for numbers of any size."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def fit_calibration(log_odds: Sequence[float], no_answer: Sequence[bool]) -> Calibration:
+    """Fit na_prob to the questions that have no answer: the highest likelihood, by Newton's method.
+
+    Args:
+        log_odds: of no answer, of each question; finite.
+        no_answer: whether there is none.
+
+    Raises:
+        ValueError: there are not both kinds of question, or higher log-odds do not go with those
+            that have no answer.
+    """
+    import numpy as np
+
+    without = sum(no_answer)
+    having = len(no_answer) - without
+    if not without or not having:
+        raise ValueError("they are all of one kind: with an answer, or all without")
+    # not 1 and 0: no number of questions makes sure
+    targets = np.where(no_answer, (without + 1) / (without + 2), 1 / (having + 2))
+    features = np.stack([np.asarray(log_odds, float), np.ones(len(targets))])
+
+    def loss(weights: Any) -> float:
+        given = weights @ features
+        return float((np.logaddexp(0, given) - targets * given).sum())
+
+    weights = np.array([0.0, math.log((without + 1) / (having + 1))])
+    for _ in range(100):
+        found = (1 + np.tanh(weights @ features / 2)) / 2
+        slope = features @ (found - targets)
+        curvature = (features * found * (1 - found)) @ features.T
+        step = np.linalg.solve(curvature + 1e-9 * np.eye(2), slope)
+        while loss(weights - step) > loss(weights) and abs(step).max() > 1e-12:
+            step /= 2
+        weights = weights - step
+        if abs(step).max() < 1e-9:
+            break
+    if weights[0] <= 0:
+        raise ValueError("na_prob is no higher where there is no answer")
+    return Calibration(*map(float, weights))
