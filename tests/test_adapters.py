@@ -1,5 +1,7 @@
 """Adapters in decoding: PEFT's layers without their detours give what PEFT's give."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -113,6 +115,32 @@ def test_tokens_that_no_mask_is_of_are_refused() -> None:
             layer(torch.zeros(10, 32))
 
 
+def test_threads_that_share_a_model_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer knows of one pass where its adapter acts: the second would have it elsewhere."""
+    model = _adapted()
+    activate(model, "question")
+    local = LocalModel(model, ChatEncoder(tiny_tokenizer()))
+    batches = [[make_records(1, [n], seed=n)] for n in (1, 3)]
+    alone = [[p.reply for p in local.answer(batch)] for batch in batches]
+    mlp = type(model.model.model.layers[0].mlp)
+    real, within, both = mlp.forward, [0], threading.Event()
+
+    def slow(self: Any, x: torch.Tensor) -> torch.Tensor:
+        within[0] += 1
+        if within[0] == 2:
+            both.set()
+        both.wait(0.05)  # for the other thread
+        found = real(self, x)
+        within[0] -= 1
+        return found
+
+    monkeypatch.setattr(mlp, "forward", slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = [[p.reply for p in answers] for answers in pool.map(local.answer, batches)]
+    assert found == alone
+    assert not both.is_set()
+
+
 def test_no_layer_stays_lean_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _adapted()
     real, made = adapters._Sum, list[Any]()
@@ -127,3 +155,25 @@ def test_no_layer_stays_lean_where_memory_runs_out(monkeypatch: pytest.MonkeyPat
     with pytest.raises(MemoryError), lean_adapters(model):
         pass
     assert made and not any("forward" in layer.__dict__ for layer in model.modules())
+
+
+class _Elsewhere:
+    """An index that has to be brought to where the layer is."""
+
+    def __init__(self, index: Any) -> None:
+        self._index = index
+
+    def to(self, device: torch.device) -> Any:
+        return self._index
+
+
+def test_the_places_of_another_gpu_are_brought_to_the_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model on several GPUs is told on the first one where its adapter acts."""
+    model = _adapted()
+    activate(model, "question")
+    expected = _logits(model, True, **{ADAPTER_MASK: MASKS["some"]})
+    places = adapters._places
+    monkeypatch.setattr(adapters, "_places", lambda mask: _Elsewhere(places(mask)))
+    assert torch.equal(_logits(model, True, **{ADAPTER_MASK: MASKS["some"]}), expected)

@@ -95,5 +95,6 @@ class _Sum:
         if isinstance(tokens, slice):
             total[tokens].addmm_(given[tokens] @ self._first, self._second)
         else:
+            tokens = tokens.to(x.device)  # of a model on several GPUs, found on the first one
             total.index_add_(0, tokens, given[tokens] @ self._first @ self._second)
         return result

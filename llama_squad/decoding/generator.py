@@ -18,6 +18,8 @@ calls of a single reply where the model is sure.
 
 import math
 import operator
+import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +44,9 @@ SEARCHED_TOKENS = 16
 
 LEAST_QUESTIONS, MOST_QUESTIONS = 32, 512
 """Bounds of the default batch size."""
+
+_LOCKS: "weakref.WeakKeyDictionary[PreTrainedModel, threading.Lock]" = weakref.WeakKeyDictionary()
+"""Held while a model replies: its layers are others meanwhile, and know where its adapter acts."""
 
 
 class Generator:
@@ -97,12 +102,16 @@ class Generator:
         """Answer all questions of several paragraphs at once: a list of replies a paragraph.
 
         A batch that is not likely to fit into free memory is halved, and so is one that did not
-        after all; later ones of its size are, beforehand.
+        after all; later ones of its size are, beforehand. Threads that share a model take turns.
 
         Raises:
             ValueError: this architecture cannot share contexts (see ``check_tree``).
         """
-        check_tree(self.model, paragraphs[0].prompts[0])
+        with _LOCKS.setdefault(self.model, threading.Lock()):
+            check_tree(self.model, paragraphs[0].prompts[0])
+            return self._reply(paragraphs)
+
+    def _reply(self, paragraphs: Sequence[Paragraph]) -> list[list[Reply]]:
         halves = _halve(paragraphs)
         questions = sum(len(paragraph.prompts) for paragraph in paragraphs)
         fits = questions < self._too_many and self.memory_needed(paragraphs) < free_memory()
@@ -120,7 +129,7 @@ class Generator:
             # Out of the handler, which kept the failed pass's tensors alive.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        replies = [row for half in halves for row in self.reply(half)]
+        replies = [row for half in halves for row in self._reply(half)]
         if len(paragraphs) == 1:  # the questions of one paragraph were split
             return [[reply for row in replies for reply in row]]
         return replies
