@@ -14,6 +14,8 @@ fail() {
 }
 
 command -v "$python" >/dev/null || fail "no $python here: set PYTHON to the one that has lm_eval"
-"$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("lm_eval"))' ||
-    fail "lm_eval is not installed for $python: $python -m pip install -r $root/requirements-eval.txt"
+case " $* " in *" --help "* | *" -h "*) ;; *)
+    "$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("lm_eval"))' ||
+        fail "lm_eval is not installed for $python: $python -m pip install -r $root/requirements-eval.txt"
+esac
 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m llama_squad.forgetting "$@"

@@ -133,6 +133,15 @@ def test_base_and_tuned_side_by_side(adapter: Path) -> None:
     assert "--log_samples" in base
 
 
+def test_help_needs_no_harness(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [ROOT / "eval.sh", "--help"], capture_output=True, text=True, cwd=tmp_path, check=False,
+        env=os.environ | {"PYTHON": sys.executable},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ./eval.sh MODEL")
+
+
 def test_options(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (adapter / "tokenizer_config.json").write_text("{}")
     run(
