@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_squad import answer_page
-from llama_squad.durable import check_writable
+from llama_squad.durable import check_writable, one_line_errors
 from llama_squad.folders import check_weights
 from llama_squad.stage import if_interrupted, run_stage
 
@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 done |= _answer(args, todo)
         if args.html:
             rows = [{**question, **done[question["id"]]} for question in questions]
-            Path(args.html).write_text(answer_page.render(rows), "utf-8", "xmlcharrefreplace")
+            page = answer_page.render(rows)
+            with one_line_errors(args.html):
+                Path(args.html).write_text(page, "utf-8", "xmlcharrefreplace")
     except ValueError as error:
         sys.exit(f"python -m llama_squad: {error}")
 
@@ -91,7 +93,7 @@ def _questions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from llama_squad.sources.formats import read_rows
 
     seen: set[str] = set()
-    for row in read_rows(Path(args.input)):
+    for row in read_rows(Path(args.input), answered=False):
         texts = {key: row.values.get(key) for key in ("question", "context")}
         if row.fault or not all(isinstance(t, str) and t.strip() for t in texts.values()):
             why = row.fault or "question and context must be texts, and not empty"
@@ -101,6 +103,8 @@ def _questions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{args.input}, {row.place}: id {id_} is there twice: name them apart")
         seen.add(id_)
         yield {"id": id_, **texts}
+    if not seen:
+        raise ValueError(f"{args.input} holds no questions: name another file")
 
 
 def _read(path: str) -> str:
@@ -121,9 +125,11 @@ def _done(output: str | None) -> dict[str, dict[str, Any]]:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     try:
-        answers = map(json.loads, whole.splitlines())
+        answers = list(map(json.loads, whole.splitlines()))
+        if not all({"question", "answer", "start", "end"} <= answer.keys() for answer in answers):
+            raise ValueError("lines of another kind")
         return {answer["id"]: answer for answer in answers}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} holds other lines than answers: choose another --output"
         ) from error
@@ -175,14 +181,10 @@ def _write(output: str | None, text: str) -> None:
     if output is None:
         print(text, end="", flush=True)
         return
-    try:
+    with one_line_errors(output):
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         with Path(output).open("a", encoding="utf-8") as file:
             file.write(text)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write {output}: {error.strerror}; choose another place"
-        ) from error
 
 
 if __name__ == "__main__":

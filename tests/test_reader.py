@@ -12,6 +12,7 @@ import llama_squad
 from llama_squad import __main__ as shell
 from llama_squad import modeling
 from llama_squad.arguments import ModelArguments
+from llama_squad.feedback import queue
 from llama_squad.predictors.base import group_paragraphs
 from llama_squad.predictors.local import LocalModel
 
@@ -126,6 +127,28 @@ def test_the_shell(
         SystemExit, match="another question, or about another text, under the id q0"
     ):
         run(capsys, *asked)
+
+
+@pytest.mark.parametrize("name", ["asked.csv", "asked.parquet"])
+def test_a_table_of_questions_needs_no_answers(name: str, tmp_path: Path) -> None:
+    import pandas as pd
+
+    asked = pd.DataFrame([{key: r[key] for key in ("question", "context")} for r in RECORDS])
+    (asked.to_csv if name.endswith("csv") else asked.to_parquet)(tmp_path / name, index=False)
+    args = shell._parse(["--model_name", "M/M", "--input", str(tmp_path / name)])
+    questions = [(q["question"], q["context"]) for q in shell._questions(args)]
+    assert questions == [(r["question"], r["context"]) for r in RECORDS]
+    assert len(queue.records_of_file(tmp_path / name)) == len(RECORDS)
+
+
+def test_no_other_file_is_taken_for_answers(tmp_path: Path) -> None:
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps({"id": "q", "question": "Who?", "context": "Ann."}) + "\n")
+    with pytest.raises(SystemExit, match=r"asked.jsonl holds other lines than answers"):
+        shell.main(["--model_name", "M/M", "--input", str(asked), "--output", str(asked)])
+    asked.write_text("\n")
+    with pytest.raises(SystemExit, match=r"asked.jsonl holds no questions"):
+        shell.main(["--model_name", "M/M", "--input", str(asked)])
 
 
 @pytest.mark.parametrize(

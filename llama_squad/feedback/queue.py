@@ -211,7 +211,7 @@ def records_of_file(path: str | Path) -> list[Record]:
     path = Path(path)
     records: dict[str, Record] = {}
     titles: dict[str, str] = {}
-    for row in read_rows(path):
+    for row in read_rows(path, answered=False):
         values = dict(row.values)
         labelled = any(values.get(name) is not None for name in ("answers", "answer"))
         known = labelled or values.get("is_impossible") is not None

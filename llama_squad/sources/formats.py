@@ -46,27 +46,35 @@ class InputRow:
     """Why nothing can be read here."""
 
 
-def read_rows(path: Path) -> Iterator[InputRow]:
+def read_rows(path: Path, answered: bool = True) -> Iterator[InputRow]:
     """Yield the rows of a file: by its name's ending, and JSON by what is in it.
+
+    Args:
+        path: the file.
+        answered: a table must have a column of answers. In JSON each row may have one or not.
 
     Raises:
         ValueError: the file cannot be read, or is of no known form.
     """
+    suffix = path.suffix.lower()
     try:
-        yield from _READERS.get(path.suffix.lower(), _json)(path)
+        if suffix in _TABLES:
+            yield from _TABLES[suffix](path, answered)
+        else:
+            yield from _json_lines(path) if suffix in _JSON_LINES else _json(path)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def check_columns(columns: Iterable[str], where: str) -> None:
-    """See that a table can be read.
+def check_columns(columns: Iterable[str], where: str, answered: bool = True) -> None:
+    """See that a table can be read; where it is ``answered``, its answers, too.
 
     Raises:
         ValueError: a column that is needed is missing.
     """
     names = list(columns)
     missing = [name for name in ("context", "question") if name not in names]
-    if not {"answers", "answer", "is_impossible"} & set(names):
+    if answered and not {"answers", "answer", "is_impossible"} & set(names):
         missing.append("answer")
     if missing:
         raise ValueError(
@@ -91,11 +99,18 @@ def _text(path: Path) -> str:
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
+        if b"\0" in content:
+            raise ValueError(
+                f"{path} is no text, but binary, as a spreadsheet's own files are: export it as "
+                "CSV in UTF-8"
+            ) from error
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
 
 
 def _json(path: Path) -> Iterator[InputRow]:
     text = _text(path)
+    if not text.strip():
+        return
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -167,15 +182,18 @@ def _json_lines(path: Path) -> Iterator[InputRow]:
 # Tables --------------------------------------------------------------------------------------
 
 
-def _csv(path: Path) -> Iterator[InputRow]:
+def _csv(path: Path, answered: bool) -> Iterator[InputRow]:
     text = _text(path)
     csv.field_size_limit(2**31 - 1)  # the default refuses contexts of over 131,072 characters
     header, delimiter = _header(text)
-    check_columns(header, str(path))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    check_columns(header, str(path), answered)
+    # strict: else a quote that is not closed takes the rows that follow into its cell
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    n = 0  # rows read, as a spreadsheet counts them
     try:
-        next(reader)
-        for n, cells in enumerate(reader, 2):  # as a spreadsheet counts them
+        for n, cells in enumerate(reader, 1):
+            if n == 1:
+                continue
             if len(cells) > len(header):
                 fault = f"more cells than columns (a text with {delimiter!r} needs quotes)"
                 yield InputRow(f"row {n}", fault=fault)
@@ -184,7 +202,10 @@ def _csv(path: Path) -> Iterator[InputRow]:
                 values |= {n: _cell(values[n]) for n in _LISTS if n in values}
                 yield InputRow(f"row {n}", values)
     except csv.Error as error:
-        raise ValueError(f"{path} is not CSV: {error}") from error
+        raise ValueError(
+            f"{path}, row {n + 1}: not CSV ({error}): a cell that begins with a quote must end "
+            'with one, and quotes within it are written twice, as in "the ""Ash"" line"'
+        ) from error
 
 
 def _header(text: str) -> tuple[list[str], str]:
@@ -214,14 +235,14 @@ def _cell(text: str) -> Any:
     return text
 
 
-def _parquet(path: Path) -> Iterator[InputRow]:
+def _parquet(path: Path, answered: bool) -> Iterator[InputRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            check_columns(names, str(path))
+            check_columns(names, str(path), answered)
             known = [name for name in names if name in COLUMNS]
             batches = file.iter_batches(batch_size=1000, columns=known)
             rows = (values for batch in batches for values in batch.to_pylist())
@@ -230,9 +251,8 @@ def _parquet(path: Path) -> Iterator[InputRow]:
         raise ValueError(f"{path} is not parquet: {error}") from error
 
 
-_READERS: dict[str, Callable[[Path], Iterator[InputRow]]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
+_JSON_LINES = (".jsonl", ".ndjson")
+_TABLES: dict[str, Callable[[Path, bool], Iterator[InputRow]]] = {
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
