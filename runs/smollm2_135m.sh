@@ -21,7 +21,8 @@ tuned=--adapter_name=$out/final_checkpoints
 
 echo "Two cores with AMX (Intel Xeon) take, by what was measured on one (benchmarks/RESULTS.md): training half an" \
   "hour, each evaluation a quarter, but that of the untuned model's free replies, which are long, 70 minutes." \
-  "CPUs with AVX512-BF16 alone take longer (unmeasured since 1.1.0), others compute in float32, and longer still."
+  "CPUs with AVX512-BF16 alone take longer (unmeasured since 1.1.0), others compute in float32: training takes" \
+  "about seven times as long there."
 build data/squad_v2
 [ -d $out/final_checkpoints ] ||
   stage train_llama_squad.py "${flags[@]}" --resume_from_checkpoint auto \

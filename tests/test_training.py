@@ -151,6 +151,16 @@ def quantized(folder: Path) -> tuple[Any, ModelArguments]:
     return prepare_model(args, model_args, encoder), model_args
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of CPUs")
+@pytest.mark.parametrize("able", [True, False])
+def test_says_what_4_bits_cost_a_cpu_without_bfloat16(
+    able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(modeling, "cpu_multiplies_bfloat16", functools.partial(bool, able))
+    quantized(tmp_path)
+    assert ("4 bits compute in bfloat16, for" in capsys.readouterr().err) is not able
+
+
 def test_float32_adapters_move_at_the_default_rate(tmp_path: Path) -> None:
     model, _ = quantized(tmp_path)
     start = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
