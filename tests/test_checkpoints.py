@@ -89,6 +89,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_only_the_final_folder_has_a_card(made: Path) -> None:
+    cards = {path.parent.name for path in (made / "results").rglob("README.md")}
+    assert "final_checkpoints" in cards and "results" not in cards
+
+
 @pytest.fixture
 def begun(made: Path, tmp_path: Path) -> Path:
     """Make a copy of it to work in, which is the current folder."""

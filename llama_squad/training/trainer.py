@@ -188,6 +188,14 @@ class SquadTrainer(SFTTrainer):
             save_run_config(folder, "train", **self._settings)
         super()._save_checkpoint(model, trial)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's card only to push it: it knows nothing of the task, and no base in a folder.
+
+        The final folder's own card is ``publishing.model_card``.
+        """
+        if self.args.push_to_hub:
+            super().create_model_card(*args, **kwargs)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, the clock of the throughput starting now."""
         self._since = self._started = time.perf_counter()
