@@ -284,7 +284,9 @@ def _progress(
     total, answers = _answers(model, batches, done)
     first = this_process().is_main_process
     if done and first:
-        print(f"Going on: {len(done):,} questions are done, {total:,} to do.", file=sys.stderr)
+        again = total - len(set[str]().union(*map(_ids, batches)) - done)
+        why = f", {again:,} of them again, as batches are run whole" if again else ""
+        print(f"Going on: {len(done):,} questions are done, {total:,} to do{why}.", file=sys.stderr)
     exact = count = 0
     with tqdm(total=total, unit=" questions", disable=not first) as bar:
         for predictions in answers:

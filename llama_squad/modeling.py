@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,6 +33,8 @@ _COMPUTE_4BIT = torch.bfloat16
 def _loaded(args: ModelArguments, adapter_name: str | None) -> ModelArguments:
     """Return the arguments with the model that is really loaded, whatever --model_name says."""
     whole = whole_model(adapter_name)
+    if not (whole or args.model_name):
+        raise ValueError(f"{adapter_name} does not say what its base is: give it by --model_name")
     return dataclasses.replace(args, model_name=whole) if whole else args
 
 
@@ -203,7 +206,7 @@ def load_model(
         model: Any = AutoModelForCausalLM.from_pretrained(
             args.model_name, dtype=dtype, **_load_options(args, quantize, where)
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(_cannot_load("model", args.model_name, error)) from error
     except ImportError as error:  # of flash attention, or of 4 bits
         raise ValueError(
@@ -283,6 +286,8 @@ def attach_adapter(model: Any, adapter_name: str, base_name: str, trainable: boo
         with warnings.catch_warnings():  # of missing weights, which end below
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(model, adapter_name, is_trainable=trainable)
+    except SafetensorError as error:  # a copy that was cut off
+        raise ValueError(_cannot_load("adapter", adapter_name, error)) from error
     except (RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -297,8 +302,7 @@ def attach_adapter(model: Any, adapter_name: str, base_name: str, trainable: boo
             f"The adapter {adapter_name} was trained on {trained_on}, and is used on {base_name}.",
             file=sys.stderr,
         )
-    where = acts_from(adapter_name)
-    if where != "start":
+    if (where := acts_from(adapter_name)) != "start":
         activate(model, where)
     return model
 

@@ -196,6 +196,10 @@ def test_interrupted_run_goes_on_with_the_same_rows(
     run("--n_best=2")
     assert Path("results/results.csv").read_bytes() == expected
     assert f"{len(done)} questions are done" in capsys.readouterr().err
+    Path("results/results.csv").write_bytes(expected[:-5])  # its last row is torn
+    run("--n_best=2")
+    assert Path("results/results.csv").read_bytes() == expected
+    assert "of them again, as batches are run whole." in capsys.readouterr().err
     with pytest.raises(SystemExit, match="other settings.*num_beams"):
         run("--n_best=2", "--num_beams=3")
 

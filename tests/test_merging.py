@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train_llama_squad
-from llama_squad import merging, modeling
+from llama_squad import merging, modeling, weights
 from llama_squad.arguments import EvalArguments, ModelArguments, TrainArguments
 from llama_squad.config import load_run_config
 from llama_squad.evaluation import resolved_settings
@@ -375,6 +375,23 @@ def test_an_adapter_on_a_base_it_does_not_fit_names_both(
         f"the adapter {adapter} was trained on someone/base and does not fit {name}: leave "
         "--model_name out, and the adapter brings its own base"
     )
+
+
+def test_weights_that_were_cut_off_are_named(tmp_path: Path) -> None:
+    name = model_folder(tmp_path)
+    adapter = adapter_on(tiny_model(), 0.1, tmp_path / "adapter")
+    for folder, kind in ((adapter, "adapter"), (Path(name), "model")):
+        file = next(folder.glob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(ValueError, match=f"cannot load the {kind} in {folder}: .* not fully"):
+            modeling.load_model(ModelArguments(model_name=name), adapter_name=str(adapter))
+
+
+def test_an_adapter_that_names_no_base_asks_for_it(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    args = ModelArguments(model_name=weights.saved_settings(str(tmp_path))["model_name"])
+    with pytest.raises(ValueError, match="does not say what its base is: give it by --model_name"):
+        modeling.load_encoder(args, adapter_name=str(tmp_path))
 
 
 def test_an_adapter_on_another_base_that_fits_is_said(
