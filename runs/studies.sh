@@ -11,14 +11,15 @@
 #   ./runs/studies.sh beams             beams, and free replies
 #
 # QUESTIONS to train on (but for the curve's CURVE); ASKED of dev; MODEL and DATASET: folders in place of
-# the Hub; DATA_FLAGS for create_squad_dataset.py; PROCESSES as for smollm2_135m.sh. The same command
-# resumes where it was stopped. Figures: results_published/study_NAME.json.
+# the Hub; DATA_FLAGS for create_squad_dataset.py, with which prompts and reasoning build datasets of their
+# own; PROCESSES as for smollm2_135m.sh. The same command resumes where it was stopped; for other QUESTIONS
+# or another MODEL remove results/studies/NAME first. Figures: results_published/study_NAME.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-study=${1:-}
-case " learning_curve rates adapters prompts reasoning precision beams " in
-  *" ${study:-none} "*) ;;
+study=$*
+case $study in
+  learning_curve | rates | adapters | prompts | reasoning | precision | beams) ;;
   *)
     echo "studies.sh: give one of the studies that its head names" >&2
     exit 2
@@ -30,12 +31,12 @@ dataset=${DATASET:-data/squad_v2}
 questions=${QUESTIONS:-4992}
 asked=${ASKED:-2000}
 out=results/studies/$study
-rows=()
+rows=() last=final_checkpoints  # what a training ends with
 . runs/lib/stage.sh
 
 train() { # NAME FLAGS
   local steps=$(((questions + 47) / 48))
-  [ -d "$out/$1/final_checkpoints" ] ||
+  [ -d "$out/$1/$last" ] ||
     stage train_llama_squad.py --config $config --model_name "$model" --dataset_name "$dataset" \
       --output_dir "$out/$1" --resume_from_checkpoint auto --eval_strategy no --max_steps $steps \
       --warmup_steps $((steps / 20 + 1)) --per_device_train_batch_size $((48 / processes)) "${@:2}"
@@ -97,6 +98,7 @@ case $study in
     tune_on "question twice" --prompt question_twice
     ;;
   precision) # activated adapters cannot be merged
+    last=final_merged_checkpoint
     train "16 bits" --alora_from start --merge_and_push
     ask "16 bits" --adapter_name "$out/16 bits/final_checkpoints"
     ask_whole "16 bits, merged" "$out/16 bits/final_merged_checkpoint"

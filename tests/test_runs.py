@@ -212,7 +212,9 @@ def test_carry_over(run_script: Any, tmp_path: Path) -> None:
     assert json.loads((published / "abstentions_base.json").read_text())["E"]["n"] > 0
 
 
-def run_stubbed(name: str, folder: Path, stubs: dict[str, str], **environment: str) -> Any:
+def run_stubbed(
+    name: str, folder: Path, stubs: dict[str, str], *words: str, **environment: str
+) -> Any:
     """Run a script in a copy of the repository's top, with other programs in the place of some."""
     for part in ("runs", "configs"):
         shutil.copytree(ROOT / part, folder / part)
@@ -222,8 +224,8 @@ def run_stubbed(name: str, folder: Path, stubs: dict[str, str], **environment: s
         (folder / "bin" / program).chmod(0o755)
     path = f"{folder}/bin{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        ["bash", str(folder / "runs" / name)], check=False, capture_output=True, text=True,
-        env=os.environ | {"PATH": path} | environment,
+        ["bash", str(folder / "runs" / name), *words], check=False, capture_output=True,
+        text=True, env=os.environ | {"PATH": path} | environment,
     )  # fmt: skip
 
 
@@ -259,8 +261,23 @@ def test_the_dataset_is_built_from_given_files(tmp_path: Path) -> None:
     assert last.startswith("create_squad_dataset.py ") and last.endswith(flags)
 
 
-def test_a_study_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    done = run_stubbed("studies.sh", tmp_path, {"python": "echo python was called >&2"})
+def test_a_training_that_was_stopped_before_its_merge_goes_on(tmp_path: Path) -> None:
+    """Its adapter is there then, but what is asked next is not."""
+    out = tmp_path / "a" / "results" / "studies" / "precision"
+    (out / "16 bits" / "final_checkpoints").mkdir(parents=True)
+    (out / "4 bits" / "final_merged_checkpoint").mkdir(parents=True)
+    stubs = {"python": f'echo "$*" >> {tmp_path}/calls'}
+    done = run_stubbed("studies.sh", tmp_path / "a", stubs, "precision", PROCESSES="1")
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    (training,) = [call for call in calls if call.startswith("train_llama_squad.py ")]
+    assert "--output_dir results/studies/precision/16 bits " in training
+
+
+@pytest.mark.parametrize("words", [(), ("rate",), ("rates", "beams"), ("rates adapters",), ("*",)])
+def test_a_study_that_is_not_there_is_refused(words: tuple[str, ...], tmp_path: Path) -> None:
+    stubs = {"python": "echo python was called >&2"}
+    done = run_stubbed("studies.sh", tmp_path, stubs, *words)
     assert (done.returncode, done.stderr) == (
         2,
         "studies.sh: give one of the studies that its head names\n",
