@@ -16,10 +16,18 @@ class Calibration:
     """na_prob = sigmoid(scale · log-odds + shift), of the log-odds that a model gives.
 
     ``scale`` is positive, so the order of questions stays, and with it what a threshold can reach.
+
+    Raises:
+        ValueError: it is not, or one of both is not finite.
     """
 
     scale: float = 1.0
     shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check both numbers."""
+        if not (0 < self.scale < math.inf and math.isfinite(self.shift)):
+            raise ValueError(f"no calibration has a scale of {self.scale}, a shift of {self.shift}")
 
     def __call__(self, log_odds: float) -> float:
         """Return na_prob, in [0, 1]."""
@@ -48,12 +56,12 @@ def fit_calibration(log_odds: Sequence[float], no_answer: Sequence[bool]) -> Cal
     """Fit na_prob to the questions that have no answer: the highest likelihood, by Newton's method.
 
     Args:
-        log_odds: of no answer, of each question; finite.
+        log_odds: of no answer, of each question.
         no_answer: whether there is none.
 
     Raises:
         ValueError: there are not both kinds of question, or higher log-odds do not go with those
-            that have no answer.
+            that have no answer; or log-odds are not finite.
     """
     import numpy as np
 
@@ -61,6 +69,8 @@ def fit_calibration(log_odds: Sequence[float], no_answer: Sequence[bool]) -> Cal
     having = len(no_answer) - without
     if not without or not having:
         raise ValueError("they are all of one kind: with an answer, or all without")
+    if not all(map(math.isfinite, log_odds)):
+        raise ValueError("of some the model gave log-probabilities that are not finite")
     # not 1 and 0: no number of questions makes sure
     targets = np.where(no_answer, (without + 1) / (without + 2), 1 / (having + 2))
     features = np.stack([np.asarray(log_odds, float), np.ones(len(targets))])

@@ -232,6 +232,7 @@ def _check_local_flags(args: EvalArguments, model_args: ModelArguments) -> None:
         "--reasoning_tokens": args.reasoning_tokens,
         "--filler": args.filler,
         "--tune_threshold": args.tune_threshold,
+        "--calibrate": args.calibrate,
         "--stop_after_answer": args.stop_after_answer,
         "--n_best": args.n_best,
         "--chat_template": model_args.chat_template,
@@ -255,6 +256,7 @@ def _check_span_flags(args: EvalArguments) -> None:
         raise ValueError("--stop_after_answer needs --decoding free: spans end by themselves")
     needs_spans = {
         "--tune_threshold": args.tune_threshold,
+        "--calibrate": args.calibrate,
         "--na_prob_thresh": args.na_prob_thresh is not None,
         "--n_best": args.n_best,
         "--span_boundaries": args.span_boundaries != "word",

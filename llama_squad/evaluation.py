@@ -35,7 +35,7 @@ from llama_squad.predictors.base import (
     Predictor,
     batch_paragraphs,
 )
-from llama_squad.processes import share, this_process
+from llama_squad.processes import of_first, share, this_process
 from llama_squad.prompts import Record
 from llama_squad.results import ResultsFile, config_path
 from llama_squad.rows import Row, make_row
@@ -173,18 +173,15 @@ def _open(
     Returns the file, there, and to all processes the questions that it holds. Raises ValueError,
     on all alike.
     """
-    whole, done = None, set[str]()
-    error = ""
-    if this_process().is_main_process:
-        try:
-            whole = stack.enter_context(ResultsFile(output, settings, _VOLATILE, overwrite))
-            _gather(whole, order, settings, overwrite)
-            done = set(whole.done)
-        except ValueError as fault:
-            error = str(fault)
-    done, error = share((done, error))
-    if error:
-        raise ValueError(error)
+    whole: ResultsFile | None = None
+
+    def work() -> set[str]:
+        nonlocal whole
+        whole = stack.enter_context(ResultsFile(output, settings, _VOLATILE, overwrite))
+        _gather(whole, order, settings, overwrite)
+        return set(whole.done)
+
+    done = of_first(work)
     return whole, done
 
 

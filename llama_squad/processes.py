@@ -5,9 +5,10 @@ Uses nothing of ours.
 
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,27 @@ def share(value: Any) -> Any:
     dist.broadcast_object_list(box)
     dist.barrier()  # not accelerate's, which names GPUs that gloo does not take
     return box[0]
+
+
+_T = TypeVar("_T")
+
+
+def of_first(work: Callable[[], _T]) -> _T:
+    """Let the first process alone do some work, and return to all what comes of it.
+
+    Raises:
+        ValueError: the work raised it; on all processes alike, so that none waits for another.
+    """
+    value, error = None, ""
+    if this_process().is_main_process:
+        try:
+            value = work()
+        except ValueError as fault:
+            error = str(fault)
+    value, error = share((value, error))
+    if error:
+        raise ValueError(error)
+    return value
 
 
 # Cores ---------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from llama_squad.evaluation import (
 )
 from llama_squad.metrics import ScoreTable, score_answer
 from llama_squad.predictors.base import Predictor
-from llama_squad.processes import share, this_process
+from llama_squad.processes import of_first, this_process
 from llama_squad.result_reader import iter_results
 from llama_squad.results import differences
 from llama_squad.rows import Row, row_answer
@@ -68,6 +68,8 @@ def load_abstention(args: EvalArguments, model_args: ModelArguments) -> Abstenti
         threshold, tuned_for = float(saved["na_prob_thresh"]), saved.get("tuned_for")
         calibration = Calibration(**saved.get("calibration", {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if args.tune_threshold:  # which writes it anew
+            return Abstention(given)
         raise ValueError(f"{path} is damaged ({error}): delete it, or tune again") from error
     wanted = _tuning_settings(args, model_args)
     if tuned_for == wanted:
@@ -77,8 +79,9 @@ def load_abstention(args: EvalArguments, model_args: ModelArguments) -> Abstenti
         what = "does not say what it was tuned for"
         if isinstance(tuned_for, dict):
             what = f"was tuned for other settings ({'; '.join(differences(tuned_for, wanted))})"
+        raw = " with na_prob as it is" if calibration != Calibration() else ""
         print(
-            f"{path} {what}: {given} is used. --tune_threshold tunes for these "
+            f"{path} {what}: {given} is used{raw}. --tune_threshold tunes for these "
             "settings, and --na_prob_thresh sets it by hand.",
             file=sys.stderr,
         )
@@ -99,45 +102,57 @@ def tune_abstention(
     Raises:
         ValueError: see ``evaluate``; or na_prob cannot be calibrated.
     """
-    present = DEFAULT_THRESHOLD if args.calibrate else load_abstention(args, model_args).threshold
+    stored = load_abstention(args, model_args)
     records = choose_records(split, args)
     assert args.batch_size is not None
     output = validation_path(Path(args.output))
     settings = settings_of(args, model_args, Abstention(1.0), records)
     settings |= {"split": "val", "n_best": 0}
     evaluate(model, records, output, settings, batch_size=args.batch_size, overwrite=args.overwrite)
-    found = Abstention(present)
-    if this_process().is_main_process:
-        calibration = _calibrate(output) if args.calibrate else None
-        table = _table(output, calibration)
-        chosen = choose_threshold(table.curve(("exact", "f1").index(args.tune_for)), present)
-        found = Abstention(chosen.threshold, calibration or Calibration())
-        print(_describe(chosen, args.tune_for, len(table), present))
-        if calibration:
-            before, after = (each.calibration_error() for each in (_table(output, None), table))
-            print(f"na_prob's calibration error there: {after:.2f} points ({before:.2f} before).")
+
+    def work() -> Abstention:
+        found, about = _choose(output, args, stored)
         if len(records) == len(split):
-            about = {
-                "tune_for": args.tune_for,
-                args.tune_for: chosen.score,
-                "plateau": [chosen.low, chosen.high],
-                "questions": len(table),
-                "tuned_for": _tuning_settings(args, model_args),
-                "settings": settings,
-            }
+            about |= {"tuned_for": _tuning_settings(args, model_args), "settings": settings}
             _keep(found, about, Path(args.adapter_name or "", THRESHOLD_FILE))
         else:
             print(f"Tuned on a sample of {len(split):,}: for this run alone, not kept.")
-    return share(found)
+        return found
+
+    return of_first(work)
 
 
-def _table(output: Path, calibration: Calibration | None) -> ScoreTable:
-    """Score the answers of a file, with na_prob as it stands there or calibrated."""
+def _choose(
+    output: Path, args: EvalArguments, stored: Abstention
+) -> tuple[Abstention, dict[str, Any]]:
+    """Choose by the answers of a file, and say so; return that, and what is kept about it.
+
+    A stored threshold is worth keeping where it is of the same na_prob.
+    """
+    calibration = _calibrate(output) if args.calibrate else Calibration()
+    table = _table(output, calibration)
+    present = stored.threshold if stored.calibration == calibration else DEFAULT_THRESHOLD
+    chosen = choose_threshold(table.curve(("exact", "f1").index(args.tune_for)), present)
+    print(_describe(chosen, args.tune_for, len(table), present))
+    if args.calibrate:
+        before = _table(output, Calibration()).calibration_error()
+        after = table.calibration_error()
+        print(f"na_prob's calibration error there: {after:.2f} points ({before:.2f} before).")
+    return Abstention(chosen.threshold, calibration), {
+        "tune_for": args.tune_for,
+        args.tune_for: chosen.score,
+        "plateau": [chosen.low, chosen.high],
+        "questions": len(table),
+    }
+
+
+def _table(output: Path, calibration: Calibration) -> ScoreTable:
+    """Score the answers of a file, with na_prob calibrated."""
     table = ScoreTable()
     for row in iter_results(output):
         text, golds = row_answer(row).official, row["answers"]
         odds = _log_odds(row)
-        na_prob = calibration(odds) if calibration and odds is not None else row["na_prob"] or 0.0
+        na_prob = row["na_prob"] or 0.0 if odds is None else calibration(odds)
         table.add(bool(golds), text, score_answer(text, golds), na_prob)
     return table
 

@@ -46,6 +46,17 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         fit_calibration([], [])
     with pytest.raises(ValueError, match="no higher where there is no answer"):
         fit_calibration([3.0, 2.0, 1.0, 0.0], [False, False, True, True])
+    for odds in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="not finite"):
+            fit_calibration([0.0, 1.0, odds], [False, True, True])
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift"), [(0.0, 1.0), (-1.0, 0.0), (math.nan, 0.0), (math.inf, 0.0), (1.0, math.nan)]
+)
+def test_what_is_no_calibration_is_refused(scale: float, shift: float) -> None:
+    with pytest.raises(ValueError, match="no calibration"):
+        Calibration(scale, shift)
 
 
 def test_as_it_is_a_calibration_changes_nothing() -> None:

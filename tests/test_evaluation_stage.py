@@ -437,15 +437,70 @@ def test_na_prob_is_calibrated_with_its_threshold(
     assert "calibration" not in json.loads((adapter / THRESHOLD_FILE).read_text())
 
 
+def store(adapter: Any, run: Any, **changes: Any) -> None:
+    """Change what is kept with the adapter, once a threshold is tuned."""
+    path = adapter / THRESHOLD_FILE
+    if not path.exists():
+        run(f"--adapter_name={adapter}", "--tune_threshold", model=False)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_rows_of_another_calibration_are_not_gone_on_with(adapter: Any, run: Any) -> None:
+    store(adapter, run, calibration={"scale": 0.5, "shift": 1.0})
+    now = r"calibration: '\(absent\)' in the file, {'scale': 0.5, 'shift': 1.0} now"
+    with pytest.raises(SystemExit, match=f"made with other settings .*{now}.*--overwrite"):
+        run(f"--adapter_name={adapter}", model=False)
+
+
+def test_a_threshold_of_a_calibrated_na_prob_is_not_kept_for_a_raw_one(
+    adapter: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present: list[float] = []
+
+    def choose(curve: Any, given: float) -> thresholds.Plateau:
+        present.append(given)
+        return thresholds.Plateau(0.25, 50.0, 0.1, 0.2)
+
+    store(adapter, run, calibration={"scale": 0.5, "shift": 1.0}, na_prob_thresh=0.75)
+    monkeypatch.setattr(thresholds, "choose_threshold", choose)
+    monkeypatch.setattr(thresholds, "fit_calibration", lambda *_: Calibration(0.5, 1.0))
+    flags = (f"--adapter_name={adapter}", "--tune_threshold", "--num_samples=3", "--overwrite")
+    run(*flags, "--calibrate", model=False)
+    run(*flags, model=False)
+    assert present == [0.75, 0.5]
+
+
+@pytest.mark.parametrize("calibration", [{"scale": "0.5"}, {"shift": math.nan}, None])
+def test_a_damaged_calibration_is_named_and_can_be_tuned_anew(
+    adapter: Any, run: Any, calibration: Any
+) -> None:
+    store(adapter, run, calibration=calibration)
+    with pytest.raises(SystemExit, match="na_prob_thresh.json is damaged .*or tune again"):
+        run(f"--adapter_name={adapter}", model=False)
+    run(f"--adapter_name={adapter}", "--tune_threshold", model=False)
+    run(f"--adapter_name={adapter}", model=False)
+
+
+FAILS = ("--tune_threshold", "--calibrate", "--num_samples=1")
+"""One question is of one kind."""
+
+
 def test_a_calibration_that_fails_says_why(adapter: Any, run: Any) -> None:
     with pytest.raises(SystemExit, match="--calibrate cannot fit na_prob .* all of one kind"):
-        run(
-            f"--adapter_name={adapter}",
-            "--tune_threshold",
-            "--calibrate",
-            "--num_samples=1",
-            model=False,
-        )
+        run(f"--adapter_name={adapter}", *FAILS, model=False)
+
+
+@pytest.mark.slow
+def test_a_calibration_that_fails_ends_all_processes_alike(
+    folder: Any, adapter: Any, tmp_path: Path
+) -> None:
+    launcher = (PYTHON, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
+    flags = [f"--adapter_name={adapter}", f"--dataset_name={folder}/data", *FAILS, *SMALL]
+    done = subprocess.run(
+        [*launcher, str(evaluation_script()), *flags, f"--output={tmp_path}/results.csv"],
+        env=ENVIRONMENT, cwd=tmp_path, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stderr.count("test_llama_squad.py: --calibrate cannot fit na_prob") == 2
 
 
 def test_any_file_can_be_thresholded_anew(run: Any) -> None:
@@ -758,6 +813,9 @@ def test_what_cannot_be_written_is_said_before_a_model_is_loaded(
         (["--tune_threshold", "--na_prob_thresh=0.3"], "give one of them"),
         (["--tune_threshold"], "local --adapter_name"),
         (["--calibrate"], "moves na_prob, and so its threshold"),
+        (["--calibrate", "--decoding=free"], "--calibrate needs --decoding span"),
+        (["--calibrate", "--predictor=encoder"], "--calibrate means nothing to --predictor encode"),
+        (["--calibrate", "--predictor=server"], "--calibrate means nothing to --predictor server"),
         (["--tune_for=f1"], "--tune_for says what --tune_threshold tunes for"),
         (["--num_beams=0"], "at least 1"),
         (["--stop_after_answer"], "--stop_after_answer needs --decoding free"),
