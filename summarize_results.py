@@ -21,7 +21,7 @@ from llama_squad.checks import check_summary
 from llama_squad.config import parse_stage
 from llama_squad.durable import one_line_errors
 from llama_squad.metrics import ScoreTable, gold_texts, score_predictions, score_table
-from llama_squad.paired import QuestionScores, add_differences
+from llama_squad.paired import Differences, QuestionScores
 from llama_squad.plots import plot_na_probs
 from llama_squad.report import describe_differing, render_metrics, render_summaries
 from llama_squad.result_reader import name_files, read_rows
@@ -43,15 +43,17 @@ def summarize_files(args: SummarizeArguments) -> str:
     """Summarise result files, one row each."""
     if args.data or args.na_prob:
         raise ValueError("--data and --na_prob need --predictions FILE")
-    summaries, questions, scores, unplotted = {}, {}, {}, []
+    summaries, questions, unplotted, differences = {}, {}, [], Differences()
     for name, path in name_files(args.results).items():
-        asked, tally, scores[name] = Questions(), Tally(), QuestionScores()
+        asked, tally, scores = Questions(), Tally(), QuestionScores()
         for row in read_rows(path, args.na_prob_thresh):
             asked.add(row)
             tally.add(row)
             if args.paired:
-                scores[name].add(row)
+                scores.add(row)
         summaries[name], questions[name] = tally.metrics(), asked.key()
+        if args.paired:
+            summaries[name] |= differences.to_first(name, scores)
         if args.plot:
             table = tally.weighed()
             if table is None:
@@ -62,8 +64,6 @@ def summarize_files(args: SummarizeArguments) -> str:
         raise ValueError(f"no --plot of {', '.join(unplotted)}: some rows have no na_prob")
     if unplotted:
         print(f"No plot of {', '.join(unplotted)}: some rows have no na_prob.", file=sys.stderr)
-    if args.paired:
-        add_differences(summaries, scores)
     summary = render_summaries(summaries, args.format, args.intervals)
     note = describe_differing(questions)
     if note and args.format in ("csv", "json"):  # which have no place for it

@@ -5,7 +5,7 @@ both figures suggest. Standard library only.
 """
 
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llama_squad.intervals import Z_95, standard_error
@@ -34,10 +34,14 @@ FIGURES: dict[str, tuple[Callable[[Score], float], Callable[[Score], bool]]] = {
 
 
 class QuestionScores:
-    """The scores of a file's questions, told apart by their id, words and right answers."""
+    """The scores of a file's questions, told apart by their id, words and right answers.
+
+    ``named``: the file tells the words; the original's files number their rows alone.
+    """
 
     def __init__(self) -> None:
         self._scores: dict[int, Score] = {}
+        self.named = False
 
     def add(self, row: Row) -> None:
         """Count a row in."""
@@ -45,6 +49,7 @@ class QuestionScores:
         exact, f1 = score_answer(answer.official, golds)
         score = Score(bool(golds), is_exact_match(answer, golds), exact, f1)
         self._scores[question_digest(row)] = score
+        self.named = bool(row["question"])
 
     def less(self, first: "QuestionScores") -> dict[str, Any] | None:
         """Return the differences to a first file, in points; None where no question is in both.
@@ -69,20 +74,31 @@ class QuestionScores:
         return found | {"became right": strict.count(1), "became wrong": strict.count(-1)}
 
 
-def add_differences(
-    summaries: Mapping[str, dict[str, Any]], scores: Mapping[str, QuestionScores]
-) -> None:
-    """Add to each file's summary but the first one's its differences to that, as "paired".
+class Differences:
+    """The differences of result files to the first of them, which alone is kept."""
 
-    Raises:
-        ValueError: a file has no question in common with the first.
-    """
-    (to, first), *others = scores.items()
-    for name, each in others:
-        found = each.less(first)
+    def __init__(self) -> None:
+        self._first: tuple[str, QuestionScores] | None = None
+
+    def to_first(self, name: str, scores: QuestionScores) -> dict[str, Any]:
+        """Return {"paired": a file's differences to the first}; nothing for the first itself.
+
+        Raises:
+            ValueError: the file does not name its questions, or holds none of the first.
+        """
+        if not scores.named:
+            raise ValueError(
+                f"--paired: {name} numbers its rows and names no questions, as the original's "
+                "files do, so which are the same as another file's is not known"
+            )
+        if self._first is None:
+            self._first = name, scores
+            return {}
+        to, first = self._first
+        found = scores.less(first)
         if found is None:
             raise ValueError(
                 f"--paired: {name} and {to} have no question in common (by id, words and right "
                 "answers): evaluate the same split of the same dataset"
             )
-        summaries[name]["paired"] = {"to": to, **found}
+        return {"paired": {"to": to, **found}}

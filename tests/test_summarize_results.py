@@ -159,6 +159,11 @@ def test_what_cannot_be_paired_is_refused(capsys: pytest.CaptureFixture[str]) ->
     assert "give two or more" in fail(
         capsys, "--data=a.json", "--predictions=b.json", "--paired", "--results", "a.csv", "b.csv"
     )
+    for name in ("one", "two"):  # whose rows of one number may be of two questions
+        with Path(f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([SEED_COLUMNS, ["p", '["?"]', "?", "r", "True"]])
+    assert "two numbers its rows" in fail(capsys, "a.csv", "two.csv", "--paired")
+    assert "one numbers its rows" in fail(capsys, "one.csv", "two.csv", "--paired")
 
 
 def test_files_that_do_not_name_their_questions_may_hold_the_same(
