@@ -17,16 +17,12 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llama_squad.arguments import EvalArguments, ModelArguments, resolve_decoding
 from llama_squad.checks import check_eval_flags, check_evaluation
 from llama_squad.config import parse_stage
 from llama_squad.predictors.loading import adapter_settings, load_predictor
 from llama_squad.stage import if_interrupted, next_command, run_stage
-
-if TYPE_CHECKING:
-    pass
 
 
 def main(argv: Sequence[str] | None = None) -> None:

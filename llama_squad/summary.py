@@ -133,7 +133,7 @@ def summarize(rows: Iterable[Row]) -> dict[str, Any]:
         answer, had none abstained, "na_prob_auroc" (``ScoreTable.auroc``) and "na_prob_ece"
         (``ScoreTable.calibration_error``); and
         "intervals": figure → [low, high] at 95 %, Wilson's for proportions and the normal one for
-        F1 (see ``llama_squad.metrics``).
+        F1 (see ``llama_squad.intervals``).
     """
     tally = Tally()
     for row in rows:
