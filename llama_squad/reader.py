@@ -66,7 +66,7 @@ class Reader:
 
     Args:
         name: an adapter, a merged model or a chat model: a folder, or a name on the Hub. An adapter
-            brings its base, the prompt it was trained on, and its tuned threshold.
+            brings its base, the prompt it was trained on, and its tuned threshold and calibration.
         model_name: another base for the adapter.
         num_beams: as ``--num_beams``; 4 by default.
         n_best: how many spans to give of each question.

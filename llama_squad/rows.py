@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, get_args
 
 from llama_squad.answers import NO_ANSWER, Answer, AnswerState, format_answer
+from llama_squad.calibration import Calibration
 from llama_squad.metrics import is_exact_match
 
 Row = dict[str, Any]
@@ -137,6 +138,18 @@ def rethreshold(row: Row, threshold: float) -> Row:
         "Full response": completion,
         "Exact match": is_exact_match(answer, row["answers"]),
     }
+
+
+def log_odds(row: Row) -> float | None:
+    """Return the log-odds of no answer; None where no span was found, or the question failed."""
+    best, none = row["best_span_log_prob"], row["no_answer_log_prob"]
+    return None if best is None or none is None else none - best
+
+
+def recalibrate(row: Row, calibration: Calibration) -> Row:
+    """Return the row with na_prob as calibrated, whatever it was; the same without log-odds."""
+    odds = log_odds(row)
+    return row if odds is None else row | {"na_prob": calibration(odds)}
 
 
 def _csv(records: Iterable[Sequence[Any]]) -> bytes:

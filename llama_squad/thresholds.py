@@ -29,7 +29,7 @@ from llama_squad.predictors.base import Predictor
 from llama_squad.processes import of_first, this_process
 from llama_squad.result_reader import iter_results
 from llama_squad.results import differences
-from llama_squad.rows import Row, row_answer
+from llama_squad.rows import log_odds, recalibrate, row_answer
 from llama_squad.weights import weights_digest, whole_model
 
 DEFAULT_THRESHOLD = Abstention().threshold
@@ -151,8 +151,7 @@ def _table(output: Path, calibration: Calibration) -> ScoreTable:
     table = ScoreTable()
     for row in iter_results(output):
         text, golds = row_answer(row).official, row["answers"]
-        odds = _log_odds(row)
-        na_prob = row["na_prob"] or 0.0 if odds is None else calibration(odds)
+        na_prob = recalibrate(row, calibration)["na_prob"] or 0.0
         table.add(bool(golds), text, score_answer(text, golds), na_prob)
     return table
 
@@ -161,7 +160,7 @@ def _calibrate(output: Path) -> Calibration:
     """Fit a calibration to the answers of a file."""
     odds, no_answer = [], []
     for row in iter_results(output):
-        if (found := _log_odds(row)) is not None:
+        if (found := log_odds(row)) is not None:
             odds.append(found)
             no_answer.append(not row["answers"])
     try:
@@ -171,12 +170,6 @@ def _calibrate(output: Path) -> Calibration:
             f"--calibrate cannot fit na_prob to the validation questions: {error}. Leave it out, "
             "or ask more of them (--num_samples)"
         ) from error
-
-
-def _log_odds(row: Row) -> float | None:
-    """Return the log-odds of no answer; None where no span was found, or the question failed."""
-    best, none = row["best_span_log_prob"], row["no_answer_log_prob"]
-    return None if best is None or none is None else none - best
 
 
 def _keep(found: Abstention, about: dict[str, Any], path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is reviewed, in which order, and what a window does: without a browser."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from helpers import dataset_folder, make_records
 
 from llama_squad.answers import MALFORMED, Answer
 from llama_squad.arguments import AppArguments
+from llama_squad.calibration import Calibration
 from llama_squad.config import write_json
 from llama_squad.feedback import queue, verdicts
 from llama_squad.feedback.queue import CHUNK, Doubt, Item, ReviewQueue, doubt
@@ -106,7 +108,8 @@ def result_file(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     with ResultsFile(path, {}) as file:
         file.append([
             make_row(r, "", Answer("answer", text), "", na_prob, best_span=text,
-                     best_span_log_prob=-0.1, no_answer_log_prob=-3.0)
+                     best_span_log_prob=-0.1,
+                     no_answer_log_prob=-0.1 + math.log(na_prob / (1 - na_prob)))
             for n, r in enumerate(records)
             for text, na_prob in [(r["answers"]["text"][0] if n else "nonsense", 0.4 if n == 2 else 0.01)]
         ])  # fmt: skip
@@ -135,9 +138,21 @@ def test_a_result_file_is_ranked_as_a_whole(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none of the questions of .* is in the dataset"):
         other = [dict(r, id=f"x{r['id']}") for r in answerable]
         result_file(tmp_path / "other.csv", other)
-        queue.items_of_results(tmp_path / "other.csv", {r["id"]: r for r in RECORDS}, 0.5)
+        known = {r["id"]: r for r in RECORDS}
+        queue.items_of_results(tmp_path / "other.csv", known, 0.5, Calibration())
     with pytest.raises(ValueError, match="has no test split"):
         sources.get(SPLIT_LABEL.format("test", data))
+
+
+def test_a_result_file_is_read_with_the_na_prob_that_the_threshold_is_of(tmp_path: Path) -> None:
+    """The adapter was calibrated after the file was made."""
+    answerable = [r for r in RECORDS if r["answers"]["text"]][:4]
+    result_file(tmp_path / "results.csv", answerable)
+    known, calibrated = {r["id"]: r for r in answerable}, Calibration(1.0, math.log(30))
+    items = queue.items_of_results(tmp_path / "results.csv", known, 0.5, calibrated)
+    states = [item.said and item.said.state for item in items]
+    assert states == ["answer", "answer", "no_answer", "answer"]  # 0.01 is 0.23 now, 0.4 is 0.95
+    assert items[2].doubt.why == "the dataset has another answer"
 
 
 def test_it_is_said_where_the_model_answers_otherwise_than_its_result_file() -> None:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_squad.answers import Answer
+from llama_squad.calibration import Calibration
 from llama_squad.feedback.verdicts import Key
 from llama_squad.metrics import is_exact_match
 from llama_squad.prompts import Record
 from llama_squad.result_reader import iter_results
-from llama_squad.rows import Row, rethreshold, row_answer
+from llama_squad.rows import Row, recalibrate, rethreshold, row_answer
 from llama_squad.sources.formats import read_rows
 from llama_squad.sources.records import Fault, read_record
 
@@ -177,7 +178,7 @@ class ReviewQueue:
 
 
 def items_of_results(
-    path: str | Path, records: Mapping[str, Record], threshold: float
+    path: str | Path, records: Mapping[str, Record], threshold: float, calibration: Calibration
 ) -> list[Item]:
     """Return the questions of a result file that a dataset holds.
 
@@ -185,12 +186,13 @@ def items_of_results(
         path: the result file.
         records: the dataset's, by id: result files hold no contexts.
         threshold: above which the model abstains.
+        calibration: of the na_prob that the threshold is of; the file may have been made before.
 
     Raises:
         ValueError: it is none, or none of its questions is in the dataset.
     """
     items = [
-        item_of_row(row, records[row["id"]], threshold)
+        item_of_row(recalibrate(row, calibration), records[row["id"]], threshold)
         for row in iter_results(path)
         if row["id"] in records
     ]

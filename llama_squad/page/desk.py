@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llama_squad.arguments import AppArguments, EvalArguments, ModelArguments, resolve_decoding
+from llama_squad.calibration import Calibration
 from llama_squad.decoding.chat import ChatSession, adapter_off
 from llama_squad.prompts import Message, build_messages
 from llama_squad.reader import Reading, SpanAnswer
@@ -44,6 +45,7 @@ class Desk:
         threshold: the no-answer threshold to begin with.
         answering: who answers.
         lock: held by ``session`` while it speaks.
+        calibration: of the reader's na_prob.
     """
 
     reader: Any
@@ -52,6 +54,7 @@ class Desk:
     threshold: float = 0.5
     answering: Answering = field(default_factory=lambda: Answering(""))
     lock: AbstractContextManager[Any] = field(default_factory=threading.Lock)
+    calibration: Calibration = field(default_factory=Calibration)
 
     @property
     def has_adapter(self) -> bool:
@@ -132,7 +135,9 @@ def load(
     )  # fmt: skip
     reader = Reader.of(model, encoder, asking, dataclasses.replace(abstention, threshold=1.0))
     session = ChatSession(model, encoder, args, tell, lock)
-    return Desk(reader, session, args, abstention.threshold, answering, lock)
+    return Desk(
+        reader, session, args, abstention.threshold, answering, lock, abstention.calibration
+    )
 
 
 # Deciding ------------------------------------------------------------------------------------

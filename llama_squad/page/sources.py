@@ -78,7 +78,8 @@ class Sources:
     def _of_file(self, path: Path) -> ReviewQueue:
         if path.suffix.lower() == ".csv" and _is_result_file(path):
             records = _records_of(path, self.desk.args.dataset_name)
-            return ReviewQueue(queue.items_of_results(path, records, self.desk.threshold))
+            threshold, calibration = self.desk.threshold, self.desk.calibration
+            return ReviewQueue(queue.items_of_results(path, records, threshold, calibration))
         return ReviewQueue(unread=queue.records_of_file(path), weigh=self._weigh)
 
     def _weigh(self, records: Sequence[Mapping[str, Any]]) -> list[Doubt]:
