@@ -303,7 +303,8 @@ def _render_table(cells: Sequence[Sequence[str]], form: Format) -> str:
         for line in cells
     ]
     if form == "markdown":
-        rule = ["-" * (width - 1) + (":" if index else "-") for index, width in enumerate(widths)]
+        dashes = ["-" * max(width - 1, 1) for width in widths]  # a rule of ":" alone is none
+        rule = [dash + (":" if index else "-") for index, dash in enumerate(dashes)]
         return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
     rule = ["─" * width for width in widths]
     return "".join("  ".join(line).rstrip() + "\n" for line in [lines[0], rule, *lines[1:]])

@@ -123,7 +123,9 @@ def test_paired_differences(capsys: pytest.CaptureFixture[str]) -> None:
     base = dict.fromkeys(golds, "?") | {"a": "y"}
     tuned = {"b": "z", "c": "no", "d": "?", "a": "y", "f": "?"}  # in another order; f is new
     for name, replies in (("base", base), ("tuned", tuned)):
-        given = {id_: (reply, golds.get(id_, []), None) for id_, reply in replies.items()}
+        given: dict[str, tuple[str, list[str], float | None]] = {
+            id_: (reply, golds.get(id_, []), None) for id_, reply in replies.items()
+        }
         write_results(f"{name}.csv", given)
     files = ["base.csv", "again=base.csv", "tuned.csv", "--paired"]
     first, again, other = json.loads(run(capsys, *files, "--format=json"))
@@ -132,8 +134,10 @@ def test_paired_differences(capsys: pytest.CaptureFixture[str]) -> None:
     found = other["paired"]
     assert (found["to"], found["n"]) == ("base", 4)  # a, b, c, d: "z" for "y z" has an F1 of 2/3
     assert (found["became right"], found["became wrong"]) == (0, 1)
-    expected = {"% Exact Match": [0, 0, -1, 0], "exact": [0, 0, -1, 0], "f1": [0, 2 / 3, -1, 0],
-                "HasAns_f1": [0, 2 / 3], "NoAns_exact": [-1, 0]}  # fmt: skip
+    expected: dict[str, list[float]] = {
+        "% Exact Match": [0, 0, -1, 0], "exact": [0, 0, -1, 0], "f1": [0, 2 / 3, -1, 0],
+        "HasAns_f1": [0, 2 / 3], "NoAns_exact": [-1, 0],
+    }  # fmt: skip
     assert found["difference"].keys() == expected.keys()
     for name, changes in expected.items():
         mean = statistics.fmean(changes)
@@ -251,6 +255,7 @@ def test_csv_and_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(rows[1]["exact low"]) == pytest.approx(34.238023)
     markdown = run(capsys, "pipe|d=base.csv", "tuned.csv", "--format", "markdown").splitlines()
     assert markdown[1].count("|") == markdown[0].count("|") == 8
+    assert all("-" in cell for cell in markdown[1].split("|")[1:-1]), "else it is no table"
     assert markdown[2].startswith("| pipe\\|d ")
     assert markdown[5].startswith("| official SQuAD 2.0 ")
     assert [cell.strip() for cell in markdown[7].split("|")][-3:] == ["–", "–", ""]
