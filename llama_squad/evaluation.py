@@ -313,7 +313,10 @@ def result_row(prediction: Prediction) -> Row:
 
 
 def _n_best(reply: Reply) -> list[dict[str, Any]]:
-    """Return a reply's spans; their probabilities and that of the abstention add up to 1."""
+    """Return a reply's spans; their probabilities and that of the abstention add up to 1.
+
+    They are the model's own: a calibration of na_prob leaves them as they are.
+    """
     assert reply.no_answer_score is not None
     scores = [span.score for span in reply.spans]
     highest = max(*scores, reply.no_answer_score)

@@ -60,7 +60,8 @@ class Tally:
 
     The predictions are those of the file, where a threshold has been applied already. Beside them
     the rows' best spans are scored, so that best_exact and best_f1 are the same whatever the
-    threshold was. A failed question, which has no na_prob, is wrong at every threshold.
+    threshold was. A failed question, which has no na_prob, is wrong at every threshold: it counts
+    as one of na_prob 0, in the AUROC and the calibration error, too.
     """
 
     def __init__(self) -> None:

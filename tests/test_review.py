@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,6 +154,11 @@ def test_a_result_file_is_read_with_the_na_prob_that_the_threshold_is_of(tmp_pat
     states = [item.said and item.said.state for item in items]
     assert states == ["answer", "answer", "no_answer", "answer"]  # 0.01 is 0.23 now, 0.4 is 0.95
     assert items[2].doubt.why == "the dataset has another answer"
+    data, path = dataset_folder(tmp_path, RECORDS), str(tmp_path / "results.csv")
+    desk = make_desk(tmp_path, {}, dataset_name=data, review=path)
+    review = Sources(replace(desk, calibration=calibrated)).get(path)
+    second = review.next("w", {items[0].key})
+    assert second and (second.key, second.doubt) == (items[2].key, items[2].doubt)
 
 
 def test_it_is_said_where_the_model_answers_otherwise_than_its_result_file() -> None:
