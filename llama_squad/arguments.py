@@ -303,6 +303,11 @@ class EvalArguments:
     tune_for: Literal["exact", "f1"] = _option(
         "exact", "Which official score --tune_threshold makes as high as it can."
     )
+    no_answer_share: float | None = _option(
+        None,
+        "The share of questions without an answer to expect in use, for --tune_threshold and "
+        "--calibrate to go by (default: that of the validation split).",
+    )
     calibrate: bool = _option(
         False,
         "With --tune_threshold: fit na_prob to how often there is no answer on the validation "

@@ -10,6 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llama_squad.metrics import ScoreTable
+
+BINS = 15
+"""Of a calibration error: as many as in its source."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -32,6 +37,15 @@ class Calibration:
     def __call__(self, log_odds: float) -> float:
         """Return na_prob, in [0, 1]."""
         return sigmoid(self.scale * log_odds + self.shift)
+
+    def expecting(self, share: float, fitted_to: float) -> "Calibration":
+        """Return it for questions of which another share has no answer than it was fitted to.
+
+        Source: Saerens, Latinne and Decaestecker 2002, "Adjusting the Outputs of a Classifier to
+        New a Priori Probabilities: A Simple Procedure".
+        """
+        moved = math.log(share / (1 - share)) - math.log(fitted_to / (1 - fitted_to))
+        return Calibration(self.scale, self.shift + moved)
 
 
 @dataclass(frozen=True)
@@ -93,3 +107,33 @@ def fit_calibration(log_odds: Sequence[float], no_answer: Sequence[bool]) -> Cal
     if weights[0] <= 0:
         raise ValueError("na_prob is no higher where there is no answer")
     return Calibration(*map(float, weights))
+
+
+def reliability(table: ScoreTable) -> list[tuple[float, float, float]]:
+    """Compare na_prob with how often there is no answer, in ``BINS`` bins of equal width.
+
+    Returns:
+        Of each bin that holds a question, how many they count, the mean of their na_prob, and
+        the share that has no answer; in [0, 1].
+    """
+    bins: dict[int, list[float]] = {}
+    for na_prob, has in zip(table.na_prob, table.has_answer, strict=True):
+        weight = table.weights[has]
+        total = bins.setdefault(min(int(na_prob * BINS), BINS - 1), [0.0, 0.0, 0.0])
+        total[0] += weight
+        total[1] += weight * na_prob
+        total[2] += weight * (not has)
+    return [(n, p / n, without / n) for _, (n, p, without) in sorted(bins.items())]
+
+
+def calibration_error(table: ScoreTable) -> float | None:
+    """Return na_prob's expected calibration error in points; None if it is no probability.
+
+    The mean over all questions of how far na_prob and the share without an answer are apart in
+    their bin. Source: Guo et al. 2017, "On Calibration of Modern Neural Networks",
+    arXiv 1706.04599.
+    """
+    if not all(0 <= na_prob <= 1 for na_prob in table.na_prob):
+        return None
+    apart = math.fsum(n * abs(mean - share) for n, mean, share in reliability(table))
+    return 100.0 * apart / len(table)

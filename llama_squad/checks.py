@@ -279,6 +279,11 @@ def _check_threshold_flags(args: EvalArguments) -> None:
         raise ValueError("--tune_threshold chooses what --na_prob_thresh sets: give one of them")
     if args.tune_for != "exact" and not args.tune_threshold:
         raise ValueError("--tune_for says what --tune_threshold tunes for: give both")
+    share = args.no_answer_share
+    if share is not None and not (args.tune_threshold and 0 < share < 1):
+        raise ValueError(
+            "--no_answer_share, between 0 and 1, is what --tune_threshold is to expect: give both"
+        )
     if args.calibrate and not args.tune_threshold:
         raise ValueError("--calibrate moves na_prob, and so its threshold: give --tune_threshold")
     if args.tune_threshold and not (args.adapter_name and Path(args.adapter_name).is_dir()):

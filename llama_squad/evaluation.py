@@ -46,8 +46,8 @@ THRESHOLD_FILE = "na_prob_thresh.json"
 
 # What may change between two runs of one result file.
 _VOLATILE = ("output", "overwrite", "batch_size", "batch_sizes", "predictions_dir", "audit",
-             "tune_threshold", "tune_for", "calibrate", "concurrency", "timeout", "max_tokens_name",
-             "versions", "commit")  # fmt: skip
+             "tune_threshold", "tune_for", "calibrate", "no_answer_share",
+             "concurrency", "timeout", "max_tokens_name", "versions", "commit")  # fmt: skip
 
 
 def choose_records(split: Any, args: EvalArguments) -> list[Record]:

@@ -39,7 +39,7 @@ _GROUPS = {
     ),
     "answers": (
         *("decoding", "num_beams", "batch_size", "max_new_tokens", "stop_after_answer"),
-        *("na_prob_thresh", "tune_threshold", "calibrate", "n_best"),
+        *("na_prob_thresh", "tune_threshold", "calibrate", "no_answer_share", "n_best"),
     ),
     "output": (
         *("output_dir", "output", "predictions_dir", "overwrite"),

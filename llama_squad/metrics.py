@@ -22,9 +22,6 @@ Golds = Mapping[str, Sequence[str]]
 """Question id → its gold answers; none means the question has no answer."""
 Scores = dict[str, tuple[int, float]]
 """Question id → (exact, F1), both in [0, 1]."""
-BINS = 15
-"""Of a calibration error: as many as in its source."""
-
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -148,6 +145,7 @@ class ScoreTable:
         answered: 1 where the prediction is not "".
         exact, f1: of the prediction, in [0, 1].
         na_prob: probability of "no answer"; nan where there is none.
+        weights: what a question without an answer, and one with an answer, counts; see ``weigh``.
     """
 
     has_answer: bytearray = field(default_factory=bytearray)
@@ -155,6 +153,7 @@ class ScoreTable:
     exact: bytearray = field(default_factory=bytearray)
     f1: "array[float]" = field(default_factory=lambda: array("d"))
     na_prob: "array[float]" = field(default_factory=lambda: array("d"))
+    weights: tuple[float, float] = (1.0, 1.0)
 
     def __len__(self) -> int:
         return len(self.f1)
@@ -199,16 +198,29 @@ class ScoreTable:
             )
         }  # fmt: skip
 
+    def weigh(self, no_answer_share: float) -> None:
+        """Let questions without an answer count as this share of all, in curve and reliability.
+
+        Raises:
+            ValueError: all are of one kind.
+        """
+        having = sum(self.has_answer)
+        if having in (0, len(self)):
+            raise ValueError("they are all of one kind: with an answer, or all without")
+        share = len(self) * no_answer_share
+        self.weights = share / (len(self) - having), (len(self) - share) / having
+
     def curve(self, index: int) -> Iterator[tuple[float, float]]:
         """Yield the points of ``threshold_curve``; predictions of one na_prob in their order."""
-        correct: float = len(self) - sum(self.has_answer)
+        without, having = self.weights
+        correct = without * (len(self) - sum(self.has_answer))
         scores = self.f1 if index else self.exact
         yield 0.0, 100.0 * correct / len(self)
         for i in sorted(range(len(self)), key=self.na_prob.__getitem__):
             if self.has_answer[i]:
-                correct += scores[i]
+                correct += having * scores[i]
             elif self.answered[i]:
-                correct -= 1
+                correct -= without
             yield self.na_prob[i], 100.0 * correct / len(self)
 
     def auroc(self) -> float | None:
@@ -223,33 +235,6 @@ class ScoreTable:
             won += kinds.count(0) * (lower + sum(kinds) / 2)
             lower += sum(kinds)
         return 100.0 * won / lower / (len(self) - lower) if 0 < lower < len(self) else None
-
-    def reliability(self) -> list[tuple[int, float, float]]:
-        """Compare na_prob with how often there is no answer, in ``BINS`` bins of equal width.
-
-        Returns:
-            Of each bin that holds a question, their number, the mean of their na_prob, and the
-            share that has no answer; in [0, 1].
-        """
-        bins: dict[int, list[float]] = {}
-        for na_prob, has in zip(self.na_prob, self.has_answer, strict=True):
-            total = bins.setdefault(min(int(na_prob * BINS), BINS - 1), [0, 0.0, 0])
-            total[0] += 1
-            total[1] += na_prob
-            total[2] += not has
-        return [(int(n), p / n, without / n) for _, (n, p, without) in sorted(bins.items())]
-
-    def calibration_error(self) -> float | None:
-        """Return na_prob's expected calibration error in points; None if it is no probability.
-
-        The mean over all questions of how far na_prob and the share without an answer are apart in
-        their bin. Source: Guo et al. 2017, "On Calibration of Modern Neural Networks",
-        arXiv 1706.04599.
-        """
-        if not all(0 <= na_prob <= 1 for na_prob in self.na_prob):
-            return None
-        apart = math.fsum(n * abs(mean - share) for n, mean, share in self.reliability())
-        return 100.0 * apart / len(self)
 
     def best(self) -> dict[str, float]:
         """Return the official best_exact, best_f1 and their thresholds."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llama_squad.calibration import calibration_error, reliability
 from llama_squad.metrics import ScoreTable
 
 
@@ -135,13 +136,13 @@ def _plot_coverage(panel: Any, table: ScoreTable) -> None:
 
 
 def _plot_reliability(panel: Any, table: ScoreTable) -> None:
-    error = table.calibration_error()
+    error = calibration_error(table)
     panel.set(xlabel="na_prob (mean of a bin)", ylabel="questions without an answer (%)")
     panel.set(title="Reliability", xlim=(0, 1), ylim=(0, 105))
     if error is None:
         panel.text(0.5, 50, "na_prob is no probability", ha="center")
         return
-    counts, means, shares = zip(*table.reliability(), strict=True)
+    counts, means, shares = zip(*reliability(table), strict=True)
     panel.plot((0, 1), (0, 100), color="grey", linewidth=0.8, label="calibrated")
     areas = [10 + 300 * count / len(table) for count in counts]
     label = f"off by {error:.1f} points on average"

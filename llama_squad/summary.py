@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llama_squad.calibration import calibration_error
 from llama_squad.config import write_json
 from llama_squad.durable import one_line_errors
 from llama_squad.intervals import Interval, mean_interval, wilson_interval
@@ -118,7 +119,7 @@ class Tally:
             found = {f"HasAns_span_{name}": averages[f"HasAns_{name}"] for name in names}
         weighed = self.weighed()
         auroc = None if weighed is None else weighed.auroc()
-        error = None if weighed is None else weighed.calibration_error()
+        error = None if weighed is None else calibration_error(weighed)
         told = {"na_prob_auroc": auroc, "na_prob_ece": error}
         return found | {name: value for name, value in told.items() if value is not None}
 
@@ -132,7 +133,7 @@ def summarize(rows: Iterable[Row]) -> dict[str, Any]:
         only where all rows tell their best span (``best_answer``) and have a na_prob; so too
         "HasAns_span_exact" and "HasAns_span_f1", the scores of the best spans where there is an
         answer, had none abstained, "na_prob_auroc" (``ScoreTable.auroc``) and "na_prob_ece"
-        (``ScoreTable.calibration_error``); and
+        (``llama_squad.calibration``); and
         "intervals": figure → [low, high] at 95 %, Wilson's for proportions and the normal one for
         F1 (see ``llama_squad.intervals``).
     """

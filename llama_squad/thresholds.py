@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_squad.arguments import EvalArguments, ModelArguments
-from llama_squad.calibration import Abstention, Calibration, fit_calibration
+from llama_squad.calibration import Abstention, Calibration, calibration_error, fit_calibration
 from llama_squad.config import write_json
 from llama_squad.durable import one_line_errors
 from llama_squad.evaluation import (
@@ -129,34 +129,41 @@ def _choose(
 
     A stored threshold is worth keeping where it is of the same na_prob.
     """
-    calibration = _calibrate(output) if args.calibrate else Calibration()
-    table = _table(output, calibration)
+    share = args.no_answer_share
+    calibration = _calibrate(output, share) if args.calibrate else Calibration()
+    table = _table(output, calibration, share)
     present = stored.threshold if stored.calibration == calibration else DEFAULT_THRESHOLD
     chosen = choose_threshold(table.curve(("exact", "f1").index(args.tune_for)), present)
     print(_describe(chosen, args.tune_for, len(table), present))
     if args.calibrate:
-        before = _table(output, Calibration()).calibration_error()
-        after = table.calibration_error()
+        before = calibration_error(_table(output, Calibration(), share))
+        after = calibration_error(table)
         print(f"na_prob's calibration error there: {after:.2f} points ({before:.2f} before).")
     return Abstention(chosen.threshold, calibration), {
         "tune_for": args.tune_for,
         args.tune_for: chosen.score,
         "plateau": [chosen.low, chosen.high],
         "questions": len(table),
+        **({} if share is None else {"no_answer_share": share}),
     }
 
 
-def _table(output: Path, calibration: Calibration) -> ScoreTable:
-    """Score the answers of a file, with na_prob calibrated."""
+def _table(output: Path, calibration: Calibration, share: float | None) -> ScoreTable:
+    """Score the answers of a file, with na_prob calibrated, questions weighed to a share."""
     table = ScoreTable()
     for row in iter_results(output):
         text, golds = row_answer(row).official, row["answers"]
         na_prob = recalibrate(row, calibration)["na_prob"] or 0.0
         table.add(bool(golds), text, score_answer(text, golds), na_prob)
+    if share is not None:
+        try:
+            table.weigh(share)
+        except ValueError as error:
+            raise ValueError(f"--no_answer_share cannot weigh the questions: {error}") from error
     return table
 
 
-def _calibrate(output: Path) -> Calibration:
+def _calibrate(output: Path, share: float | None) -> Calibration:
     """Fit a calibration to the answers of a file."""
     odds, no_answer = [], []
     for row in iter_results(output):
@@ -164,7 +171,8 @@ def _calibrate(output: Path) -> Calibration:
             odds.append(found)
             no_answer.append(not row["answers"])
     try:
-        return fit_calibration(odds, no_answer)
+        found = fit_calibration(odds, no_answer)
+        return found if share is None else found.expecting(share, sum(no_answer) / len(no_answer))
     except ValueError as error:
         raise ValueError(
             f"--calibrate cannot fit na_prob to the validation questions: {error}. Leave it out, "

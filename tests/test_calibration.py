@@ -59,6 +59,16 @@ def test_what_is_no_calibration_is_refused(scale: float, shift: float) -> None:
         Calibration(scale, shift)
 
 
+def test_another_share_without_an_answer() -> None:
+    """The same as fitting to questions of which that share has none."""
+    odds, without = drawn(0.8, 0.0, 40_000)
+    kept = [i for i, no in enumerate(without) if no or i % 4 == 0]  # a quarter of the others
+    share = sum(without[i] for i in kept) / len(kept)
+    wanted = fit_calibration([odds[i] for i in kept], [without[i] for i in kept])
+    found = fit_calibration(odds, without).expecting(share, sum(without) / len(without))
+    assert (found.scale, found.shift) == pytest.approx((wanted.scale, wanted.shift), abs=0.05)
+
+
 def test_as_it_is_a_calibration_changes_nothing() -> None:
     for odds in (-800.0, -3.0, 0.0, 5.0, 800.0):
         assert Calibration()(odds) == sigmoid(odds)

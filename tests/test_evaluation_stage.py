@@ -433,6 +433,11 @@ def test_na_prob_is_calibrated_with_its_threshold(
     run(*again, "--na_prob_thresh=0.9", model=False)  # of what is calibrated
     given = load_yaml(config)
     assert (given["na_prob_thresh"], given["calibration"]) == (0.9, saved["calibration"])
+    run(*again, "--tune_threshold", "--calibrate", "--no_answer_share=0.5", model=False)
+    moved = json.loads((adapter / THRESHOLD_FILE).read_text())
+    share = sum(fitted[0][1]) / len(judged)
+    assert moved["no_answer_share"] == 0.5
+    assert moved["calibration"]["shift"] == pytest.approx(-0.5 - math.log(share / (1 - share)))
     run(*again, "--tune_threshold", model=False)
     assert "calibration" not in json.loads((adapter / THRESHOLD_FILE).read_text())
 
@@ -812,6 +817,8 @@ def test_what_cannot_be_written_is_said_before_a_model_is_loaded(
         (["--split=val", "--decoding=free", "--n_best=2"], "--n_best needs --decoding span"),
         (["--tune_threshold", "--na_prob_thresh=0.3"], "give one of them"),
         (["--tune_threshold"], "local --adapter_name"),
+        (["--no_answer_share=0.5"], "what --tune_threshold is to expect"),
+        (["--tune_threshold", "--no_answer_share=1.0"], "between 0 and 1"),
         (["--calibrate"], "moves na_prob, and so its threshold"),
         (["--calibrate", "--decoding=free"], "--calibrate needs --decoding span"),
         (["--calibrate", "--predictor=encoder"], "--calibrate means nothing to --predictor encode"),

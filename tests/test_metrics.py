@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from llama_squad.answers import Answer
+from llama_squad.calibration import calibration_error, reliability
 from llama_squad.intervals import mean_interval, standard_error, wilson_interval
 from llama_squad.metrics import (
     ScoreTable,
@@ -273,6 +274,24 @@ def test_auroc_counts_pairs_and_ties_by_half() -> None:
     assert table.auroc() == pytest.approx(100 * statistics.mean(pairs))
 
 
+def test_weighed_questions_count_as_if_they_were_more() -> None:
+    """The curve and the calibration error are those of a table that holds them so many times."""
+    rng = random.Random(7)
+    table, repeated = ScoreTable(), ScoreTable()
+    for number in range(90):
+        has, score = number % 3 > 0, rng.choice([(0, 0.0), (0, 0.4), (1, 1.0)])
+        question = (has, rng.choice(["x", ""]), score if has else (0, 0.0), rng.random())
+        table.add(*question)
+        for _ in range(1 if has else 4):  # 60 and 30 become 60 and 120
+            repeated.add(*question)
+    table.weigh(2 / 3)
+    for index in (0, 1):
+        assert dict(table.curve(index)) == pytest.approx(dict(repeated.curve(index)))
+    assert calibration_error(table) == pytest.approx(calibration_error(repeated))
+    with pytest.raises(ValueError, match="all of one kind"):
+        ScoreTable().weigh(0.5)
+
+
 def test_calibration_error() -> None:
     """By a second way: numpy's histogram over bins of equal width."""
     rng = random.Random(6)
@@ -286,10 +305,10 @@ def test_calibration_error() -> None:
         np.histogram(table.na_prob, edges, weights=weights)[0]
         for weights in (table.na_prob, without)
     )
-    assert table.calibration_error() == pytest.approx(100 * np.abs(mean - share).sum() / 500)
-    assert sum(count for count, _, _ in table.reliability()) == 500
+    assert calibration_error(table) == pytest.approx(100 * np.abs(mean - share).sum() / 500)
+    assert sum(count for count, _, _ in reliability(table)) == 500
     table.add(True, "x", (1, 1.0), 3.5)  # log-odds of some other system
-    assert table.calibration_error() is None
+    assert calibration_error(table) is None
 
 
 def test_keys_of_one_kind_of_question_and_strangers() -> None:
