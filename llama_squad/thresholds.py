@@ -171,13 +171,13 @@ def _calibrate(output: Path, share: float | None) -> Calibration:
             odds.append(found)
             no_answer.append(not row["answers"])
     try:
-        found = fit_calibration(odds, no_answer)
-        return found if share is None else found.expecting(share, sum(no_answer) / len(no_answer))
+        fitted = fit_calibration(odds, no_answer)
     except ValueError as error:
         raise ValueError(
             f"--calibrate cannot fit na_prob to the validation questions: {error}. Leave it out, "
             "or ask more of them (--num_samples)"
         ) from error
+    return fitted if share is None else fitted.expecting(share, sum(no_answer) / len(no_answer))
 
 
 def _keep(found: Abstention, about: dict[str, Any], path: Path) -> None:
