@@ -8,7 +8,7 @@
 #   ./runs/studies.sh prompts           the question before the context, or twice; no system text
 #   ./runs/studies.sh reasoning         words of filler, pause tokens
 #   ./runs/studies.sh precision         4 bits and 16, merged or not
-#   ./runs/studies.sh beams             beams, and free replies
+#   ./runs/studies.sh beams             beams, of the base as well, and free replies
 #
 # QUESTIONS to train on (but for the curve's CURVE); ASKED of dev; MODEL and DATASET: folders in place of
 # the Hub; DATA_FLAGS for create_squad_dataset.py, with which prompts and reasoning build datasets of their
@@ -111,6 +111,7 @@ case $study in
     for beams in 1 10; do
       ask "$beams beams" --adapter_name "$out/4 beams/final_checkpoints" --num_beams $beams
     done
+    for beams in 1 4 10; do ask "base, $beams beams" --num_beams $beams; done
     ask "free" --adapter_name "$out/4 beams/final_checkpoints" --decoding free
     ;;
 esac
