@@ -12,8 +12,8 @@
 #
 # QUESTIONS to train on (but for the curve's CURVE); ASKED of dev; MODEL and DATASET: folders in place of
 # the Hub; DATA_FLAGS for create_squad_dataset.py, with which prompts and reasoning build datasets of their
-# own; PROCESSES as for smollm2_135m.sh. The same command resumes where it was stopped; for other QUESTIONS
-# or another MODEL remove results/studies/NAME first. Figures: results_published/study_NAME.json.
+# own; PROCESSES as for smollm2_135m.sh. The same command resumes where it was stopped, and what studies
+# share is trained and asked once (results/studies/MODEL/QUESTIONS). Figures: results_published/study_NAME.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,29 +28,29 @@ esac
 config=configs/smollm2_135m.yaml
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 dataset=${DATASET:-data/squad_v2}
-questions=${QUESTIONS:-4992}
+questions=${QUESTIONS:-5000}
 asked=${ASKED:-2000}
-out=results/studies/$study
+out=results/studies/$(basename -- "$model")
 rows=() last=final_checkpoints  # what a training ends with
 . runs/lib/stage.sh
 
 train() { # NAME FLAGS
   local steps=$(((questions + 47) / 48))
-  [ -d "$out/$1/$last" ] ||
+  [ -d "$out/$questions/$1/$last" ] ||
     stage train_llama_squad.py --config $config --model_name "$model" --dataset_name "$dataset" \
-      --output_dir "$out/$1" --resume_from_checkpoint auto --eval_strategy no --max_steps $steps \
+      --output_dir "$out/$questions/$1" --resume_from_checkpoint auto --eval_strategy no --max_steps $steps \
       --warmup_steps $((steps / 20 + 1)) --per_device_train_batch_size $((48 / processes)) "${@:2}"
 }
 
 ask() { # NAME FLAGS
   stage test_llama_squad.py --config $config --model_name "$model" --dataset_name "$dataset" \
-    --sample paragraphs --num_samples "$asked" --output "$out/$1.csv" "${@:2}"
-  rows+=("$1=$out/$1.csv")
+    --sample paragraphs --num_samples "$asked" --output "$out/$questions/$1.csv" "${@:2}"
+  rows+=("${label:-$1}=$out/$questions/$1.csv")
 }
 
 tune() { # NAME FLAGS: train an adapter, and ask it
   train "$@"
-  ask "$1" --adapter_name "$out/$1/final_checkpoints"
+  ask "$1" --adapter_name "$out/$questions/$1/final_checkpoints"
 }
 
 tune_on() { # NAME FLAGS: the same on a dataset that is built with other flags
@@ -68,13 +68,14 @@ build "$dataset"
 case $study in
   learning_curve)
     ask base
-    for questions in ${CURVE:-1000 5000 20000 60000}; do tune "$questions questions"; done
+    for questions in ${CURVE:-1000 5000 20000 60000}; do label="$questions questions" tune "recipe"; done
     questions=20000
     train "all parameters" --full_parameters --learning_rate 5e-5
-    ask_whole "all parameters" "$out/all parameters/final_checkpoints"
+    ask_whole "all parameters" "$out/$questions/all parameters/final_checkpoints"
     ;;
   rates)
-    for rate in 8e-4 2e-4 4e-4 2e-3; do tune $rate --learning_rate $rate; done
+    tune "recipe"  # 8e-4
+    for rate in 2e-4 4e-4 2e-3; do tune "rate $rate" --learning_rate $rate; done
     ;;
   adapters)
     tune "recipe"
@@ -91,7 +92,7 @@ case $study in
     tune_on "no system text" --system_prompt ""
     ;;
   reasoning)
-    tune "none"
+    tune "recipe"
     tune "filler 20" --filler 20
     tune "pause 1" --reasoning_tokens 1
     tune "pause 5" --reasoning_tokens 5
@@ -100,19 +101,20 @@ case $study in
   precision) # activated adapters cannot be merged
     last=final_merged_checkpoint
     train "16 bits" --alora_from start --merge_and_push
-    ask "16 bits" --adapter_name "$out/16 bits/final_checkpoints"
-    ask_whole "16 bits, merged" "$out/16 bits/final_merged_checkpoint"
+    ask "16 bits" --adapter_name "$out/$questions/16 bits/final_checkpoints"
+    ask_whole "16 bits, merged" "$out/$questions/16 bits/final_merged_checkpoint"
     train "4 bits" --alora_from start --merge_and_push --quantize
-    ask "4 bits" --adapter_name "$out/4 bits/final_checkpoints" --quantize
-    ask_whole "4 bits, merged" "$out/4 bits/final_merged_checkpoint"
+    ask "4 bits" --adapter_name "$out/$questions/4 bits/final_checkpoints" --quantize
+    ask_whole "4 bits, merged" "$out/$questions/4 bits/final_merged_checkpoint"
     ;;
   beams)
-    tune "4 beams"
+    tune "recipe"  # 4 beams
     for beams in 1 10; do
-      ask "$beams beams" --adapter_name "$out/4 beams/final_checkpoints" --num_beams $beams
+      ask "$beams beams" --adapter_name "$out/$questions/recipe/final_checkpoints" --num_beams $beams
     done
-    for beams in 1 4 10; do ask "base, $beams beams" --num_beams $beams; done
-    ask "free" --adapter_name "$out/4 beams/final_checkpoints" --decoding free
+    ask base
+    for beams in 1 10; do ask "base, $beams beams" --num_beams $beams; done
+    ask "free" --adapter_name "$out/$questions/recipe/final_checkpoints" --decoding free
     ;;
 esac
 

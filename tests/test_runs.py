@@ -143,14 +143,14 @@ def test_run(name: str, files: Any, trainings: Any, run_script: Any, tmp_path: P
 @pytest.mark.parametrize(
     ("study", "trained"),
     [
-        ("learning_curve", ["96 questions", "all parameters"]),
-        ("rates", ["8e-4", "2e-4", "4e-4", "2e-3"]),
+        ("learning_curve", ["recipe", "all parameters"]),
+        ("rates", ["recipe", "rate 2e-4", "rate 4e-4", "rate 2e-3"]),
         ("adapters", ["recipe", "rank 8", "rank 128", "attention alone", "from the reply",
                       "from the start"]),
         ("prompts", ["recipe", "question first", "question twice", "no system text"]),
-        ("reasoning", ["none", "filler 20", "pause 1", "pause 5", "question twice"]),
+        ("reasoning", ["recipe", "filler 20", "pause 1", "pause 5", "question twice"]),
         ("precision", ["16 bits", "4 bits"]),
-        ("beams", ["4 beams"]),
+        ("beams", ["recipe"]),
     ],
 )  # fmt: skip
 def test_studies(study: str, trained: list[str], run_script: Any, tmp_path: Path) -> None:
@@ -158,10 +158,12 @@ def test_studies(study: str, trained: list[str], run_script: Any, tmp_path: Path
     calls = run_script("studies.sh", 6, study, CURVE="96", QUESTIONS="144", PROCESSES="1")
     trainings = [call for call in calls if call[0] == "train_llama_squad.py"]
     folders = [call[call.index("--output_dir") + 1] for call in trainings]
-    assert folders == [f"results/studies/{study}/{name}" for name in trained]
-    for name, call in zip(trained, trainings, strict=True):
-        steps = {"96 questions": "2", "all parameters": "417"}.get(name, "3")  # 48 questions each
-        assert call[call.index("--max_steps") + 1] == steps
+    asked = ["96", "20000"] if study == "learning_curve" else ["144"] * len(trained)
+    names = zip(asked, trained, strict=True)
+    model = "SmolLM2-135M-Instruct"
+    assert folders == [f"results/studies/{model}/{count}/{name}" for count, name in names]
+    for count, call in zip(asked, trainings, strict=True):  # 48 questions each
+        assert call[call.index("--max_steps") + 1] == str(-(-int(count) // 48))
     first, *others = json.loads((tmp_path / f"results_published/study_{study}.json").read_text())
     assert others and all(row["paired"]["to"] == first["name"] for row in others)
     assert all(row["n"] == row["paired"]["n"] == 6 for row in others)
@@ -263,7 +265,7 @@ def test_the_dataset_is_built_from_given_files(tmp_path: Path) -> None:
 
 def test_a_training_that_was_stopped_before_its_merge_goes_on(tmp_path: Path) -> None:
     """Its adapter is there then, but what is asked next is not."""
-    out = tmp_path / "a" / "results" / "studies" / "precision"
+    out = tmp_path / "a" / "results" / "studies" / "SmolLM2-135M-Instruct" / "5000"
     (out / "16 bits" / "final_checkpoints").mkdir(parents=True)
     (out / "4 bits" / "final_merged_checkpoint").mkdir(parents=True)
     stubs = {"python": f'echo "$*" >> {tmp_path}/calls'}
@@ -271,7 +273,7 @@ def test_a_training_that_was_stopped_before_its_merge_goes_on(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
     (training,) = [call for call in calls if call.startswith("train_llama_squad.py ")]
-    assert "--output_dir results/studies/precision/16 bits " in training
+    assert "--output_dir results/studies/SmolLM2-135M-Instruct/5000/16 bits " in training
 
 
 @pytest.mark.parametrize("words", [(), ("rate",), ("rates", "beams"), ("rates adapters",), ("*",)])
