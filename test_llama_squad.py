@@ -53,6 +53,7 @@ def run(args: EvalArguments, model_args: ModelArguments) -> None:
     from llama_squad.evaluation import (
         begun_with,
         check_outputs,
+        check_resumable,
         choose_records,
         evaluate,
         settings_of,
@@ -63,6 +64,8 @@ def run(args: EvalArguments, model_args: ModelArguments) -> None:
     check_outputs(args)
     dataset = load_squad(args.dataset_name)
     abstention = Abstention(1.0) if args.tune_threshold else load_abstention(args, model_args)
+    records = choose_records(dataset[args.split], args)
+    check_resumable(args, model_args, abstention, records)
     model = load_predictor(args, model_args)
     if args.batch_size is None:
         size = begun_with(args)
@@ -72,7 +75,6 @@ def run(args: EvalArguments, model_args: ModelArguments) -> None:
     if args.tune_threshold:
         judge = model(**abstention.options)
         abstention = tune_abstention(judge, dataset["val"], args, model_args)
-    records = choose_records(dataset[args.split], args)
     evaluate(
         model(**abstention.options, n_best=max(1, args.n_best)),
         records,

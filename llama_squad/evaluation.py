@@ -37,7 +37,7 @@ from llama_squad.predictors.base import (
 )
 from llama_squad.processes import of_first, share, this_process
 from llama_squad.prompts import Record
-from llama_squad.results import ResultsFile, config_path
+from llama_squad.results import ResultsFile, check_same_settings, config_path
 from llama_squad.rows import Row, make_row
 from llama_squad.weights import weights_digest, whole_model
 
@@ -112,6 +112,25 @@ def check_outputs(args: EvalArguments) -> None:
         paths += [validation_path(paths[0]), Path(args.adapter_name or "", THRESHOLD_FILE)]
     for path in paths:
         check_writable(path)
+
+
+def check_resumable(
+    args: EvalArguments,
+    model_args: ModelArguments,
+    abstention: Abstention,
+    records: Sequence[Record],
+) -> None:
+    """Find out, before a model is loaded, whether the run may go on with its result file.
+
+    Of a threshold that is yet to be tuned nothing is known: ``evaluate`` finds out.
+
+    Raises:
+        ValueError: it may not; see ``check_same_settings``.
+    """
+    if args.overwrite or args.tune_threshold:
+        return
+    settings = settings_of(args, model_args, abstention, records)
+    of_first(lambda: check_same_settings(Path(args.output), settings, _VOLATILE))
 
 
 def evaluate(

@@ -69,7 +69,7 @@ class ResultsFile:
         self.path = Path(path)
         self.done: set[str] = set()
         self.failed: set[str] = set()
-        self._settings = json.loads(json.dumps(settings, default=str))
+        self._settings = _plain(settings)
         self._volatile = set(volatile)
         self._overwrite = overwrite
         self._fd = -1
@@ -192,19 +192,8 @@ class ResultsFile:
         self._fd = fd
 
     def _resume(self) -> None:
-        head = os.pread(self._fd, len(HEADER), 0)
-        if head.startswith(OLDER_HEADER):
-            raise ValueError(
-                f"{self.path} is of an earlier version, whose rows do not hold "
-                f"{', '.join(SPAN_COLUMNS)}: it can be summarised, but not resumed. Choose "
-                "another --output file, or --overwrite it"
-            )
-        if head != HEADER:
-            raise ValueError(
-                f"{self.path} exists and is no result file of this program: choose another "
-                "--output file, or --overwrite it"
-            )
-        self._check_settings()
+        _check_head(self.path, os.pread(self._fd, len(HEADER), 0))
+        _check_settings(self.path, self._settings, self._volatile)
         end = len(HEADER)
         for place in _places(self.path):
             end = place.end
@@ -213,20 +202,55 @@ class ResultsFile:
             os.ftruncate(self._fd, end)
             os.fsync(self._fd)
 
-    def _check_settings(self) -> None:
-        cure = "give the same again, choose another --output file, or --overwrite it"
-        try:
-            saved = json.loads(config_path(self.path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{self.path} holds results, but their settings cannot be read from "
-                f"{config_path(self.path)} ({error}): {cure}"
-            ) from error
-        different = differences(saved, self._settings, self._volatile)
-        if different:
-            raise ValueError(
-                f"{self.path} was made with other settings ({'; '.join(different)}): {cure}"
-            )
+
+def check_same_settings(
+    path: Path, settings: Mapping[str, Any], volatile: Collection[str] = ()
+) -> None:
+    """Find out, before a model is loaded, whether a run may go on with a result file, or begin it.
+
+    Raises:
+        ValueError: it was made with other settings, or is no result file.
+    """
+    with one_line_errors(path):
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            head = file.read(len(HEADER) + 1)
+    if not HEADER.startswith(head):
+        _check_head(path, head[: len(HEADER)])
+        _check_settings(path, _plain(settings), volatile)
+
+
+def _check_head(path: Path, head: bytes) -> None:
+    if head.startswith(OLDER_HEADER):
+        raise ValueError(
+            f"{path} is of an earlier version, whose rows do not hold "
+            f"{', '.join(SPAN_COLUMNS)}: it can be summarised, but not resumed. Choose "
+            "another --output file, or --overwrite it"
+        )
+    if head != HEADER:
+        raise ValueError(
+            f"{path} exists and is no result file of this program: choose another "
+            "--output file, or --overwrite it"
+        )
+
+
+def _check_settings(path: Path, settings: Any, volatile: Collection[str]) -> None:
+    cure = "give the same again, choose another --output file, or --overwrite it"
+    try:
+        saved = json.loads(config_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds results, but their settings cannot be read from "
+            f"{config_path(path)} ({error}): {cure}"
+        ) from error
+    if different := differences(saved, settings, volatile):
+        raise ValueError(f"{path} was made with other settings ({'; '.join(different)}): {cure}")
+
+
+def _plain(settings: Mapping[str, Any]) -> Any:
+    """Return settings as a JSON file gives them back."""
+    return json.loads(json.dumps(settings, default=str))
 
 
 class _Place(NamedTuple):

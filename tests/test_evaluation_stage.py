@@ -21,7 +21,7 @@ from helpers import make_records, replies_in, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 import test_llama_squad
-from llama_squad import thresholds
+from llama_squad import modeling, thresholds
 from llama_squad.answers import NO_ANSWER, format_answer
 from llama_squad.arguments import CreateArguments, EvalArguments, resolve_decoding
 from llama_squad.calibration import Calibration, sigmoid
@@ -455,6 +455,21 @@ def test_rows_of_another_calibration_are_not_gone_on_with(adapter: Any, run: Any
     now = r"calibration: '\(absent\)' in the file, {'scale': 0.5, 'shift': 1.0} now"
     with pytest.raises(SystemExit, match=f"made with other settings .*{now}.*--overwrite"):
         run(f"--adapter_name={adapter}", model=False)
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_a_file_that_cannot_be_gone_on_with_is_refused_before_a_model_is_loaded(
+    spoiled: bool, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("--num_samples=2")
+    if spoiled:
+        Path("results/results.csv").write_text("mine\n" * 1000)
+    before = Path("results/results.csv").read_bytes()
+    monkeypatch.setattr(modeling, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    what = "no result file of this program" if spoiled else "other settings.*num_beams"
+    with pytest.raises(SystemExit, match=what):
+        run("--num_samples=2", "--num_beams=3")
+    assert Path("results/results.csv").read_bytes() == before
 
 
 def test_a_threshold_of_a_calibrated_na_prob_is_not_kept_for_a_raw_one(

@@ -125,14 +125,19 @@ def run_script(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> An
         ("llama3_8b.sh", ["llama3_8b/base.csv", "llama3_8b/results.csv"], 1),
         ("reasoning_tokens.sh", ["reasoning_tokens/results.csv"], 1),
         ("smollm2_135m.sh", ["smollm2_135m/base_free.csv", "smollm2_135m/base_spans.csv",
-                             "smollm2_135m/tuned_free.csv", "smollm2_135m/tuned_spans.csv"], 1),
+                             "smollm2_135m/tuned_free.csv", "smollm2_135m/tuned_spans.csv",
+                             "smollm2_135m/tuned_threshold.csv"], 1),
     ],
 )  # fmt: skip
 def test_run(name: str, files: Any, trainings: Any, run_script: Any, tmp_path: Path) -> None:
     questions = 64 if name == "smollm2_135m.sh" else 6
     calls = run_script(name, questions, PROCESSES="1")
     assert sum(call[0] == "train_llama_squad.py" for call in calls) == trainings
-    written = [path.relative_to(tmp_path / "results") for path in tmp_path.glob("results/*/*.csv")]
+    written = [
+        path.relative_to(tmp_path / "results")
+        for path in tmp_path.glob("results/*/*.csv")
+        if not path.name.endswith(".val.csv")  # on which a threshold is tuned
+    ]
     assert sorted(map(str, written)) == sorted(files)
     for file in files:
         rows = (tmp_path / "results" / file).read_text().count('"2-')
@@ -251,7 +256,7 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
     training, *evaluations = (tmp_path / "a" / "calls").read_text().splitlines()
     assert training.startswith("3 --nproc_per_node 3 train_llama_squad.py")
     assert "--per_device_train_batch_size 16" in training
-    assert len(evaluations) == 4
+    assert len(evaluations) == 5
     assert all("--nproc_per_node 3 test_llama_squad.py" in call for call in evaluations)
 
 
