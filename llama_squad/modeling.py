@@ -27,8 +27,6 @@ from llama_squad.encoding import ChatEncoder
 from llama_squad.processes import take_free_cores, this_process
 from llama_squad.weights import acts_from, base_of, find_file, one_line, whole_model
 
-_COMPUTE_4BIT = torch.bfloat16
-
 
 def _loaded(args: ModelArguments, adapter_name: str | None) -> ModelArguments:
     """Return the arguments with the model that is really loaded, whatever --model_name says."""
@@ -241,7 +239,7 @@ def _load_options(args: ModelArguments, quantize: bool, where: str | None) -> di
             load_in_4bit=True,
             bnb_4bit_quant_type=args.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=_COMPUTE_4BIT,
+            bnb_4bit_compute_dtype=resolve_dtype("auto"),
         )
     return options
 
@@ -324,17 +322,18 @@ def _keep_4bit_differentiable(model: torch.nn.Module) -> None:
 def dequantize(model: Any) -> None:
     """Replace 4-bit weights by those that the forward pass computes with.
 
-    It rounds them to bfloat16 (its compute type) whatever type the model was loaded in. In float32
-    they would be others than the ones trained on, and rounding them only after an adapter was
-    merged would lose a tenth of a small update's gain.
+    It rounds them to its compute type, whatever type the model was loaded in. Bfloat16's would be
+    others in float32 than the ones trained on, and rounding them only after an adapter was merged
+    would lose a tenth of a small update's gain.
     """
     import bitsandbytes
 
-    names = [n for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    kind = bitsandbytes.nn.Linear4bit
+    types = {n: m.compute_dtype for n, m in model.named_modules() if isinstance(m, kind)}
     model.dequantize()
-    for name in names:
+    for name, dtype in types.items():
         weight = model.get_submodule(name).weight
-        weight.data = weight.data.to(_COMPUTE_4BIT).to(model.dtype)
+        weight.data = weight.data.to(dtype).to(model.dtype)
 
 
 def vocab_size(args: ModelArguments) -> int:

@@ -100,9 +100,9 @@ case $study in
     ;;
   precision) # activated adapters cannot be merged
     last=final_merged_checkpoint
-    train "16 bits" --alora_from start --merge_and_push
-    ask "16 bits" --adapter_name "$out/$questions/16 bits/final_checkpoints"
-    ask_whole "16 bits, merged" "$out/$questions/16 bits/final_merged_checkpoint"
+    train "unquantised" --alora_from start --merge_and_push
+    ask "unquantised" --adapter_name "$out/$questions/unquantised/final_checkpoints"
+    ask_whole "unquantised, merged" "$out/$questions/unquantised/final_merged_checkpoint"
     train "4 bits" --alora_from start --merge_and_push --quantize
     ask "4 bits" --adapter_name "$out/$questions/4 bits/final_checkpoints" --quantize
     ask_whole "4 bits, merged" "$out/$questions/4 bits/final_merged_checkpoint"

@@ -1,5 +1,6 @@
 """Merging an adapter: what the rounding keeps, what is measured, the tokenizer, and secrets."""
 
+import functools
 import json
 import re
 import zipfile
@@ -156,7 +157,12 @@ def test_an_adapter_is_merged_for_use_in_float32_only(tmp_path: Path) -> None:
     assert isinstance(four, PeftModel)
 
 
-def test_the_base_of_a_4_bit_run_is_what_its_forward_computes_with(tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
+@pytest.mark.parametrize("able", [True, False])
+def test_the_base_of_a_4_bit_run_is_what_its_forward_computes_with(
+    able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modeling, "cpu_multiplies_bfloat16", functools.partial(bool, able))
     args = ModelArguments(model_name=model_folder(tmp_path, **WIDE), dtype="float32")
     model: Any = modeling.load_model(args, quantize=True)
     layer = model.model.layers[0].mlp.up_proj
@@ -167,7 +173,7 @@ def test_the_base_of_a_4_bit_run_is_what_its_forward_computes_with(tmp_path: Pat
     weight = model.model.layers[0].mlp.up_proj.weight
     assert weight.dtype == torch.float32
     assert torch.equal(weight, computed.float())
-    assert torch.equal(weight, weight.bfloat16().float())
+    assert torch.equal(weight, weight.bfloat16().float()) is able
 
 
 def test_a_model_saved_in_float32_is_used_in_float32(

@@ -154,7 +154,7 @@ def test_run(name: str, files: Any, trainings: Any, run_script: Any, tmp_path: P
                       "from the start"]),
         ("prompts", ["recipe", "question first", "question twice", "no system text"]),
         ("reasoning", ["recipe", "filler 20", "pause 1", "pause 5", "question twice"]),
-        ("precision", ["16 bits", "4 bits"]),
+        ("precision", ["unquantised", "4 bits"]),
         ("beams", ["recipe"]),
     ],
 )  # fmt: skip
@@ -271,14 +271,14 @@ def test_the_dataset_is_built_from_given_files(tmp_path: Path) -> None:
 def test_a_training_that_was_stopped_before_its_merge_goes_on(tmp_path: Path) -> None:
     """Its adapter is there then, but what is asked next is not."""
     out = tmp_path / "a" / "results" / "studies" / "SmolLM2-135M-Instruct" / "5000"
-    (out / "16 bits" / "final_checkpoints").mkdir(parents=True)
+    (out / "unquantised" / "final_checkpoints").mkdir(parents=True)
     (out / "4 bits" / "final_merged_checkpoint").mkdir(parents=True)
     stubs = {"python": f'echo "$*" >> {tmp_path}/calls'}
     done = run_stubbed("studies.sh", tmp_path / "a", stubs, "precision", PROCESSES="1")
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
     (training,) = [call for call in calls if call.startswith("train_llama_squad.py ")]
-    assert "--output_dir results/studies/SmolLM2-135M-Instruct/5000/16 bits " in training
+    assert "--output_dir results/studies/SmolLM2-135M-Instruct/5000/unquantised " in training
 
 
 @pytest.mark.parametrize("words", [(), ("rate",), ("rates", "beams"), ("rates adapters",), ("*",)])

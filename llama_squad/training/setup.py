@@ -1,7 +1,6 @@
 """What a run is made of: the model with its adapter, the rows, the validation."""
 
 import dataclasses
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -89,8 +88,6 @@ def prepare_model(args: TrainArguments, model_args: ModelArguments, encoder: Cha
         if model_args.dtype == "auto":  # bfloat16 weights would swallow small updates
             model_args = dataclasses.replace(model_args, dtype="float32")
         return modeling.load_model(model_args)
-    if args.quantize:
-        _tell_slow_4bits()
     model = modeling.load_model(model_args, quantize=args.quantize)
     if args.from_adapter:
         model = resume_lora(model, args, model_args.model_name)
@@ -103,17 +100,6 @@ def prepare_model(args: TrainArguments, model_args: ModelArguments, encoder: Cha
         source = f", going on from {args.from_adapter}" if args.from_adapter else ""
         print(f"LoRA: {trained:,} trainable parameters on a base in {base}{source}.")
     return model
-
-
-def _tell_slow_4bits() -> None:
-    """Say that 4 bits, which are the default, cost time on a CPU without bfloat16."""
-    able = torch.cuda.is_available() or modeling.cpu_multiplies_bfloat16()
-    if not able and this_process().is_main_process:
-        print(
-            "4 bits compute in bfloat16, for which this CPU has no instructions: --no_quantize is "
-            "several times as fast, and holds the weights in eight times the memory.",
-            file=sys.stderr,
-        )
 
 
 @dataclass(frozen=True)
