@@ -7,7 +7,7 @@
 #   ./runs/studies.sh adapters          rank, adapted modules, where the adapter begins to act
 #   ./runs/studies.sh prompts           the question before the context, or twice; no system text
 #   ./runs/studies.sh reasoning         words of filler, pause tokens
-#   ./runs/studies.sh precision         4 bits and 16, merged or not
+#   ./runs/studies.sh precision         4 bits and unquantised, merged or not
 #   ./runs/studies.sh beams             beams, of the base as well, and free replies
 #
 # QUESTIONS to train on (but for the curve's CURVE); ASKED of dev; MODEL and DATASET: folders in place of

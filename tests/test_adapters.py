@@ -55,6 +55,17 @@ def test_the_same_logits_where_the_adapter_acts_on_some_tokens(mask: torch.Tenso
     assert torch.equal(base, found) != bool(mask.any())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_copies_is_counted(dtype: torch.dtype) -> None:
+    model = _adapted(dtype)  # the adapter is in float32, whatever the base is
+    held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with lean_adapters(model):
+        forwards = [vars(layer).get("forward") for layer in model.modules()]
+        copies = [x for f in forwards if f for x in (f._first, f._second)]
+    made = sum(x.nbytes for x in copies if x.untyped_storage().data_ptr() not in held)
+    assert made > 0 and adapters.copied_bytes(model) == made
+
+
 def test_the_same_logits_where_it_acts_on_all() -> None:
     model = _adapted()
     torch.testing.assert_close(_logits(model, True), _logits(model, False))

@@ -33,6 +33,18 @@ def lean_adapters(model: Any) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
+def copied_bytes(model: Any) -> int:
+    """Return how many bytes ``lean_adapters`` takes: B scaled, and A in the base's type."""
+    total = 0
+    for layer in _plain_layers(model) if hasattr(model, "peft_config") else []:
+        (name,) = layer.active_adapters
+        dtype = layer.base_layer.weight.dtype
+        first, second = layer.lora_A[name].weight, layer.lora_B[name].weight
+        copied = second.numel() + (first.numel() if first.dtype != dtype else 0)
+        total += dtype.itemsize * copied
+    return total
+
+
 def _plain_layers(model: Any) -> list[Any]:
     return [
         layer

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from llama_squad.answers import NO_ANSWER
 from llama_squad.calibration import Abstention, Calibration
-from llama_squad.decoding.adapters import lean_adapters
+from llama_squad.decoding.adapters import copied_bytes, lean_adapters
 from llama_squad.decoding.batch import DecodingBatch, DecodingOptions
 from llama_squad.decoding.boundaries import Boundaries
 from llama_squad.decoding.cache import check_tree
@@ -157,7 +157,7 @@ class Generator:
         return min(power, MOST_QUESTIONS)
 
     def memory_needed(self, paragraphs: Sequence[Paragraph]) -> float:
-        """Estimate the bytes of a batch: keys and values, a pass's tensors, a head in float32."""
+        """Estimate the bytes of a batch: keys and values, a pass's tensors, copies of weights."""
         config = self.model.config.get_text_config()
         size = self.model.dtype.itemsize
         attention_heads = config.num_attention_heads
@@ -173,7 +173,8 @@ class Generator:
         activations = length * (8 * config.hidden_size * size + length * 4)
         questions = sum(len(p.prompts) for p in paragraphs)
         logits = 8 * questions * config.vocab_size * (size + 8)
-        return len(paragraphs) * cache + activations + logits + kept_bytes(self.model)
+        copies = kept_bytes(self.model) + copied_bytes(self.model)
+        return len(paragraphs) * cache + activations + logits + copies
 
 
 def free_memory() -> float:
