@@ -30,10 +30,45 @@ FILLER = " blah"
 
 Offsets = list[tuple[int, int]]
 
+_ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+"""What special tokens are to a tokenizer."""
+
 
 def label_all(example: Encoded) -> Encoded:
     """Return an example with labels on all tokens that can be predicted: all but the first."""
     return {**example, "labels": [IGNORE, *example["input_ids"][1:]]}
+
+
+def reasoning_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """Find a token for reasoning: one whose embedding exists, and that no text is encoded to.
+
+    In order: a reserved special token (Llama 3), the unknown token of a vocabulary with byte
+    fallback (Llama 2), a new token on a spare row of the embedding (Qwen), the last special token
+    that has no part in chats (SmolLM2 has some for code). None of them makes the embedding grow,
+    so the adapter holds that one row and not the whole matrix.
+
+    Raises:
+        ValueError: the vocabulary has no room.
+    """
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    for token_id, token in added:
+        if re.search(r"reserved|unused", token.content):
+            return token_id
+    fallback = '"byte_fallback":true' in tokenizer.backend_tokenizer.to_str()
+    if tokenizer.unk_token_id is not None and fallback:
+        return tokenizer.unk_token_id
+    if len(tokenizer) < vocab_size:
+        tokenizer.add_tokens(["<|pause|>"], special_tokens=True)
+        return tokenizer.added_tokens_encoder["<|pause|>"]
+    named = {getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES}
+    template = str(tokenizer.chat_template)
+    for token_id, token in reversed(added):
+        if token.special and token_id not in named and token.content not in template:
+            return token_id
+    raise ValueError(
+        "this vocabulary has no special token without a use and its embedding no spare row, so "
+        "there is none for reasoning: leave --reasoning_tokens out"
+    )
 
 
 class ChatEncoder:

@@ -1,7 +1,6 @@
 """Tokenizer, model, quantisation, adapter and reasoning token."""
 
 import dataclasses
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -23,7 +22,7 @@ from llama_squad import merging
 from llama_squad.activation import activate, activation_of
 from llama_squad.arguments import ModelArguments
 from llama_squad.config import RUN_CONFIG
-from llama_squad.encoding import ChatEncoder
+from llama_squad.encoding import ChatEncoder, reasoning_token_id
 from llama_squad.processes import take_free_cores, this_process
 from llama_squad.weights import acts_from, base_of, find_file, one_line, whole_model
 
@@ -90,31 +89,6 @@ def load_encoder(
     tokenizer = load_tokenizer(args, adapter_name)
     token = reasoning_token_id(tokenizer, vocab_size(loaded)) if reasoning_tokens else None
     return ChatEncoder(tokenizer, reasoning_tokens, token, filler)
-
-
-def reasoning_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
-    """Find a token for reasoning: one whose embedding exists, and that no text is encoded to.
-
-    In order: a reserved special token (Llama 3), the unknown token of a vocabulary with byte
-    fallback (Llama 2), a new token on a spare row of the embedding (Qwen). None of them makes the
-    embedding grow, so the adapter holds that one row and not the whole matrix.
-
-    Raises:
-        ValueError: the vocabulary has no room.
-    """
-    for token_id, token in sorted(tokenizer.added_tokens_decoder.items()):
-        if re.search(r"reserved|unused", token.content):
-            return token_id
-    fallback = '"byte_fallback":true' in tokenizer.backend_tokenizer.to_str()
-    if tokenizer.unk_token_id is not None and fallback:
-        return tokenizer.unk_token_id
-    if len(tokenizer) < vocab_size:
-        tokenizer.add_tokens(["<|pause|>"], special_tokens=True)
-        return tokenizer.added_tokens_encoder["<|pause|>"]
-    raise ValueError(
-        "this vocabulary has no reserved token and its embedding no spare row, so there is "
-        "none for reasoning: leave --reasoning_tokens out"
-    )
 
 
 def load_reader(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -20,7 +20,7 @@ from helpers import (
 
 from llama_squad.answers import format_answer
 from llama_squad.collator import SquadDataCollator, colour_labels, encode_messages
-from llama_squad.encoding import IGNORE, ChatEncoder, Encoded
+from llama_squad.encoding import IGNORE, ChatEncoder, Encoded, reasoning_token_id
 from llama_squad.prompts import Message, Record, build_messages
 from llama_squad.tree import Tree, common_prefix
 
@@ -255,6 +255,44 @@ def test_reasoning_tokens_stand_before_the_answer_and_are_not_trained() -> None:
     assert encoder.encode_prompts([chat("Who")], final=False) == [encoded["input_ids"][:-4]]
     with pytest.raises(ValueError, match="reasoning tokens need a token"):
         ChatEncoder(word_tokenizer(), reasoning_tokens=2)
+
+
+REASONING_TOKENS = [
+    # a vocabulary, rows of its embedding beyond it, more special tokens, and the one that is taken
+    (
+        "bytes",
+        "llama3",
+        0,
+        ["<|reserved_special_token_3|>", "<file>"],
+        "<|reserved_special_token_3|>",
+    ),
+    ("sentencepiece", "llama2", 0, ["<file>"], "<unk>"),
+    ("digits", "qwen2_5", 1, ["<file>"], "<|pause|>"),
+    ("digits", "qwen2_5", 0, ["<repo>", "<file>"], "<file>"),
+    ("digits", "qwen2_5", 0, [], None),  # each has its part in chats
+]
+
+
+@pytest.mark.parametrize(("name", "template", "spare", "more", "expected"), REASONING_TOKENS)
+def test_the_token_for_reasoning_is_one_without_a_use(
+    name: str, template: str, spare: int, more: list[str], expected: str | None
+) -> None:
+    tokenizer = copy.deepcopy(load_tokenizer(name, template))
+    tokenizer.add_special_tokens({"extra_special_tokens": more})
+    rows = len(tokenizer) + spare
+    if expected is None:
+        with pytest.raises(ValueError, match="none for reasoning: leave --reasoning_tokens out"):
+            reasoning_token_id(tokenizer, rows)
+        return
+    found = reasoning_token_id(tokenizer, rows)
+    assert found < rows and tokenizer.convert_ids_to_tokens(found) == expected
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the tokenizers of ../shared")
+def test_smollm2_has_a_token_for_reasoning() -> None:
+    tokenizer = copy.deepcopy(load_tokenizer("smollm2_360m", "qwen2_5"))
+    found = reasoning_token_id(tokenizer, len(tokenizer))
+    assert tokenizer.convert_ids_to_tokens(found) == "<empty_output>"
 
 
 def test_colours() -> None:
