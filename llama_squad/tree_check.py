@@ -259,7 +259,7 @@ def _rounded_otherwise(model: Any) -> Iterator[None]:
 
     That tells how far a model's logits depend on the order of sums, in its own weights and types.
     An example padded beside another does not tell it: on a CPU that often changes no bit, and a
-    row does.
+    row does. An adapter's layer is one product with its base's, which it may compute by itself.
     """
     generators: dict[torch.device, torch.Generator] = {}
 
@@ -273,9 +273,12 @@ def _rounded_otherwise(model: Any) -> Iterator[None]:
         unit = torch.rand(shape, generator=generators[device], device=device) * 2 - 1
         return output * (1 + unit.to(output.dtype) * torch.finfo(output.dtype).eps)
 
+    adapted = [m for m in model.modules() if "base_layer" in m._modules]
+    plain = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
+    skipped = {part for m in adapted for part in m.modules() if part is not m}
     head = model.get_output_embeddings()  # the last product is not followed by others
-    products = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
-    hooks = [m.register_forward_hook(jitter) for m in products if m is not head]
+    skipped |= set(head.modules())
+    hooks = [m.register_forward_hook(jitter) for m in {*adapted, *plain} - skipped]
     try:
         yield
     finally:

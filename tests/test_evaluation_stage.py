@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ from typing import Any, Never
 import pytest
 from audit import AUDIT_BEAMS, LEAST_NOISE, Audit, audit
 from audit import main as audit_main
+from conftest import ROOT
 from helpers import make_records, replies_in, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
@@ -242,8 +244,28 @@ def test_killed_and_on_two_processes_the_file_is_the_same(folder: Any, tmp_path:
     assert output.read_bytes() == whole.read_bytes()
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what makes a process of the stage, by its flags: a fork of one that has its imports.
+
+    Those take longer than all that a run of a tiny model does.
+    """
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["test_llama_squad", "llama_squad.thresholds", "llama_squad.predictors.local",
+         "llama_squad.modeling", "llama_squad.report", "llama_squad.summary",
+         "transformers.models.llama.modeling_llama"]
+    )  # fmt: skip
+    return lambda *flags: context.Process(target=test_llama_squad.main, args=(flags,))
+
+
 @pytest.mark.slow
-def test_killed_at_ten_random_moments_the_files_are_the_same(folder: Any, tmp_path: Path) -> None:
+def test_killed_at_ten_random_moments_the_files_are_the_same(
+    folder: Any, tmp_path: Path, forked: Any
+) -> None:
     """Kill -9 at any moment of a start, then ten times soon after new rows; go on to the end."""
     many = make_records(24, [2, 3], seed=4)
     splits = {"train": make_records(2, [1], seed=1), "val": make_records(2, [1], seed=2)}
@@ -261,23 +283,26 @@ def test_killed_at_ten_random_moments_the_files_are_the_same(folder: Any, tmp_pa
         process.send_signal(signal.SIGKILL)
         process.wait()
     seen = []
+    flags = [*command(folder, output)[2:], *more]
     for _ in range(10):
         seen.append(rows_of(output))
-        process = subprocess.Popen(
-            [*command(folder, output), *more], env=ENVIRONMENT, cwd=tmp_path,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        while process.poll() is None and rows_of(output) <= seen[-1]:
-            time.sleep(0.001)
+        fork = forked(*flags)
+        fork.start()
+        while fork.is_alive() and rows_of(output) <= seen[-1]:
+            time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.05))
-        assert process.poll() is None, "it ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert fork.is_alive(), "it ended before it could be killed"
+        fork.kill()
+        fork.join()
     assert seen == sorted(set(seen)), "each run went on where the last one had stopped"
-    for path in (output, tmp_path / "whole.csv"):
-        subprocess.run([*command(folder, path), *more], env=ENVIRONMENT, cwd=tmp_path, check=True)
+    last = forked(*flags)
+    last.start()
+    last.join()
+    assert last.exitcode == 0
+    whole = tmp_path / "whole.csv"
+    subprocess.run([*command(folder, whole), *more], env=ENVIRONMENT, cwd=tmp_path, check=True)
     assert rows_of(output) == len(many)
-    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert output.read_bytes() == whole.read_bytes()
 
 
 def rows_of(path: Path) -> Any:

@@ -16,11 +16,13 @@ from helpers import (
     model_folder,
     tiny_model,
 )
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig
 
 from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.decoding.cache import check_tree
+from llama_squad.lora import quicken
 from llama_squad.modeling import load_model
 from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.packing import plan_rows, row_dataset
@@ -70,6 +72,17 @@ def tree_model(architecture: str, dtype: torch.dtype = torch.float32, **config: 
 def why_not(model: Any) -> str:
     """Ask the check on a row of PARAGRAPHS."""
     return why_not_shared(model, RowProbe(model, collator(), PARAGRAPHS))
+
+
+@pytest.mark.parametrize("trained", [None, [5]])
+def test_roundings_are_told_where_layers_compute_for_others(trained: list[int] | None) -> None:
+    """LoRA's layers multiply by their base's weights themselves, a trained token's embeds alone."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules="all-linear", trainable_token_indices=trained
+    )
+    model = get_peft_model(tree_model("llama"), config)
+    quicken(model)
+    assert why_not(model) == ""
 
 
 # Recurrent and convolutional layers ------------------------------------------------------------
