@@ -23,7 +23,7 @@ echo "Two cores with AMX (Intel Xeon) take, by what was measured on one (benchma
   "hour, each evaluation a quarter, but that of the untuned model's free replies, which are long, 70 minutes;" \
   "a threshold for abstaining is tuned on val, half as much as dev." \
   "CPUs with AVX512-BF16 alone take longer (unmeasured since 1.1.0), others compute in float32: training takes" \
-  "about seven times as long there."
+  "five to eight times as long there."
 build data/squad_v2
 [ -d $out/final_checkpoints ] ||
   stage train_llama_squad.py "${flags[@]}" --resume_from_checkpoint auto \
