@@ -60,10 +60,12 @@ def reasoning_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> i
     if len(tokenizer) < vocab_size:
         tokenizer.add_tokens(["<|pause|>"], special_tokens=True)
         return tokenizer.added_tokens_encoder["<|pause|>"]
-    named = {getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES}
-    template = str(tokenizer.chat_template)
+    used = {getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES}
+    turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+    used.update(ChatEncoder(tokenizer).encode([turns])[0]["input_ids"])
+    template = str(tokenizer.chat_template)  # of tools, too
     for token_id, token in reversed(added):
-        if token.special and token_id not in named and token.content not in template:
+        if token.special and token_id not in used and token.content not in template:
             return token_id
     raise ValueError(
         "this vocabulary has no special token without a use and its embedding no spare row, so "

@@ -122,15 +122,16 @@ def check_resumable(
 ) -> None:
     """Find out, before a model is loaded, whether the run may go on with its result file.
 
-    Of a threshold that is yet to be tuned nothing is known: ``evaluate`` finds out.
+    A threshold or a calibration that is yet to be tuned is left to ``evaluate``.
 
     Raises:
         ValueError: it may not; see ``check_same_settings``.
     """
-    if args.overwrite or args.tune_threshold:
+    if args.overwrite:
         return
     settings = settings_of(args, model_args, abstention, records)
-    of_first(lambda: check_same_settings(Path(args.output), settings, _VOLATILE))
+    open_ = ("na_prob_thresh", "calibration") if args.tune_threshold else ()
+    of_first(lambda: check_same_settings(Path(args.output), settings, (*_VOLATILE, *open_)))
 
 
 def evaluate(

@@ -296,9 +296,9 @@ def _keep_4bit_differentiable(model: torch.nn.Module) -> None:
 def dequantize(model: Any) -> None:
     """Replace 4-bit weights by those that the forward pass computes with.
 
-    It rounds them to its compute type, whatever type the model was loaded in. Bfloat16's would be
-    others in float32 than the ones trained on, and rounding them only after an adapter was merged
-    would lose a tenth of a small update's gain.
+    It rounds them to its compute type; here they are then in the model's. Unrounded they would be
+    others than the ones trained on where that is bfloat16, and rounding them only after an adapter
+    was merged would lose a tenth of a small update's gain.
     """
     import bitsandbytes
 

@@ -13,7 +13,8 @@
 # QUESTIONS to train on (but for the curve's CURVE); ASKED of dev; MODEL and DATASET: folders in place of
 # the Hub; DATA_FLAGS for create_squad_dataset.py, with which prompts and reasoning build datasets of their
 # own; PROCESSES as for smollm2_135m.sh. The same command resumes where it was stopped, and what studies
-# share is trained and asked once (results/studies/MODEL/QUESTIONS). Figures: results_published/study_NAME.json.
+# share is trained and asked once, in results/studies/MODEL/QUESTIONS: run one at a time, and remove that for
+# another DATASET, another ASKED or another model of the same name. Figures: results_published/study_NAME.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -25,13 +26,18 @@ case $study in
     exit 2
     ;;
 esac
+[[ ${QUESTIONS:-1} =~ ^[1-9][0-9]*$ ]] || {
+  echo "studies.sh: QUESTIONS=$QUESTIONS is no number of questions" >&2
+  exit 2
+}
 config=configs/smollm2_135m.yaml
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 dataset=${DATASET:-data/squad_v2}
 questions=${QUESTIONS:-5000}
 asked=${ASKED:-2000}
-out=results/studies/$(basename -- "$model")
-rows=() last=final_checkpoints  # what a training ends with
+[ -d "$model" ] && name=$(cd "$model" && pwd -P) || name=$model
+out=results/studies/${name##*/}
+rows=() label='' last=final_checkpoints  # what a training ends with
 . runs/lib/stage.sh
 
 train() { # NAME FLAGS

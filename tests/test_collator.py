@@ -269,6 +269,7 @@ REASONING_TOKENS = [
     ("sentencepiece", "llama2", 0, ["<file>"], "<unk>"),
     ("digits", "qwen2_5", 1, ["<file>"], "<|pause|>"),
     ("digits", "qwen2_5", 0, ["<repo>", "<file>"], "<file>"),
+    ("digits", "qwen2_5", 0, ["<file>", "<|system|>", "<|user|>", "<|assistant|>"], "<file>"),
     ("digits", "qwen2_5", 0, [], None),  # each has its part in chats
 ]
 
@@ -279,6 +280,8 @@ def test_the_token_for_reasoning_is_one_without_a_use(
 ) -> None:
     tokenizer = copy.deepcopy(load_tokenizer(name, template))
     tokenizer.add_special_tokens({"extra_special_tokens": more})
+    if "<|user|>" in more:  # a template that does not spell the tokens that it writes
+        tokenizer.chat_template = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}<|im_end|>{% endfor %}"
     rows = len(tokenizer) + spare
     if expected is None:
         with pytest.raises(ValueError, match="none for reasoning: leave --reasoning_tokens out"):

@@ -484,7 +484,7 @@ def test_rows_of_another_calibration_are_not_gone_on_with(adapter: Any, run: Any
 
 @pytest.mark.parametrize("spoiled", [False, True])
 def test_a_file_that_cannot_be_gone_on_with_is_refused_before_a_model_is_loaded(
-    spoiled: bool, run: Any, monkeypatch: pytest.MonkeyPatch
+    spoiled: bool, folder: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("--num_samples=2")
     if spoiled:
@@ -492,8 +492,9 @@ def test_a_file_that_cannot_be_gone_on_with_is_refused_before_a_model_is_loaded(
     before = Path("results/results.csv").read_bytes()
     monkeypatch.setattr(modeling, "load_model", lambda *_: pytest.fail("a model was loaded"))
     what = "no result file of this program" if spoiled else "other settings.*num_beams"
-    with pytest.raises(SystemExit, match=what):
-        run("--num_samples=2", "--num_beams=3")
+    for tuned in ([], ["--tune_threshold", f"--adapter_name={folder}/adapter"]):
+        with pytest.raises(SystemExit, match=what):
+            run("--num_samples=2", "--num_beams=3", *tuned)
     assert Path("results/results.csv").read_bytes() == before
 
 

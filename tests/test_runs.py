@@ -257,6 +257,8 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
     assert training.startswith("3 --nproc_per_node 3 train_llama_squad.py")
     assert "--per_device_train_batch_size 16" in training
     assert len(evaluations) == 5
+    assert "--na_prob_thresh 0.5 --output" in evaluations[0]  # whatever is kept with the adapter
+    assert "--tune_threshold --no_answer_share 0.5 --output" in evaluations[2]
     assert all("--nproc_per_node 3 test_llama_squad.py" in call for call in evaluations)
 
 
@@ -289,6 +291,25 @@ def test_a_study_that_is_not_there_is_refused(words: tuple[str, ...], tmp_path: 
         2,
         "studies.sh: give one of the studies that its head names\n",
     )
+
+
+@pytest.mark.parametrize("questions", ["5,000", "0100", "5 0", "many"])
+def test_a_number_of_questions_that_is_none_is_refused(questions: str, tmp_path: Path) -> None:
+    stubs = {"python": "echo python was called >&2"}
+    done = run_stubbed("studies.sh", tmp_path, stubs, "rates", QUESTIONS=questions)
+    said = f"studies.sh: QUESTIONS={questions} is no number of questions\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_studies_of_a_folder_are_kept_by_its_name(tmp_path: Path) -> None:
+    """However it is given; and no label of the environment becomes a row's."""
+    (tmp_path / "a" / "my model").mkdir(parents=True)
+    stubs = {"python": f'echo "$*" >> {tmp_path}/calls'}
+    more = {"MODEL": "my model/.", "PROCESSES": "1", "QUESTIONS": "96", "label": "x"}
+    done = run_stubbed("studies.sh", tmp_path / "a", stubs, "rates", **more)
+    assert done.returncode == 0, done.stderr
+    last = (tmp_path / "calls").read_text().splitlines()[-2]
+    assert "recipe=results/studies/my model/96/recipe.csv" in last and "x=" not in last
 
 
 def test_every_script_is_run() -> None:
