@@ -127,11 +127,10 @@ def check_resumable(
     Raises:
         ValueError: it may not; see ``check_same_settings``.
     """
-    if args.overwrite:
-        return
-    settings = settings_of(args, model_args, abstention, records)
     open_ = ("na_prob_thresh", "calibration") if args.tune_threshold else ()
-    of_first(lambda: check_same_settings(Path(args.output), settings, (*_VOLATILE, *open_)))
+    if not args.overwrite:
+        settings = settings_of(args, model_args, abstention, records)
+        of_first(lambda: check_same_settings(Path(args.output), settings, (*_VOLATILE, *open_)))
 
 
 def evaluate(
