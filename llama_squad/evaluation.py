@@ -127,10 +127,10 @@ def check_resumable(
     Raises:
         ValueError: it may not; see ``check_same_settings``.
     """
-    open_ = ("na_prob_thresh", "calibration") if args.tune_threshold else ()
+    untuned = ("na_prob_thresh", "calibration") if args.tune_threshold else ()
     if not args.overwrite:
         settings = settings_of(args, model_args, abstention, records)
-        of_first(lambda: check_same_settings(Path(args.output), settings, (*_VOLATILE, *open_)))
+        of_first(lambda: check_same_settings(Path(args.output), settings, (*_VOLATILE, *untuned)))
 
 
 def evaluate(
