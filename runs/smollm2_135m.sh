@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct, untuned and tuned on 20,000 questions, free and held to spans: the first
-# table of README.md, but that its threshold is tuned for an even share of unanswerable questions. No GPU needed. The same command resumes where it was stopped.
+# table of README.md, but that its threshold is tuned for an even share of unanswerable questions.
+# No GPU needed. The same command resumes where it was stopped.
 #
 #   ./runs/smollm2_135m.sh
 #   MODEL=DIR DATA_FLAGS="--train_files train-*.json --test_files dev.json" ./runs/smollm2_135m.sh   # without the Hub

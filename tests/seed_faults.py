@@ -173,7 +173,7 @@ FAULTS = [
     Fault(
         "decoding's tree: dead branches are dropped, the living not renumbered",
         "llama_squad/decoding/cache.py",
-        "branch.columns = np.searchsorted(columns, branch.columns)",
+        "branch.columns = renumbered[branch.columns]",
         "pass",
         f"{DECODING} -k dead_branches",
     ),

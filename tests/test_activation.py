@@ -392,6 +392,7 @@ def trained(made: tuple[list[str], Path], tmp_path: Path, offline: None) -> tupl
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
 def test_trained_saved_and_loaded(trained: tuple[list[str], str], tmp_path: Path) -> None:
     flags, folder = trained
     assert weights.acts_from(folder) == "question"

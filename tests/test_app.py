@@ -361,6 +361,7 @@ def test_what_cannot_be_asked_is_refused(
 
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
 def test_base_and_tuned_share_their_weights(tmp_path: Path, quantize: bool) -> None:
     """With the adapter switched off, the base model answers and speaks as it does alone."""
     from peft import LoraConfig, get_peft_model

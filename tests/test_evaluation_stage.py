@@ -218,15 +218,43 @@ def evaluation_script() -> Any:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what starts a process of the stage, by its flags: a fork of one that has its imports.
+
+    Those take longer than all that a run of a tiny model does.
+    """
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["test_llama_squad", "llama_squad.thresholds", "llama_squad.predictors.local",
+         "llama_squad.modeling", "llama_squad.report", "llama_squad.summary",
+         "transformers.models.llama.modeling_llama"]
+    )  # fmt: skip
+
+    def start(folder: Any, output: Path, *more: str) -> Any:
+        flags = [*command(folder, output)[2:], *more]
+        process = context.Process(target=test_llama_squad.main, args=(flags,))
+        process.start()
+        return process
+
+    return start
+
+
 @pytest.mark.slow
-def test_killed_and_on_two_processes_the_file_is_the_same(folder: Any, tmp_path: Path) -> None:
+def test_killed_and_on_two_processes_the_file_is_the_same(
+    folder: Any, tmp_path: Path, forked: Any
+) -> None:
     """Kill -9 in the middle, go on with two processes, compare with an undisturbed run."""
     output = tmp_path / "killed.csv"
-    process = subprocess.Popen(command(folder, output), env=ENVIRONMENT, cwd=tmp_path)
-    while process.poll() is None and rows_of(output) < 4:
+    process = forked(folder, output)
+    while process.is_alive() and rows_of(output) < 4:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it ended before it could be killed"
     with output.open("ab") as file:  # as if the kill had torn a row
         file.write(b'"3-4-1","Title')
     launcher = (PYTHON, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
@@ -240,26 +268,8 @@ def test_killed_and_on_two_processes_the_file_is_the_same(folder: Any, tmp_path:
         "killed.csv", "killed.csv.config.json"
     ]  # fmt: skip
     whole = tmp_path / "whole.csv"
-    subprocess.run(command(folder, whole), env=ENVIRONMENT, cwd=tmp_path, check=True)
+    forked(folder, whole).join()
     assert output.read_bytes() == whole.read_bytes()
-
-
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return what makes a process of the stage, by its flags: a fork of one that has its imports.
-
-    Those take longer than all that a run of a tiny model does.
-    """
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.setenv(name, ENVIRONMENT[name])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["test_llama_squad", "llama_squad.thresholds", "llama_squad.predictors.local",
-         "llama_squad.modeling", "llama_squad.report", "llama_squad.summary",
-         "transformers.models.llama.modeling_llama"]
-    )  # fmt: skip
-    return lambda *flags: context.Process(target=test_llama_squad.main, args=(flags,))
 
 
 @pytest.mark.slow
@@ -267,7 +277,7 @@ def test_killed_at_ten_random_moments_the_files_are_the_same(
     folder: Any, tmp_path: Path, forked: Any
 ) -> None:
     """Kill -9 at any moment of a start, then ten times soon after new rows; go on to the end."""
-    many = make_records(24, [2, 3], seed=4)
+    many = make_records(14, [2, 3], seed=4)
     splits = {"train": make_records(2, [1], seed=1), "val": make_records(2, [1], seed=2)}
     write_dataset(
         splits | {"test": many}, CreateArguments(dataset_name=str(tmp_path / "data"))
@@ -283,11 +293,9 @@ def test_killed_at_ten_random_moments_the_files_are_the_same(
         process.send_signal(signal.SIGKILL)
         process.wait()
     seen = []
-    flags = [*command(folder, output)[2:], *more]
     for _ in range(10):
         seen.append(rows_of(output))
-        fork = forked(*flags)
-        fork.start()
+        fork = forked(folder, output, *more)
         while fork.is_alive() and rows_of(output) <= seen[-1]:
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.05))
@@ -295,12 +303,11 @@ def test_killed_at_ten_random_moments_the_files_are_the_same(
         fork.kill()
         fork.join()
     assert seen == sorted(set(seen)), "each run went on where the last one had stopped"
-    last = forked(*flags)
-    last.start()
-    last.join()
-    assert last.exitcode == 0
     whole = tmp_path / "whole.csv"
-    subprocess.run([*command(folder, whole), *more], env=ENVIRONMENT, cwd=tmp_path, check=True)
+    for path in (output, whole):
+        last = forked(folder, path, *more)
+        last.join()
+        assert last.exitcode == 0
     assert rows_of(output) == len(many)
     assert output.read_bytes() == whole.read_bytes()
 

@@ -29,6 +29,11 @@ from llama_squad.prompts import build_messages
 ODD = ('Née  in 1990s, "Zoë" (é\\n)\n\tsaid: 中文 “ok”?\x07 '
        + unicodedata.normalize("NFD", "é") + " ✨ x.")  # fmt: skip
 
+each_tokenizer = pytest.mark.parametrize(
+    ("name", "template", "end"), TOKENIZERS, ids=lambda x: x,
+    scope="module",  # one after the other, as a vocabulary takes longer to make than to test
+)  # fmt: skip
+
 
 @pytest.fixture(scope="module", params=TOKENIZERS[:2], ids="-".join)
 def encoder(request: pytest.FixtureRequest) -> Any:
@@ -307,7 +312,7 @@ def spell_out(grammar: Any, vocabulary: Any, text: str) -> Any:
     return walk(grammar.start, 0)
 
 
-@pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
+@each_tokenizer
 @pytest.mark.parametrize("boundaries", ["any", "word"])
 def test_every_span_can_be_spelled_and_nothing_else(
     name: str, template: str, end: Any, boundaries: Boundaries
@@ -331,7 +336,7 @@ def test_every_span_can_be_spelled_and_nothing_else(
         assert spell_out(grammar, vocabulary, text) is None, text
 
 
-@pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
+@each_tokenizer
 def test_random_walks_give_spans(name: str, template: str, end: Any) -> None:
     encoder = load_encoder(name, template)
     vocabulary, chance = span_vocabulary(encoder), random.Random(0)
@@ -360,7 +365,7 @@ def test_random_walks_give_spans(name: str, template: str, end: Any) -> None:
     assert len(seen) > 25
 
 
-@pytest.mark.parametrize(("name", "template", "end"), TOKENIZERS, ids=lambda x: x)
+@each_tokenizer
 def test_grammar_takes_the_tokens_of_training(name: str, template: str, end: Any) -> None:
     encoder = load_encoder(name, template)
     vocabulary = span_vocabulary(encoder)

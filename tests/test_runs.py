@@ -77,6 +77,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 @pytest.fixture
 def run_script(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return what runs a script of runs/ in a copy of the repository's top."""
+    monkeypatch.setattr("llama_squad.training.setup.VALIDATION_TOKENS", 8)
     for name in ("runs", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for stage in tiny:
@@ -101,7 +102,7 @@ def run_script(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> An
             shim.parent.mkdir(exist_ok=True)
             shim.write_text(STAND_IN.format(python=sys.executable, port=server.server_address[1]))
             shim.chmod(0o755)
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
             path = f"{shim.parent}{os.pathsep}{os.environ['PATH']}"
             done = subprocess.run(
                 ["bash", str(tmp_path / "runs" / name), *words], check=False, capture_output=True,

@@ -185,13 +185,19 @@ class TokenTree:
 
     def compact(self, branches: Sequence[Sequence[Branch]]) -> None:
         """Forget every token that is in no given branch (a list a row)."""
-        kept = [np.unique(np.concatenate([b.columns for b in row])) for row in branches]
+        kept = []
+        for row in branches:
+            own = {id(branch): branch for branch in row}.values()
+            needed = np.zeros(self._length, dtype=bool)
+            needed[np.concatenate([branch.columns for branch in own])] = True
+            renumbered = np.cumsum(needed) - 1
+            for branch in own:
+                branch.columns = renumbered[branch.columns]
+            kept.append(np.flatnonzero(needed))
         length = max(map(len, kept))
         index = np.zeros((len(kept), length), dtype=np.int64)
-        for r, (columns, row) in enumerate(zip(kept, branches, strict=True)):
+        for r, columns in enumerate(kept):
             index[r, : len(columns)] = columns
-            for branch in {id(b): b for b in row}.values():
-                branch.columns = np.searchsorted(columns, branch.columns)
         self._length = self._compact_length = length
         self._depths = np.take_along_axis(self._depths, index, axis=1)
         for layer in cast(list[Any], self.cache.layers):

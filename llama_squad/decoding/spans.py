@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -179,16 +180,17 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
     Raises:
         ValueError: neither a byte-level nor a SentencePiece vocabulary.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    kinds = {part["type"] for part in _components(backend["decoder"])}
+    decoder = tokenizer.backend_tokenizer.decoder
+    kinds = {part["type"] for part in _components(decoder)}
     control = set(tokenizer.added_tokens_decoder)
     vocabulary = {i: token for token, i in tokenizer.get_vocab().items() if i not in control}
     if "ByteLevel" in kinds:
         table = {char: byte for byte, char in bytes_to_unicode().items()}
+        spells = frozenset(table).issuperset
         return {
-            i: bytes(table[char] for char in token)
+            i: bytes(map(table.__getitem__, token))
             for i, token in vocabulary.items()
-            if all(char in table for char in token)
+            if spells(token)
         }
     if kinds & {"Replace", "Metaspace"}:
         return {i: _sentencepiece_bytes(token) for i, token in vocabulary.items()}
@@ -198,9 +200,11 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
     )
 
 
-def _components(component: dict | None) -> list[dict]:
-    if component is None:
+def _components(decoder: decoders.Decoder | None) -> list[dict]:
+    """Return what a decoder is made of, as tokenizer.json has it."""
+    if decoder is None:
         return []
+    component = json.loads(decoder.__getstate__())  # all there is to read a sequence's parts by
     return [component, *component.get("decoders", [])]
 
 
