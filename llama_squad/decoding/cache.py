@@ -201,9 +201,12 @@ class TokenTree:
         self._length = self._compact_length = length
         self._depths = np.take_along_axis(self._depths, index, axis=1)
         for layer in cast(list[Any], self.cache.layers):
-            where = torch.from_numpy(index).to(layer.keys.device)[:, None, :, None]
-            held = layer.keys, layer.values
-            layer.replace(*(x.take_along_dim(where, dim=2) for x in held))
+            chosen = torch.from_numpy(index).to(layer.keys.device)
+            # Row by row: one take along all rows goes entry by entry, ten times as slow on a CPU.
+            layer.replace(*(
+                torch.stack([row.index_select(1, i) for row, i in zip(x, chosen, strict=True)])
+                for x in (layer.keys, layer.values)
+            ))  # fmt: skip
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all rows but these."""
