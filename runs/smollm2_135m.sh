@@ -23,8 +23,8 @@ tuned=--adapter_name=$out/final_checkpoints
 echo "Two cores with AMX (Intel Xeon) take, by what was measured on one (benchmarks/RESULTS.md): training half an" \
   "hour, each evaluation a quarter, but that of the untuned model's free replies, which are long, 70 minutes;" \
   "a threshold for abstaining is tuned on val, half as much as dev." \
-  "CPUs with AVX512-BF16 alone take longer (unmeasured since 1.1.0), others compute in float32: training takes" \
-  "five to eight times as long there."
+  "CPUs with AVX512-BF16 alone (AMD Zen 4) take twice as long, by what each of two cores did: training an hour, an evaluation half;" \
+  "others compute in float32: training takes five to eight times as long there as with AMX."
 build data/squad_v2
 [ -d $out/final_checkpoints ] ||
   stage train_llama_squad.py "${flags[@]}" --resume_from_checkpoint auto \

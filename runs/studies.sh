@@ -3,7 +3,7 @@
 # of dev in whole paragraphs. The table ends with the paired differences to the first row. No GPU needed.
 #
 #   ./runs/studies.sh learning_curve    the base; 1,000 to 60,000 questions; all parameters on 20,000
-#   ./runs/studies.sh rates             learning rates
+#   ./runs/studies.sh rates             learning rates, questions a step
 #   ./runs/studies.sh adapters          rank, adapted modules, where the adapter begins to act
 #   ./runs/studies.sh prompts           the question before the context, or twice; no system text
 #   ./runs/studies.sh reasoning         words of filler, pause tokens
@@ -12,9 +12,10 @@
 #
 # QUESTIONS to train on (but for the curve's CURVE); ASKED of dev; MODEL and DATASET: folders in place of
 # the Hub; DATA_FLAGS for create_squad_dataset.py, with which prompts and reasoning build datasets of their
-# own; PROCESSES as for smollm2_135m.sh. The same command resumes where it was stopped, and what studies
-# share is trained and asked once, in results/studies/MODEL/QUESTIONS: run one at a time, and remove that for
-# another DATASET, another ASKED or another model of the same name. Figures: results_published/study_NAME.json.
+# own; PROCESSES as for smollm2_135m.sh (rates: 2 at most). The same command resumes where it was stopped,
+# and what studies share is trained and asked once, in results/studies/MODEL/QUESTIONS: run one at a time,
+# and remove that for another DATASET, another ASKED or another model of the same name. Figures:
+# results_published/study_NAME.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -37,15 +38,16 @@ questions=${QUESTIONS:-5000}
 asked=${ASKED:-2000}
 [ -d "$model" ] && name=$(cd "$model" && pwd -P) || name=$model
 out=results/studies/${name##*/}
+batch=48  # questions a step
 rows=() label='' last=final_checkpoints  # what a training ends with
 . runs/lib/stage.sh
 
 train() { # NAME FLAGS
-  local steps=$(((questions + 47) / 48))
+  local steps=$(((questions + batch - 1) / batch))
   [ -d "$out/$questions/$1/$last" ] ||
     stage train_llama_squad.py --config $config --model_name "$model" --dataset_name "$dataset" \
       --output_dir "$out/$questions/$1" --resume_from_checkpoint auto --eval_strategy no --max_steps $steps \
-      --warmup_steps $((steps / 20 + 1)) --per_device_train_batch_size $((48 / processes)) "${@:2}"
+      --warmup_steps $((steps / 20 + 1)) --per_device_train_batch_size $((batch / processes)) "${@:2}"
 }
 
 ask() { # NAME FLAGS
@@ -80,8 +82,13 @@ case $study in
     ask_whole "all parameters" "$out/$questions/all parameters/final_checkpoints"
     ;;
   rates)
+    [ "$processes" -le 2 ] || {  # each has a paragraph of 7 questions a step, at least
+      echo "studies.sh: rates has steps of 14 questions: give PROCESSES=1 or 2" >&2
+      exit 2
+    }
     tune "recipe"  # 8e-4
     for rate in 2e-4 4e-4 2e-3; do tune "rate $rate" --learning_rate $rate; done
+    for batch in 28 14; do tune "$batch a step"; done
     ;;
   adapters)
     tune "recipe"

@@ -150,7 +150,7 @@ def test_run(name: str, files: Any, trainings: Any, run_script: Any, tmp_path: P
     ("study", "trained"),
     [
         ("learning_curve", ["recipe", "all parameters"]),
-        ("rates", ["recipe", "rate 2e-4", "rate 4e-4", "rate 2e-3"]),
+        ("rates", ["recipe", "rate 2e-4", "rate 4e-4", "rate 2e-3", "28 a step", "14 a step"]),
         ("adapters", ["recipe", "rank 8", "rank 128", "attention alone", "from the reply",
                       "from the start"]),
         ("prompts", ["recipe", "question first", "question twice", "no system text"]),
@@ -168,8 +168,10 @@ def test_studies(study: str, trained: list[str], run_script: Any, tmp_path: Path
     names = zip(asked, trained, strict=True)
     model = "SmolLM2-135M-Instruct"
     assert folders == [f"results/studies/{model}/{count}/{name}" for count, name in names]
-    for count, call in zip(asked, trainings, strict=True):  # 48 questions each
-        assert call[call.index("--max_steps") + 1] == str(-(-int(count) // 48))
+    for count, name, call in zip(asked, trained, trainings, strict=True):
+        batch = {"28 a step": 28, "14 a step": 14}.get(name, 48)  # questions
+        assert call[call.index("--max_steps") + 1] == str(-(-int(count) // batch))
+        assert call[call.index("--per_device_train_batch_size") + 1] == str(batch)
     first, *others = json.loads((tmp_path / f"results_published/study_{study}.json").read_text())
     assert others and all(row["paired"]["to"] == first["name"] for row in others)
     assert all(row["n"] == row["paired"]["n"] == 6 for row in others)
@@ -300,6 +302,23 @@ def test_a_number_of_questions_that_is_none_is_refused(questions: str, tmp_path:
     done = run_stubbed("studies.sh", tmp_path, stubs, "rates", QUESTIONS=questions)
     said = f"studies.sh: QUESTIONS={questions} is no number of questions\n"
     assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_steps_that_processes_cannot_share_are_refused(tmp_path: Path) -> None:
+    """Less than a paragraph each: they would be of more questions than the row says."""
+    (tmp_path / "a" / "data" / "squad_v2").mkdir(parents=True)
+    stubs = {"torchrun": f'echo "$*" >> {tmp_path}/calls', "python": ":"}
+    done = run_stubbed("studies.sh", tmp_path / "a", stubs, "rates", PROCESSES="3")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "studies.sh: rates has steps of 14 questions: give PROCESSES=1 or 2\n",
+    )
+    assert not (tmp_path / "calls").exists()
+    done = run_stubbed("studies.sh", tmp_path / "b", stubs, "rates", PROCESSES="2")
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    (last,) = [call for call in calls if "/14 a step --" in call]
+    assert "--per_device_train_batch_size 7 " in f"{last} "
 
 
 def test_studies_of_a_folder_are_kept_by_its_name(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ class TokenTree:
         self._depths = np.take_along_axis(self._depths, index, axis=1)
         for layer in cast(list[Any], self.cache.layers):
             chosen = torch.from_numpy(index).to(layer.keys.device)
-            # Row by row: one take along all rows goes entry by entry, ten times as slow on a CPU.
+            # Row by row: a take along all rows goes entry by entry, and is much slower on a CPU.
             layer.replace(*(
                 torch.stack([row.index_select(1, i) for row, i in zip(x, chosen, strict=True)])
                 for x in (layer.keys, layer.values)
