@@ -41,6 +41,10 @@ out=results/studies/${name##*/}
 batch=48  # questions a step
 rows=() label='' last=final_checkpoints  # what a training ends with
 . runs/lib/stage.sh
+if [ "$study" = rates ] && [ "$processes" -gt 2 ]; then  # each has a paragraph a step, at least: 7 questions
+  echo "studies.sh: rates has steps of 14 questions: give PROCESSES=1 or 2" >&2
+  exit 2
+fi
 
 train() { # NAME FLAGS
   local steps=$(((questions + batch - 1) / batch))
@@ -82,10 +86,6 @@ case $study in
     ask_whole "all parameters" "$out/$questions/all parameters/final_checkpoints"
     ;;
   rates)
-    [ "$processes" -le 2 ] || {  # each has a paragraph of 7 questions a step, at least
-      echo "studies.sh: rates has steps of 14 questions: give PROCESSES=1 or 2" >&2
-      exit 2
-    }
     tune "recipe"  # 8e-4
     for rate in 2e-4 4e-4 2e-3; do tune "rate $rate" --learning_rate $rate; done
     for batch in 28 14; do tune "$batch a step"; done
