@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cleaner = Cleaner(mend=args.mend, skip_bad=args.skip_bad)
     try:
         data.check_target(args.dataset_name)
+        replaced = data.built_from(args.dataset_name)
         data.check_ratio(args.validation_ratio)
         if args.replay is not None and not args.feedback:
             raise ValueError("--replay needs --feedback: it says how much old data goes with it")
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if summary:
         print(f"\n{summary}")
     _warn_of_shared_contexts(splits)
+    if replaced and replaced != data.built_from(args.dataset_name):
+        print(f"\nThe dataset of {replaced} that was there is replaced: --dataset_name keeps both.")
     following = next_command(
         "train" if "train" in splits else "test", argv, dataset_name=args.dataset_name
     )

@@ -6,6 +6,9 @@ no control token may come from the question or the context. Exits with 1 where o
 
     python benchmarks/check_masks.py                      # all of them, about 20 minutes on 2 cores
     python benchmarks/check_masks.py --limit 2000         # the first 2,000 questions
+
+``--data`` holds ``squad_v2/train-*.json`` and the folders ``tokenizers/NAME`` (llama2, llama3,
+qwen2_5_rebuilt, smollm2_360m).
 """
 
 import argparse
@@ -36,11 +39,11 @@ CASES = [
 BATCH = 500
 
 
-def load_tokenizer(name: str, template: str) -> Any:
-    """Load a tokenizer of the shared data with a chat template."""
+def load_tokenizer(data: Path, name: str, template: str) -> Any:
+    """Load the tokenizer of that name in the ``data`` folder, with a chat template."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(SHARED / "tokenizers" / name))
+    tokenizer = AutoTokenizer.from_pretrained(str(data / "tokenizers" / name))
     tokenizer.chat_template = chat_template(template)
     return tokenizer
 
@@ -93,15 +96,15 @@ def normal(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def check(job: tuple[str, str, str, str, int | None]) -> tuple[str, int, list[str], float]:
+def check(job: tuple[str, str, str, str, int | None, Path]) -> tuple[str, int, list[str], float]:
     """Check one tokenizer with one template and one prompt style."""
     from llama_squad.data import read_files
     from llama_squad.encoding import ChatEncoder
 
-    name, template, end, prompt, limit = job
+    name, template, end, prompt, limit, data = job
     started = time.perf_counter()
-    records = read_files([str(SHARED / "squad_v2" / "train-*.json")])[:limit]
-    encoder = ChatEncoder(load_tokenizer(name, template))
+    records = read_files([str(data / "squad_v2" / "train-*.json")])[:limit]
+    encoder = ChatEncoder(load_tokenizer(data, name, template))
     found = [fault for batch in batches(records) for fault in faults(encoder, batch, prompt, end)]
     label = f"{name} + {template}, {prompt}"
     return label, len(records), found, time.perf_counter() - started
@@ -110,12 +113,14 @@ def check(job: tuple[str, str, str, str, int | None]) -> tuple[str, int, list[st
 def main() -> None:
     """Check all cases, one process per core."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, default=SHARED, help="default: ../shared/data")
     parser.add_argument("--limit", type=int, help="questions to check (default: all)")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    jobs = [(*case, "single_turn", args.limit) for case in CASES]
-    jobs += [(*CASES[0], "multi_turn", args.limit), (*CASES[1], "multi_turn", args.limit)]
+    cases = [(*case, "single_turn") for case in CASES]
+    cases += [(*case, "multi_turn") for case in CASES[:2]]
+    jobs = [(*case, args.limit, args.data) for case in cases]
     bad = 0
     with Pool(args.processes) as pool:
         for label, count, found, seconds in pool.imap(check, jobs):

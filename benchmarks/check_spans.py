@@ -7,6 +7,9 @@ reply must be valid JSON, its answer "?" or verbatim in the context. Exits with 
 
     python benchmarks/check_spans.py                      # about 15 minutes on 2 cores
     python benchmarks/check_spans.py --limit 500          # the first 500 questions
+
+``--data`` holds ``squad_v2/dev.json`` and the folders ``tokenizers/NAME`` (llama2, llama3,
+qwen2_5_rebuilt).
 """
 
 import argparse
@@ -16,6 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,14 +158,15 @@ def judge(completion: str, context: str) -> str:
 def main() -> None:
     """Check all cases."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, default=SHARED, help="default: ../shared/data")
     parser.add_argument("--limit", type=int, help="questions to check (default: all)")
     parser.add_argument("--num_beams", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=32)
     args = parser.parse_args()
-    records: list[Any] = read_files([str(SHARED / "squad_v2" / "dev.json")])[: args.limit]
+    records: list[Any] = read_files([str(args.data / "squad_v2" / "dev.json")])[: args.limit]
     bad = 0
     for name, template in CASES:
-        encoder = ChatEncoder(load_tokenizer(name, template))
+        encoder = ChatEncoder(load_tokenizer(args.data, name, template))
         for check in (check_golds, functools.partial(check_replies, args=args)):
             started = time.perf_counter()
             said, found = check(encoder, records)

@@ -66,8 +66,8 @@ class CreateArguments:
     )
     replay: float | None = _option(
         None,
-        "With --feedback: go on from an adapter on its questions and so many old ones for each of "
-        "them, 100 at least, whole paragraphs at random (default: all old ones).",
+        "With --feedback: keep only so many old questions for each corrected one, 100 at least, "
+        "whole paragraphs at random, for a training that goes on from an adapter (default: all).",
     )
     prompt: str = _option("single_turn", _PROMPT_HELP, choices=list(PROMPTS))
     system_prompt: str = _option(SYSTEM_PROMPT, _SYSTEM_HELP)
@@ -148,8 +148,8 @@ class TrainArguments:
     )
     filler: int = _option(
         0,
-        'Words of filler ("blah") before the answer that no other token attends to: what longer '
-        "prompts alone change.",
+        'Words of filler ("blah") before the answer, hidden from all other tokens: a control for '
+        "what a longer prompt alone changes.",
     )
     share_context: bool = _option(
         True, "Train the questions of a paragraph in one row that holds its context once."

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_squad.arguments import CreateArguments
-from llama_squad.config import save_run_config
+from llama_squad.config import load_run_config, save_run_config
 from llama_squad.folders import check_dataset
 from llama_squad.prompts import Record, build_messages
 from llama_squad.sources.cleaning import Cleaner, Dropped
@@ -219,6 +219,16 @@ def check_target(dataset_name: str) -> None:
     target = Path(dataset_name)
     if target.exists() and not (target / "dataset_dict.json").is_file():
         raise ValueError(f"{target} is there and holds no dataset: give another --dataset_name")
+
+
+def built_from(dataset_name: str) -> str:
+    """Name what the dataset in a folder was built from; "" where none is, or nothing tells."""
+    try:
+        made = load_run_config(dataset_name).get("create", {})
+    except ValueError:  # damaged: it is about to be replaced
+        return ""
+    files = [*(made.get("train_files") or ()), *(made.get("test_files") or ())]
+    return ", ".join(files) or ("the sample" if made.get("sample") else made.get("source", ""))
 
 
 def write_dataset(

@@ -8,7 +8,7 @@
 # DATA holds the prompts of MT-Bench and IFEval, WikiText-2 and the benchmarks' tasks; EVAL_PYTHON
 # names the Python that has lm_eval (without it the benchmarks are left out): see docs/stages.md. The
 # figures go to OUTPUT (results_published/forgetting.json), which must be a new file for other
-# settings. The same command resumes where it stopped.
+# settings, the picture to results/forgetting/forgetting.svg. The same command resumes where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -56,4 +56,4 @@ tune "2e-4, loss on all" --learning_rate 2e-4 "${whole[@]}"
 
 python benchmarks/forgetting.py --base "$model" --dataset_name "$dataset" --questions "$asked" \
   --work $out --data "$data" "${adapters[@]}" ${OUTPUT:+--output "$OUTPUT"} \
-  ${EVAL_PYTHON:+--eval_python "$EVAL_PYTHON"} --plot docs/images/forgetting.svg
+  ${EVAL_PYTHON:+--eval_python "$EVAL_PYTHON"} --plot $out/forgetting.svg

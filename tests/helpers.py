@@ -180,7 +180,7 @@ def load_tokenizer(name: str, template: str) -> PreTrainedTokenizerFast:
             **more,
         )  # fmt: skip
     else:
-        return check_masks.load_tokenizer(name, template)
+        return check_masks.load_tokenizer(check_masks.SHARED, name, template)
     tokenizer.chat_template = check_masks.chat_template(template)
     return tokenizer
 

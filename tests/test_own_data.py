@@ -72,12 +72,22 @@ def test_the_page_is_true(
                 output = f"{error.code}\n"
             counts["commands"] += 1
         elif content.startswith("why,"):
-            assert Path("data/squad_v2/dropped.csv").read_text() == content
+            assert Path("data/mine/dropped.csv").read_text() == content
         else:
             assert language == "text"
             assert content in output, output
             counts["outputs"] += 1
     assert counts == {"files": 7, "commands": 5, "outputs": 5}
+
+
+def test_says_what_it_replaces(stage: Any) -> None:
+    """A dataset of other files is replaced, as asked, but not unsaid."""
+    said = "of first.json that was there is replaced"
+    assert "replaced" not in stage(qa([]), "first.json")[1]
+    assert "replaced" not in stage(qa([]), "first.json")[1]
+    assert said in stage(qa([]), "second.json")[1]
+    Path("data/squad_v2/llama_squad.json").write_text("{")  # nothing tells: that is no error
+    assert "replaced" not in stage(qa([]), "first.json")[1]
 
 
 # Forms ---------------------------------------------------------------------------------------

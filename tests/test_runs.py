@@ -190,7 +190,7 @@ def test_forgetting(run_script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
         last = len(call) - call[::-1].index("--max_steps")
         assert call[last] == ("3" if "--chat_share" in call else "2")
     (command,) = measured
-    assert command[-2:] == ["--plot", "docs/images/forgetting.svg"]
+    assert command[-2:] == ["--plot", "results/forgetting/forgetting.svg"]
     names = {word for word in command if word.endswith("/final_checkpoints")}
     assert len(names) == 11
     for name in names:
