@@ -118,7 +118,7 @@ class ChatEncoder:
         self._control = frozenset(
             token_id
             for token_id, token in tokenizer.added_tokens_decoder.items()
-            if token.content.strip()
+            if not is_white(token.content)
         )
 
     def encode(
@@ -275,7 +275,10 @@ class ChatEncoder:
     def _plain(self) -> Tokenizer:
         """The same tokenizer without its control tokens: it spells them like any other text."""
         content = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        content["added_tokens"] = [t for t in content["added_tokens"] if not t["content"].strip()]
+        white = [token for token in content["added_tokens"] if is_white(token["content"])]
+        content["added_tokens"] = white
+        if isinstance(content["model"]["vocab"], dict):  # else those left would be numbered anew
+            content["model"]["vocab"] |= {token["content"]: token["id"] for token in white}
         content["post_processor"] = content["truncation"] = content["padding"] = None
         for part in _parts(content["normalizer"]) + _parts(content["pre_tokenizer"]):
             if part.get("prepend_scheme") == "first":  # a piece is not the text's first
@@ -304,6 +307,11 @@ class ChatEncoder:
         while offsets[end - 1][0] >= tail:
             end -= 1
         return start, end
+
+
+def is_white(token: str) -> bool:
+    """Tell whether a token holds white space alone: added ones may (Gemma's line ends and runs)."""
+    return not token.replace("▁", " ").strip()
 
 
 def _first_from(place: int, offsets: Offsets) -> int:

@@ -119,6 +119,7 @@ TOKENIZERS = [
     ("nfc", "qwen3", "<|im_end|>"),
     ("digits", "qwen2_5", "<|im_end|>"),
     ("metaspace", "mistral", "</s>"),
+    ("white", "gemma3", "<end_of_turn>"),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in check_masks.CASES
@@ -127,7 +128,7 @@ TOKENIZERS = [
 ]
 """Tokenizer, chat template, and what follows an answer: a space that the template writes, and the
 end of the turn. The first is Llama 2's kind, "metaspace" the same as newer files write it, "bytes"
-Llama 3's, "nfc" Qwen's, "digits" SmolLM2's; after them, where they are, the real ones, which take
+Llama 3's, "nfc" Qwen's, "digits" SmolLM2's, "white" Gemma's (added tokens of white space); after them, where they are, the real ones, which take
 seconds each."""
 
 SPECIAL = {
@@ -165,13 +166,18 @@ def read_quickstart(split: str = "train") -> list[dict[str, Any]]:
 @functools.cache
 def load_tokenizer(name: str, template: str) -> PreTrainedTokenizerFast:
     """Make one of the tokenizers above, or load a real one, with its chat template."""
-    if name in ("sentencepiece", "metaspace"):
+    if name in ("sentencepiece", "metaspace", "white"):
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=_sentencepiece(name),
             bos_token="<s>",
             eos_token="</s>",
             unk_token="<unk>",
         )
+        if name == "white":
+            ends = [AddedToken(f"<{end}_of_turn>", normalized=False) for end in ("start", "end")]
+            tokenizer.add_special_tokens({"additional_special_tokens": ends})
+            white = ["\n", "\n\n", "\n\n\n", "▁▁", "▁▁▁", "▁▁▁▁"]
+            tokenizer.add_tokens([AddedToken(token, normalized=False) for token in white])
     elif name in SPECIAL:
         special = SPECIAL[name]
         more = {"bos_token": special[0]} if name == "bytes" else {"pad_token": special[0]}
@@ -251,6 +257,8 @@ def _sentencepiece(kind: str) -> Tokenizer:
         kind == "metaspace"
     ):  # a space before the text's first piece alone, none after control tokens
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    elif kind == "white":
+        backend.normalizer = normalizers.Replace(" ", "▁")
     else:
         backend.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]

@@ -118,6 +118,7 @@ def test_the_sides_that_a_template_strips(strip: str, left: int, right: int, joi
 BEGINNINGS = {
     "llama2": ["<s>", "<s>"],  # before each of the user's turns
     "mistral": ["<s>"],
+    "gemma3": ["<s>"],
     "llama3": ["<|begin_of_text|>"],
     "llama3_1": ["<|begin_of_text|>"],
     "qwen2_5": [],

@@ -30,7 +30,7 @@ from llama_squad.answers import (
 )
 from llama_squad.decoding.boundaries import Boundaries, holds_word, is_word_boundary
 from llama_squad.decoding.search import State, Successors
-from llama_squad.encoding import IGNORE, ChatEncoder
+from llama_squad.encoding import IGNORE, ChatEncoder, is_white
 
 # A state (see ``SpanGrammar``) of a span that has not begun, and the mark of one without a word.
 _FRESH: State = ()
@@ -177,23 +177,30 @@ def reply_ids(encoder: ChatEncoder, text: str) -> list[int]:
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
     """Return the bytes that each token stands for inside a text, without control tokens.
 
+    Of added tokens those of white space alone are text: Gemma's line ends and runs of spaces.
+
     Raises:
         ValueError: neither a byte-level nor a SentencePiece vocabulary.
     """
     decoder = tokenizer.backend_tokenizer.decoder
     kinds = {part["type"] for part in _components(decoder)}
-    control = set(tokenizer.added_tokens_decoder)
-    vocabulary = {i: token for token, i in tokenizer.get_vocab().items() if i not in control}
+    added = tokenizer.added_tokens_decoder
+    white = {
+        i: _sentencepiece_bytes(token.content)
+        for i, token in added.items()
+        if is_white(token.content) and not token.special
+    }
+    vocabulary = {i: token for token, i in tokenizer.get_vocab().items() if i not in added}
     if "ByteLevel" in kinds:
         table = {char: byte for byte, char in bytes_to_unicode().items()}
         spells = frozenset(table).issuperset
-        return {
+        return white | {
             i: bytes(map(table.__getitem__, token))
             for i, token in vocabulary.items()
             if spells(token)
         }
     if kinds & {"Replace", "Metaspace"}:
-        return {i: _sentencepiece_bytes(token) for i, token in vocabulary.items()}
+        return white | {i: _sentencepiece_bytes(token) for i, token in vocabulary.items()}
     raise ValueError(
         f"span decoding knows byte-level and SentencePiece vocabularies, not {sorted(kinds)}: "
         "use --decoding free"
