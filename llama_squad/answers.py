@@ -17,6 +17,9 @@ what follows, so only ``ANSWER_HEADER[:-2]`` (up to the colon) may be forced on 
 ANSWER_FOOTER = '"\n}\n```'
 """Everything after the answer's last character."""
 
+_THINK, _THOUGHT = "<think>", "</think>"
+"""What reasoning stands between where a server does not part it from the reply."""
+
 _FENCE = "```"
 _OPENING_FENCE = f"{_FENCE}json"
 
@@ -84,25 +87,35 @@ def extract_answer(completion: str) -> Answer:
     """Read a model's reply: the first JSON object in it that has a string "answer".
 
     An object in a ```` ```json ```` fence is preferred to one outside of it, and text around the
-    object (reasoning before it, chatter after it) is ignored. The JSON is read by a JSON decoder,
+    object (reasoning before it, chatter after it) is ignored; so are drafts within ``<think>`` and
+    ``</think>``, of which the prompt may have opened the first. The JSON is read by a JSON decoder,
     so braces and quotes inside the answer are no obstacle.
     """
-    fence = completion.find(_OPENING_FENCE)
-    if fence >= 0:
-        found = _first_answer(completion, fence)
-        if found is not None:
-            return found[0]
-    found = _first_answer(completion, 0)
-    return found[0] if found else MALFORMED
+    thinks = completion.lstrip().startswith(_THINK)
+    _, thought, reply = completion.partition(_THOUGHT)
+    found = _read_answer(reply) if thought else None
+    if found is None and not thinks:  # or the answer itself holds that mark
+        found = _read_answer(completion)
+    return found or MALFORMED
+
+
+def _read_answer(reply: str) -> Answer | None:
+    fence = reply.find(_OPENING_FENCE)
+    found = _first_answer(reply, fence) if fence >= 0 else None
+    found = found or _first_answer(reply, 0)
+    return found[0] if found else None
 
 
 def answer_is_closed(completion: str) -> bool:
     """Tell whether a reply so far has its answer in a fence, and closes that fence right after it.
 
-    Whatever is said after that, ``extract_answer`` reads the same. That does not hold of an object
-    without a fence (one in a fence may follow, and is preferred), nor of a fence that holds no
-    answer, nor of an object that something else follows (it may be part of a larger one).
+    Whatever is said after that, ``extract_answer`` reads the same, but for a reasoning that its
+    prompt opened and that ends later. That does not hold of an object without a fence (one in a
+    fence may follow, and is preferred), nor of a fence that holds no answer, nor of an object that
+    something else follows (it may be part of a larger one).
     """
+    if completion.lstrip().startswith(_THINK):
+        completion = completion.partition(_THOUGHT)[2]
     fence = completion.find(_OPENING_FENCE)
     found = _first_answer(completion, fence) if fence >= 0 else None
     return found is not None and completion[found[1] :].lstrip().startswith(_FENCE)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import ssl
 import statistics
 import subprocess
 import sys
@@ -77,10 +78,11 @@ def stay_offline() -> None:
         return
     try:
         urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5)
-    except urllib.error.HTTPError:
-        return  # it answers
-    except (OSError, ValueError):
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    except (OSError, ValueError) as error:
+        # an error of HTTP is an answer, and the library has certificates of its own
+        refused = isinstance(getattr(error, "reason", None), ssl.SSLError)
+        if not (refused or isinstance(error, urllib.error.HTTPError)):
+            os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _cure(line: str) -> str:

@@ -3,8 +3,9 @@
 # PYTHON names another interpreter.
 
 find_python() {
-  local candidate
-  for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+  local candidate candidates=(python3.11 python3.12 python3.13 python3)
+  [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+  for candidate in "${candidates[@]}"; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
       echo "$candidate"
       return
@@ -27,6 +28,9 @@ set_up_venv() {
       echo "The virtual environment could not be made (on Debian: apt-get install python3-venv)" >&2
       return 1
     }
+  fi
+  if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then  # stopped while it was made
+    .venv/bin/python -m ensurepip --upgrade > /dev/null || return 1
   fi
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing $* (once; this takes a few minutes)"

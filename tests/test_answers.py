@@ -100,6 +100,26 @@ def test_a_huge_number_does_not_hide_the_answer_after_it() -> None:
     assert extract_answer(completion) == Answer("answer", "Paris")
 
 
+DRAFT, REPLY = format_answer("Rome"), format_answer("Paris")
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        (f"<think>\nMaybe {DRAFT}?</think>\n\n{REPLY}", Answer("answer", "Paris")),
+        ('<think>Say {"answer": "?"}.</think>{"answer": "Paris"}', Answer("answer", "Paris")),
+        (f"Maybe {DRAFT}?</think>\n{REPLY}", Answer("answer", "Paris")),  # the prompt opened it
+        (f"<think>Maybe {DRAFT}? </think> No.", MALFORMED),
+        ('<think>If absent I say {"answer": "?"}. Now', MALFORMED),
+        (f"<think>x</think>{format_answer('a</think>b')}", Answer("answer", "a</think>b")),
+        (format_answer("a</think>b"), Answer("answer", "a</think>b")),
+        (format_answer("<think>"), Answer("answer", "<think>")),
+    ],
+)
+def test_drafts_of_a_reasoning_are_no_answers(completion: str, answer: Answer) -> None:
+    assert extract_answer(completion) == answer
+
+
 def test_official_text_of_each_state() -> None:
     assert Answer("answer", "Paris").official == "Paris"
     assert ABSTAINED.official == ""
@@ -129,6 +149,9 @@ def test_format_and_json_agree_on_the_string() -> None:
         (format_answer("?"), True),
         ("I think so.\n" + format_answer("a ``` and a }") + "\n\nThat is", True),
         ('```json\n{"answer": "x"}```', True),
+        (f"<think>{DRAFT}", False),
+        (f"<think>{DRAFT}</think>", False),
+        (f"<think>{DRAFT}</think>{REPLY}", True),
         (format_answer("Paris")[:-1], False),
         ("```json", False),
         ("```json\n```", False),

@@ -27,6 +27,7 @@ from llama_squad.encoding import ChatEncoder
 from llama_squad.training import publishing
 from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.checkpoints import RUN_RECORD, find_checkpoint, run_record
+from llama_squad.training.trainer import SquadTrainer
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -274,6 +275,47 @@ def test_resume_anyway_goes_on_and_says_what_differs(
     run("--resume_from_checkpoint", "more/checkpoint-4", "--max_steps", "5",
         "--per_device_train_batch_size", "3", "--output_dir", "most")  # fmt: skip
     assert "other settings" not in capsys.readouterr().out
+
+
+def test_weights_alone_are_not_gone_on_with_unsaid(
+    begun: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As --save_only_model leaves them: optimizer and schedule would start anew."""
+    for name in ("optimizer.pt", "scheduler.pt"):
+        Path(FROM, name).unlink()
+    said = "neither optimizer nor schedule was saved: --save_only_model"
+    assert said in refused(monkeypatch)
+    run("--resume_from_checkpoint", FROM, "--resume_anyway", "--output_dir", "more")
+    assert f"with other settings: {said}." in capsys.readouterr().out
+
+
+def test_a_complete_run_is_not_trained_further(begun: Path) -> None:
+    """One that was stopped as its result was saved or merged."""
+    before = Path("results/final_checkpoints/adapter_model.safetensors").read_bytes()
+    run("--max_steps", "4", "--lr_scheduler_type", "constant", "--output_dir", "whole")
+    final = Path("whole/final_checkpoints/adapter_model.safetensors")
+    once = final.read_bytes()
+    run("--max_steps", "4", "--lr_scheduler_type", "constant", "--output_dir", "whole",
+        "--resume_from_checkpoint", "latest")  # fmt: skip
+    assert final.read_bytes() == once != before
+    assert {path.name for path in Path("whole").glob("checkpoint-*")} == {
+        "checkpoint-2", "checkpoint-4"
+    }  # fmt: skip
+
+
+def test_a_save_that_is_killed_over_an_earlier_run_s_is_not_complete(
+    begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find_checkpoint("latest", "results") == "results/checkpoint-3"
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
+        patch.setattr(SquadTrainer, "_save_optimizer_and_scheduler", killed)
+        run("--learning_rate", "3e-3")
+    assert find_checkpoint("latest", "results") == "results/checkpoint-3"
+    assert not Path("results/checkpoint-2/trainer_state.json").exists()
 
 
 def test_resume_anyway_needs_a_checkpoint() -> None:

@@ -5,9 +5,12 @@ import json
 import math
 import os
 import shutil
+import ssl
 import statistics
 import subprocess
 import sys
+import urllib.error
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +222,27 @@ def test_errors_of_the_user(adapter: Path, capsys: pytest.CaptureFixture[str]) -
     assert "my, adapter is damaged: cannot load" in error(capsys, str(adapter), "--device=cpu")
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
     assert "give it with --base" in error(capsys, str(adapter), "--device=cpu")
+
+
+@pytest.mark.parametrize(
+    ("error", "offline"),
+    [
+        (urllib.error.URLError(ssl.SSLCertVerificationError("no roots")), None),
+        (urllib.error.HTTPError("https://hub", 503, "busy", Message(), None), None),
+        (urllib.error.URLError(OSError("no route")), "1"),
+        (TimeoutError(), "1"),
+    ],
+)
+def test_the_hub_is_left_alone_only_where_nothing_answers(
+    error: Exception, offline: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    harness.stay_offline()
+    assert (os.environ["HF_HUB_OFFLINE"] or None) == offline
 
 
 def test_a_harness_that_is_not_there(tmp_path: Path) -> None:

@@ -316,6 +316,29 @@ def test_the_first_question_may_be_refused(server: Server, response: Response) -
     assert [id_ for id_, item in known.items() if item.failure] == [RECORDS[0]["id"]]
 
 
+def test_half_a_character_is_sent_back_as_a_sign(server: Server) -> None:
+    """A reply that was cut within an emoji goes into the next turn's prompt."""
+    server.respond = lambda _, prompt: None if "JSON" in prompt else completion("Sure \ud83c")
+    known = ask(server, prompt="multi_turn")
+    assert not any(item.failure for item in known.values())
+    assert "Sure ?" in next(iter(known.values())).prompt_text
+
+
+def test_a_question_is_refused_for_what_the_other_name_brings(server: Server) -> None:
+    """A server that knows only max_completion_tokens refuses one question for its content."""
+
+    def respond(body: dict[str, Any], prompt: str) -> Response | None:
+        if "max_tokens" in body:
+            return fault(400, "max_tokens: use max_completion_tokens", code="unsupported_parameter")
+        refused = RECORDS[0]["question"] in prompt and RECORDS[0]["context"] in prompt
+        return fault(400, "flagged", code="content_filter") if refused else None
+
+    server.respond = respond
+    known = ask(server, concurrency=1)
+    failed = {id_: item.failure for id_, item in known.items() if item.failure}
+    assert failed == {RECORDS[0]["id"]: "400 content_filter: flagged"}
+
+
 def test_a_malformed_reply_is_no_failure(server: Server) -> None:
     server.respond = on("", completion(""))
     assert {item.failure for item in ask(server).values()} == {""}

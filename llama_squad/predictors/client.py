@@ -174,8 +174,12 @@ class Client:
                 raise
             try:
                 done = self._send(messages, structured, _ANOTHER_LIMIT[name])
-            except refused:
-                raise error from None  # it was not the name
+            except refused as second:
+                other = _ANOTHER_LIMIT[name]
+                if other in str(second) or name in str(second):
+                    raise error from None  # it was not the name
+                self._limit_name = other  # it was, and the question is refused for itself
+                raise second from None
         self._limit_name = _ANOTHER_LIMIT[name]
         return done
 

@@ -146,7 +146,9 @@ class ServerModel:
         try:
             for turn, message in enumerate(messages):
                 if message["role"] == "assistant":
-                    message["content"] = self._reply(messages[:turn]).strip()
+                    said = self._reply(messages[:turn]).strip()
+                    # half a character, which a cut may leave, cannot be sent back
+                    message["content"] = said.encode("utf-8", "replace").decode()
             completion = self._reply(messages, last=True)
         except QuestionFailed as error:
             failure = str(error)

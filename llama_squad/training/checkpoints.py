@@ -194,6 +194,9 @@ def check_resume(checkpoint: str | None, record: Mapping[str, Any], anyway: bool
         names = _differing(saved, record)
         differences = [_describe(name, saved, record) for name in names]
         fixed = [name for name in names if _is_fixed(name, saved, record)]
+        # DeepSpeed's has a place of its own
+        if not any(map(any, map(Path(checkpoint).glob, ("scheduler.pt", "global_step*")))):
+            differences.append("neither optimizer nor schedule was saved: --save_only_model")
     made = f"{checkpoint} was made with other settings ({'; '.join(differences)})"
     if fixed:
         raise ValueError(
