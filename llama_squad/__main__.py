@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from llama_squad import answer_page
+from llama_squad.config import write_json
 from llama_squad.durable import check_writable, one_line_errors
 from llama_squad.folders import check_weights
+from llama_squad.results import config_path
 from llama_squad.stage import if_interrupted, run_stage
+from llama_squad.weights import weights_digest
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_writable(path)
         done = _done(args.output)
         _check_same(questions, done, args.output)
+        _check_settings(args, bool(done))
         todo = [q for q in questions if q["id"] not in done]
         if args.output:
             print(f"{len(done)} answers are there, {len(todo)} to come.", file=sys.stderr)
@@ -149,6 +153,30 @@ def _check_same(
                 f"{output} holds the answer to another question, or about another text, under the "
                 f"id {question['id']}: choose another --output"
             )
+
+
+def _check_settings(args: argparse.Namespace, goes_on: bool) -> None:
+    """Refuse a file whose answers another model gave, or the same with other flags; else note both.
+
+    The note is ``OUTPUT.config.json``; a file without one is taken as it is.
+    """
+    if not args.output:
+        return
+    others = ("questions", "context", "input", "output", "html")
+    settings = {name: value for name, value in vars(args).items() if name not in others}
+    for name in ("adapter_name", "model_name"):
+        settings[f"weights of {name}"] = weights_digest(settings[name])
+    path = config_path(args.output)
+    with one_line_errors(path):
+        if goes_on and path.is_file():
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            differ = [name for name in settings if settings[name] != saved.get(name)]
+            if differ:
+                raise ValueError(
+                    f"{args.output} holds answers that were given with another {differ[0]} "
+                    f"({saved.get(differ[0])}): give the same again, or choose another --output"
+                )
+        write_json(path, settings)
 
 
 def _answer(

@@ -161,11 +161,12 @@ def split_by_title(
     count, target = 0, ratio * len(records)
     for name in names[:-1]:
         # a title that would overshoot by more than is missing is passed over
-        if not held_out or count + sizes[name] - target <= target - count:
+        if count + sizes[name] - target <= target - count:
             held_out.add(name)
             count += sizes[name]
         if count >= target:
             break
+    held_out = held_out or {min(names, key=lambda name: sizes[name])}  # all are large
     train = [record for record in records if group[record["title"]] not in held_out]
     return train, [record for record in records if group[record["title"]] in held_out]
 

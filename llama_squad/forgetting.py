@@ -227,10 +227,17 @@ def _evaluate(
 
 def _save_in_4_bits(args: argparse.Namespace, model: str, tokenizer: str, folder: str) -> None:
     """Save a 4-bit copy: lm_eval's own load_in_4bit=True fails with transformers 5."""
+    import torch
+
     from llama_squad.modeling import load_model, load_tokenizer
 
     arguments = ModelArguments(model_name=model, dtype=args.dtype)
-    load_model(arguments, quantize=True, where=args.device).save_pretrained(folder)
+    loaded = load_model(arguments, quantize=True, where=args.device)
+    loaded.save_pretrained(folder)
+    del loaded
+    gc.collect()
+    if torch.cuda.is_available():  # lm_eval runs in a process of its own, on the same GPU
+        torch.cuda.empty_cache()
     load_tokenizer(ModelArguments(model_name=tokenizer)).save_pretrained(folder)
 
 

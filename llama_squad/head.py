@@ -26,18 +26,20 @@ def exact_head(model: PreTrainedModel) -> Iterator[None]:
     The weights must not change in the body; one within another is the outer one.
     """
     head = cast(Any, model.get_output_embeddings())
-    own = head.__dict__.get("forward")
+    # where a model is spread over GPUs, accelerate's hook stands before it
+    name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
+    own = head.__dict__.get(name)
     if not _is_plain(head) or isinstance(own, _Product):
         yield
         return
-    head.forward = _Product(head)
+    setattr(head, name, _Product(head))
     try:
         yield
     finally:
         if own is None:
-            del head.forward
+            delattr(head, name)
         else:
-            head.forward = own
+            setattr(head, name, own)
 
 
 def kept_bytes(model: PreTrainedModel) -> int:
@@ -48,7 +50,7 @@ def kept_bytes(model: PreTrainedModel) -> int:
 
 def _is_plain(head: Any) -> bool:
     kinds = (torch.bfloat16, torch.float16, torch.float32)
-    return type(head) is nn.Linear and head.weight.dtype in kinds and not hasattr(head, "_hf_hook")
+    return type(head) is nn.Linear and head.weight.dtype in kinds
 
 
 def _is_kept(weight: torch.Tensor) -> bool:
@@ -57,6 +59,11 @@ def _is_kept(weight: torch.Tensor) -> bool:
         and weight.dtype == torch.bfloat16
         and len(weight) > HEAD_ROWS  # a small one gains nothing
     )
+
+
+def _sums_wide(weight: torch.Tensor) -> bool:
+    """Tell whether a product of 16-bit factors can be had in float32, without a copy of them."""
+    return weight.is_cuda and torch.version.hip is None
 
 
 class _Product:
@@ -81,6 +88,8 @@ class _Product:
             if self._wide is None:
                 self._wide = weight.float()
             logits = _bfloat16_product(wide, self._wide)
+        elif _sums_wide(weight) and hidden.dtype == weight.dtype and not torch.is_grad_enabled():
+            logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)
         else:
             parts = [F.linear(wide, rows.float()) for rows in weight.split(HEAD_ROWS)]
             logits = torch.cat(parts, dim=-1)

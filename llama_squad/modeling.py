@@ -23,7 +23,8 @@ from llama_squad.activation import activate, activation_of
 from llama_squad.arguments import ModelArguments
 from llama_squad.config import RUN_CONFIG
 from llama_squad.encoding import ChatEncoder, reasoning_token_id
-from llama_squad.processes import take_free_cores, this_process
+from llama_squad.processes import is_sharded, take_free_cores, this_process
+from llama_squad.tree import gather_hidden
 from llama_squad.weights import acts_from, base_of, find_file, one_line, whole_model
 
 
@@ -120,7 +121,9 @@ def load_reader(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeni
 def device() -> torch.device:
     """Return this process's device: its own GPU, or the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", max(0, this_process().local_process_index))
+        index = max(0, this_process().local_process_index)
+        # some launchers show each process its own GPU alone
+        return torch.device("cuda", index % torch.cuda.device_count())
     return torch.device("cpu")
 
 
@@ -136,11 +139,22 @@ def choose_device() -> None:
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """Return the torch type; "auto" is bfloat16 on CUDA and on a CPU that multiplies in it."""
-    if name == "auto":
-        able = torch.cuda.is_available() or cpu_multiplies_bfloat16()
-        return torch.bfloat16 if able else torch.float32
-    return getattr(torch, name)
+    """Return the torch type; "auto" is bfloat16 where the hardware multiplies in it.
+
+    Elsewhere it is float16 on a GPU (T4, V100), float32 on a CPU.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if multiplies_bfloat16():
+        return torch.bfloat16
+    return torch.float16 if torch.cuda.is_available() else torch.float32
+
+
+def multiplies_bfloat16() -> bool:
+    """Return whether the GPU, or the CPU where there is none, has instructions for bfloat16."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cpu_multiplies_bfloat16()
 
 
 def cpu_multiplies_bfloat16() -> bool:
@@ -190,6 +204,8 @@ def load_model(
         config.sliding_window = None
     if quantize:
         _keep_4bit_differentiable(model)
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        gather_hidden(model)
     if adapter_name and not whole_model(adapter_name):
         model = attach_adapter(model, adapter_name, args.model_name)
         mergeable = _is_lora(model) and not activation_of(model)
@@ -205,15 +221,19 @@ def _load_options(args: ModelArguments, quantize: bool, where: str | None) -> di
         options["attn_implementation"] = args.attn_implementation
     if where:
         options["device_map"] = {"": where}
-    elif torch.cuda.is_available():
+    elif torch.cuda.is_available() and not is_sharded():  # which places the weights itself
         spread = this_process().num_processes == 1 and torch.cuda.device_count() > 1
         options["device_map"] = "auto" if spread else {"": device()}
     if quantize:
+        compute = resolve_dtype("auto")
+        # FSDP shards floats only, and 4-bit weights can be stored as such
+        storage = compute if is_sharded() else torch.uint8
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
+            bnb_4bit_quant_storage=storage,
             bnb_4bit_quant_type=args.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=resolve_dtype("auto"),
+            bnb_4bit_compute_dtype=compute,
         )
     return options
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import get_int_from_env
+from accelerate.utils import get_int_from_env, parse_flag_from_env
 
 
 def this_process() -> PartialState:
@@ -26,6 +26,13 @@ def this_process() -> PartialState:
         dist.init_process_group("gloo", timeout=timedelta(days=30))
     # on the CPU, as it is the group's place: which GPU is ours, ``modeling.device`` says
     return PartialState(cpu=True)
+
+
+def is_sharded() -> bool:
+    """Tell whether a training spreads each weight over its processes: by FSDP, or ZeRO-3."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return parse_flag_from_env("ACCELERATE_USE_FSDP") or is_deepspeed_zero3_enabled()
 
 
 def share(value: Any) -> Any:

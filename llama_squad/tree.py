@@ -153,6 +153,21 @@ def kept_logits(model: Any, inputs: Mapping[str, torch.Tensor], keep: torch.Tens
     return model(**features, logits_to_keep=keep, use_cache=False).logits
 
 
+def gather_hidden(model: Any) -> None:
+    """Let a model that is spread over devices return its hidden states where its inputs are.
+
+    What ``kept_logits`` keeps is marked there; transformers looks it up in the hidden states, which
+    otherwise lie where the last layer is.
+    """
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    first = getattr(hook, "execution_device", None) or embedding.weight.device
+    gather = AlignDevicesHook(first, io_same_device=True, skip_keys="past_key_values")
+    add_hook_to_module(model.base_model, gather, append=True)
+
+
 def widen(logits: torch.Tensor) -> torch.Tensor:
     """Return numbers in float32 at least."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -267,18 +282,24 @@ def longest_shared(model: Any) -> int | None:
     change the short ones beside it. And a model may not take the masks of its own windows.
     """
     config = model.config.get_text_config()
-    limits = []
-    ropes = getattr(config, "rope_parameters", None) or {}
-    for rope in [ropes, *(value for value in ropes.values() if isinstance(value, dict))]:
-        if rope.get("rope_type") in ("longrope", "dynamic"):
-            limits.append(
-                rope.get("original_max_position_embeddings")
-                or getattr(config, "original_max_position_embeddings", None)
-                or config.max_position_embeddings
-            )
+    limits = [limit] if (limit := rope_limit(config)) else []
     windows = attention_windows(config)
     if windows and len(layer_kinds(config)) > 1 and not _takes_masks_apart(model):
         limits += windows.values()
+    return min(limits, default=None)
+
+
+def rope_limit(config: Any) -> int | None:
+    """Return the most tokens for which rotary embeddings do not depend on a pass's longest one."""
+    config = config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    limits = [
+        rope.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or config.max_position_embeddings
+        for rope in [ropes, *(value for value in ropes.values() if isinstance(value, dict))]
+        if rope.get("rope_type") in ("longrope", "dynamic")
+    ]
     return min(limits, default=None)
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from audit import audit
 from helpers import make_records, tiny_model, tiny_tokenizer
 
@@ -22,6 +23,7 @@ from llama_squad.head import HEAD_ROWS, _bfloat16_product, exact_head
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
 from llama_squad.results import config_path
+from llama_squad.tree import gather_hidden, kept_logits
 
 
 @pytest.mark.parametrize("size", [1, 4, 32])
@@ -82,6 +84,26 @@ def test_logits_of_16_bit_weights_are_float32() -> None:
     expected = F.linear(hidden.float(), model.lm_head.weight.float())
     assert torch.equal(logits, expected)
     assert not torch.equal(logits, logits.bfloat16().float())
+
+
+@torch.no_grad()
+def test_a_model_that_is_spread_over_devices() -> None:
+    """Accelerate's hooks stand before the head, and gather the hidden states (on one device here)."""
+    model = tiny_model(dtype=torch.bfloat16)
+    ids = torch.arange(5, 25)[None]
+    keep = torch.tensor([[False, True] * 10])
+    with exact_head(model):
+        expected = kept_logits(model, {"input_ids": ids}, keep)
+    add_hook_to_module(model.lm_head, AlignDevicesHook("cpu", io_same_device=True))
+    gather_hidden(model)
+    with exact_head(model), exact_head(model):
+        found = kept_logits(model, {"input_ids": ids}, keep)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert model(ids).logits.dtype == torch.bfloat16  # and the head is as it was
+    hook: Any = model.base_model._hf_hook
+    assert hook.io_same_device
+    assert hook.execution_device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -197,7 +219,7 @@ def test_default_batch_grows_with_a_gpus_memory(monkeypatch: pytest.MonkeyPatch)
     sizes = []
     for times in (1, 13, 26, 60, 1000):
         monkeypatch.setattr(
-            "llama_squad.decoding.generator.free_memory", lambda times=times: times * needed
+            "llama_squad.decoding.generator.free_memory", lambda _, times=times: times * needed
         )
         sizes.append(generator.batch_size())
     assert sizes == [32, 64, 128, 256, 512]

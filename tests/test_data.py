@@ -214,6 +214,16 @@ def test_split_keeps_titles_and_contexts_together() -> None:
     assert split_by_title(records, 0, seed=1) == (records, [])
 
 
+def test_a_title_far_too_large_is_not_held_out() -> None:
+    sizes = {"handbook": 1000, "faq": 40, "notes": 60}
+    records: Any = [
+        {"id": f"{t}{n}", "title": t, "context": f"{t}{n}"} for t in sizes for n in range(sizes[t])
+    ]
+    for seed in range(8):
+        assert len(split_by_title(records, 0.05, seed)[1]) in (40, 60)
+        assert len(split_by_title(records, 0.001, seed)[1]) == 40  # all are: the smallest
+
+
 def test_split_that_is_impossible() -> None:
     records = [{"id": "a", "title": "t", "context": "c"}] * 3
     with pytest.raises(ValueError, match="--validation_ratio 0"):

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llama_squad.answers import NO_ANSWER, answer_is_closed, extract_answer, format_answer
 from llama_squad.decoding.batch import DecodingBatch
 from llama_squad.decoding.boundaries import Boundaries, is_span
-from llama_squad.decoding.cache import Branch, TokenTree
+from llama_squad.decoding.cache import WATCHED, Branch, TokenTree, check_tree
 from llama_squad.decoding.constraints import FreeSpeech
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph
@@ -276,6 +276,52 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(
     sizes.clear()
     generator.reply(paragraphs)
     assert max(sizes) <= 1 + 2  # it has learned what does not fit
+
+
+def test_a_long_context_that_memory_does_not_hold_leaves_short_ones_whole(
+    model: Any, encoder: ChatEncoder, paragraphs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, sizes = Generator(model, encoder), []
+    long = make_paragraph(encoder, paragraphs[0].context * 3, ["When?", "Who?"])
+    batch = DecodingBatch
+
+    def counting(options: Any, parts: Any) -> Any:
+        sizes.append(sum(len(part.prompts) for part in parts))
+        if len(parts[0].prompts[0]) == len(long.prompts[0]) and sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return batch(options, parts)
+
+    monkeypatch.setattr("llama_squad.decoding.generator.DecodingBatch", counting)
+    generator.reply([long])
+    assert sizes == [2, 1, 1]
+    generator.reply(paragraphs[1:])
+    assert sizes[3:] == [3]
+
+
+def test_the_check_of_a_long_context_reads_few_logits(
+    encoder: ChatEncoder, paragraphs: Any
+) -> None:
+    model = tiny_model(vocab_size=len(encoder.tokenizer), intermediate_size=64)
+    (prompt, *_) = make_paragraph(encoder, paragraphs[0].context * 4, ["Who?"]).prompts
+    rows: list[int] = []
+    model.register_forward_hook(lambda *args: rows.append(args[2].logits[..., 0].numel()))
+    check_tree(model, prompt)
+    assert len(prompt) > 4 * WATCHED
+    assert max(rows) == 2 * WATCHED
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_end_where_rotary_embeddings_would_change(kind: str, encoder: Any) -> None:
+    rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0,
+            "original_max_position_embeddings": 512}  # fmt: skip
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    model = tiny_model(
+        vocab_size=len(encoder.tokenizer), max_position_embeddings=2048, rope_parameters=rope
+    )
+    assert Generator(model, encoder).positions == 512
+    plain = tiny_model(vocab_size=len(encoder.tokenizer), max_position_embeddings=2048)
+    assert Generator(plain, encoder).positions == 2048
 
 
 def test_other_errors_are_not_taken_for_out_of_memory(
@@ -560,7 +606,7 @@ def test_a_batch_that_memory_would_not_hold_is_parted(
 
     monkeypatch.setattr("llama_squad.decoding.generator.DecodingBatch", counting)
     most = generator.memory_needed(paragraphs[:1])
-    monkeypatch.setattr("llama_squad.decoding.generator.free_memory", lambda: most * 0.7)
+    monkeypatch.setattr("llama_squad.decoding.generator.free_memory", lambda _: most * 0.7)
     found = generator.reply(paragraphs)
     assert max(sizes) < len(paragraphs[0].prompts)
     for a, b in zip(found, expected, strict=True):

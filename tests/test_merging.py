@@ -5,6 +5,7 @@ import json
 import re
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -181,6 +182,7 @@ def test_a_model_saved_in_float32_is_used_in_float32(
 ) -> None:
     name = model_folder(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert AutoConfig.from_pretrained(name).dtype == torch.float32
     assert modeling.weights_dtype(ModelArguments(model_name=name)) == torch.bfloat16
     (Path(name) / "llama_squad.json").write_text("{}")  # it was trained or merged here
@@ -286,13 +288,16 @@ class Hub:
 
     pushed: ClassVar[list[tuple[str, str, str]]] = []
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str = "") -> None:
         self.token = token
 
-    def create_repo(self, name: str, **_: Any) -> None:
-        """Take every name."""
+    def whoami(self, token: str) -> None:
+        """Take every token."""
 
-    def upload_folder(self, repo_id: str, folder_path: str) -> None:
+    def create_repo(self, name: str, **_: Any) -> Any:
+        return SimpleNamespace(repo_id=name if "/" in name else f"someone/{name}")
+
+    def upload_folder(self, repo_id: str, folder_path: str, revision: str | None) -> None:
         self.pushed.append((repo_id, Path(folder_path).name, self.token))
 
 
@@ -305,7 +310,7 @@ def test_a_run_merges_measures_and_keeps_its_token_secret(
         tmp_path, "--lora_r", "4", "--per_device_train_batch_size", "4", "--max_steps", "2",
         "--save_steps", "1", "--learning_rate", "3e-2", "--no_quantize", "--merge_and_push",
         "--eval_strategy", "no", "--merged_dtype", "bfloat16", "--logging_steps", "1",
-        "--report_to", "tensorboard", "--hub_model_id", "someone/model", "--hub_token", SECRET,
+        "--report_to", "tensorboard", "--hub_model_id", "model", "--hub_token", SECRET,
         val=make_records(2, [2], seed=5),
     )  # fmt: skip
     train_llama_squad.main(flags)
@@ -337,6 +342,24 @@ def test_a_run_merges_measures_and_keeps_its_token_secret(
         assert (merged / name).read_bytes() == (final / name).read_bytes(), name
     assert not list(merged.glob("adapter_*"))
     assert not (merged / "training_args.bin").exists()
+
+
+def test_what_is_pushed_is_the_final_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the output folder, which may hold other runs, and does not say how to use the adapter."""
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "pushed", [])
+    trainers = SimpleNamespace(create_repo=Hub().create_repo)  # which uploads nothing
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: trainers)
+    flags = training_flags(
+        tmp_path, "--lora_r", "4", "--max_steps", "1", "--save_steps", "1", "--no_quantize",
+        "--eval_strategy", "no", "--push_to_hub", "--hub_model_id", "model", "--hub_token", SECRET,
+    )  # fmt: skip
+    train_llama_squad.main(flags)
+    assert Hub.pushed == [("someone/model", "final_checkpoints", SECRET)]
+    assert load_run_config("results/final_checkpoints")["prompt"] == "single_turn"
+    assert not Path("results/README.md").exists()
 
 
 def test_a_pickled_configuration_holds_no_token(tmp_path: Path) -> None:

@@ -90,6 +90,15 @@ def test_says_what_it_replaces(stage: Any) -> None:
     assert "replaced" not in stage(qa([]), "first.json")[1]
 
 
+@pytest.mark.parametrize("answers", [[], "", None, {"text": [], "answer_start": []}])
+def test_an_answer_beside_empty_answers_counts(stage: Any, answers: Any) -> None:
+    row = {"context": CONTEXT, "question": "When?", "answers": answers, "answer": "1655"}
+    (record,), _ = stage([row])
+    assert record["answers"] == {"text": ["1655"], "answer_start": [42]}
+    (record,), _ = stage([{**row, "answer": ""}])
+    assert record["answers"]["text"] == []
+
+
 # Forms ---------------------------------------------------------------------------------------
 
 

@@ -141,6 +141,22 @@ def test_a_table_of_questions_needs_no_answers(name: str, tmp_path: Path) -> Non
     assert len(queue.records_of_file(tmp_path / name)) == len(RECORDS)
 
 
+def test_answers_of_another_model_are_not_gone_on_with(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, out = tmp_path / "asked.jsonl", str(tmp_path / "a.jsonl")
+    rows = [{"id": str(n), "question": "Who?", "context": f"Ann and {n}."} for n in range(2)]
+    asked.write_text(json.dumps(rows[0]) + "\n")
+    flags = ("--model_name", folder, "--dtype", "float32", "--input", str(asked), "--output", out)
+    run(capsys, *flags)
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for more, named in (("--n_best", "2"), "n_best"), (("--model_name", "M/M"), "model_name"):
+        with pytest.raises(SystemExit, match=rf"given with another {named} \("):
+            run(capsys, *flags, *more)
+    run(capsys, *flags)
+    assert len(Path(out).read_text().splitlines()) == 2
+
+
 def test_no_other_file_is_taken_for_answers(tmp_path: Path) -> None:
     asked = tmp_path / "asked.jsonl"
     asked.write_text(json.dumps({"id": "q", "question": "Who?", "context": "Ann."}) + "\n")

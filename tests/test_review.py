@@ -161,6 +161,21 @@ def test_a_result_file_is_read_with_the_na_prob_that_the_threshold_is_of(tmp_pat
     assert second and (second.key, second.doubt) == (items[2].key, items[2].doubt)
 
 
+def test_files_of_one_name_are_kept_apart(tmp_path: Path) -> None:
+    sources = Sources(make_desk(tmp_path, {}))
+    paths = []
+    for place in "ab":
+        (tmp_path / place).mkdir()
+        paths.append(tmp_path / place / "questions.json")
+        record = {"id": place, "context": "Ann lives here.", "question": f"Who, {place}?"}
+        paths[-1].write_text(json.dumps([record | {"answer": "Ann"}]))
+    names = [sources.add(str(path)) for path in [*paths, *paths]]
+    assert names == ["questions.json", "questions.json (2)"] * 2
+    assert names[:2] == sources.names()[:2]
+    firsts = [sources.get(name).next("w", set()) for name in names[:2]]
+    assert [item.key[0] for item in firsts if item] == ["a", "b"]
+
+
 def test_it_is_said_where_the_model_answers_otherwise_than_its_result_file() -> None:
     answers = Reading("here", 0, 4, 0.49, -0.1, ())
     silent = Reading(None, None, None, 0.51, -0.1, ())

@@ -43,7 +43,7 @@ from llama_squad.prompts import Record
 from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.packing import group_paragraphs, plan_rows, row_dataset
 from llama_squad.training.setup import check_shared_contexts, lay_out, make_validation
-from llama_squad.training.trainer import SquadTrainer
+from llama_squad.training.trainer import SquadTrainer, answer_loss
 from llama_squad.tree import Tree
 
 PARAGRAPHS = encode_paragraphs(make_records(3, [3, 1, 2]))
@@ -312,6 +312,44 @@ def test_a_step_through_lay_out(tmp_path: Path) -> None:
     assert gaps.mean() < 1e-7
     start = dict(tiny_model().named_parameters())
     assert torch.cat([(start[n] - plain[n]).abs().flatten() for n in plain]).mean() > 1e-4
+
+
+def test_the_evaluation_loss_is_that_of_the_tokens_in_any_layout(tmp_path: Path) -> None:
+    encoded = encoded_dataset(make_records(4, [1, 6, 2, 3]))
+    held = [p.examples for p in group_paragraphs(encoded, None)]
+    plain = encoded.select_columns(["input_ids", "labels"])
+    layouts = [(row_dataset(encoded, rows), 1) for rows in ([[p] for p in held], [held])]
+    layouts += [(row_dataset(encoded, [[p] for p in held]), 2), (plain, 1), (plain, 5)]
+    losses = []
+    for dataset, batch in layouts:
+        options = {"per_device_eval_batch_size": batch}
+        trainer = make_trainer(tiny_model(), plain, tmp_path, **options)
+        losses.append(trainer.evaluate(dataset)["eval_loss"])
+    batch = collator()(list(plain))
+    with torch.no_grad():
+        loss, _, tokens = answer_loss(tiny_model(), batch)
+    assert losses == pytest.approx([float(loss / tokens)] * 5, rel=1e-5)
+
+
+def test_a_model_that_takes_no_loss_arguments_trains_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some say so, such as Gemma 4: their steps would be the mean of rows, not of tokens."""
+    expected = one_step("rows", 1, 4, False, tmp_path)
+    monkeypatch.setattr(type(tiny_model()), "accepts_loss_kwargs", False, raising=False)
+    found = one_step("rows", 1, 4, False, tmp_path)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_all_parameters_are_trained_in_the_type_that_was_asked_for(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    train = encoded_dataset(STEP).select_columns(["input_ids", "labels"])
+    trainer = make_trainer(tiny_model(dtype=dtype), train, tmp_path)
+    assert {weight.dtype for weight in weights_after(trainer).values()} == {dtype}
+    adapted = make_trainer(with_lora(tiny_model(dtype=dtype)), train, tmp_path)
+    assert {weight.dtype for weight in weights_after(adapted).values()} == {torch.float32}
 
 
 # What a step and an epoch hold -----------------------------------------------------------------

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
@@ -43,7 +44,7 @@ from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.examples import encode_dataset
 from llama_squad.training.merge_error import Sample
 from llama_squad.training.packing import group_paragraphs, row_dataset
-from llama_squad.training.setup import prepare_model
+from llama_squad.training.setup import make_validation, prepare_model
 from llama_squad.training.trainer import SquadTrainer, answer_loss
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -317,6 +318,47 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_without_cuda_training_runs_on_the_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch was built for, and on a Mac, too: the weights are loaded there."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device(kind))
+    args = SquadSFTConfig(report_to="none", bf16=True)
+    assert args.use_cpu
+    assert args.device == torch.device("cpu")
+
+
+def test_a_gpu_without_bfloat16_computes_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch says that a T4 supports bfloat16: it emulates it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for able in (True, False):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, able=able:
+            including_emulation or able,
+        )  # fmt: skip
+        dtype = torch.bfloat16 if able else torch.float16
+        assert modeling.resolve_dtype("auto") == dtype
+        options = modeling._load_options(ModelArguments(), quantize=True, where="cuda:0")
+        assert options["quantization_config"].bnb_4bit_compute_dtype == dtype
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_sharded_weights_are_placed_by_what_shards_them(
+    sharded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sharded:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    options = modeling._load_options(ModelArguments(), quantize=True, where=None)
+    assert ("device_map" in options) is not sharded
+    storage = options["quantization_config"].bnb_4bit_quant_storage
+    assert storage == (torch.bfloat16 if sharded else torch.uint8)
+    args = SimpleNamespace(eval_strategy="steps", process_index=0)
+    if sharded:
+        assert make_validation(args, {"val": []}, "nowhere", None) is None  # type: ignore[arg-type]
+
+
 def small_trainer() -> Any:
     """Make a trainer on a tiny model that writes to results; it does not train."""
     examples = encoded_dataset(make_records(2, [1])).select_columns(["input_ids", "labels"])
@@ -486,6 +528,7 @@ def parse(*flags: str) -> tuple[Any, ...]:
         ("--loss_type", "dft", "negative log-likelihood of the answer's tokens"),
         ("--truncation_mode", "keep_end", "left out, never cut"),
         ("--trust_remote_code", "True", "never run"),
+        ("--hub_strategy", "all_checkpoints", "the final folder alone"),
         ("--pad_token", "x", "attention mask"),
     ],
 )
@@ -542,13 +585,14 @@ def test_one_type_to_compute_in(
     assert parse("--fp16", "--bf16", "False")[2].fp16
     for able in (True, False):
         monkeypatch.setattr(
-            "llama_squad.training.arguments.cpu_multiplies_bfloat16", functools.partial(bool, able)
+            "llama_squad.training.arguments.multiplies_bfloat16", functools.partial(bool, able)
         )
-        assert parse()[2].bf16 is able
+        assert (parse()[2].bf16, parse()[2].fp16) == (able, False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(SFTConfig, "__post_init__", lambda self: None)
-    assert parse()[2].bf16 is True
+    assert (parse()[2].bf16, parse()[2].fp16) == (False, True)  # a GPU that only emulates it
+    monkeypatch.setattr("llama_squad.training.arguments.multiplies_bfloat16", lambda: True)
+    assert (parse()[2].bf16, parse()[2].fp16) == (True, False)
     assert parse("--fp16")[2].bf16 is False
     assert parse("--no_gradient_checkpointing", "--bf16=False")[2].bf16 is False
 

@@ -21,7 +21,7 @@ from llama_squad.decoding.search import (
     Hypothesis,
     Successors,
 )
-from llama_squad.tree import adapted_alike, common_prefix
+from llama_squad.tree import adapted_alike, common_prefix, rope_limit
 
 STEM_ALONE = 1024
 """A longer context is run before its questions: a pass of its own needs no mask."""
@@ -48,9 +48,12 @@ class DecodingOptions:
 
     @property
     def positions(self) -> int | None:
-        """How many tokens the model has positions for; None where it does not say."""
-        config = self.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None)
+        """How many tokens the model has positions for; None where it does not say.
+
+        At most as many as do not depend on what else is in a pass, nor on the tokens to come.
+        """
+        known = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min(filter(None, (known, rope_limit(self.model.config))), default=None)
 
     def room(self, prompt: int) -> float:
         """Return how many tokens a reply (a span) may have after a prompt of so many tokens."""

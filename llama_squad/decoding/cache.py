@@ -252,6 +252,10 @@ class TokenTree:
         return output.logits
 
 
+WATCHED = 64
+"""So many logits of a branch are compared, its last: those of all of a long one take gigabytes."""
+
+
 class _CacheProbe:
     """A prompt's second half and another of its length, grown on a cache as decoding does it."""
 
@@ -260,11 +264,13 @@ class _CacheProbe:
         cut = len(prompt) // 2
         self._stem, own = list(prompt[:cut]), list(prompt[cut:])
         self._branches = [other_tokens(torch.tensor(own)).tolist(), own]
+        self._wanted = min(len(own), WATCHED)
+        unwatched = len(prompt) - self._wanted + 1
         self.examples = [
-            {"input_ids": self._stem + branch, "labels": [IGNORE] * (cut + 1) + branch[1:]}
-            for branch in self._branches
+            {"input_ids": ids, "labels": [IGNORE] * unwatched + ids[unwatched:]}
+            for ids in (self._stem + branch for branch in self._branches)
         ]
-        self.watched = [range(cut, len(prompt))] * 2
+        self.watched = [range(len(prompt) - self._wanted, len(prompt))] * 2
 
     def run(self, change: str) -> list[torch.Tensor]:
         """Run it; see ``Probe``."""
@@ -278,8 +284,8 @@ class _CacheProbe:
             tree = _MovedTree(self._model)
             tree.moved = len(own)
         root = tree.prefill([stem])[0]
-        branches = [Branch(root, tokens, len(tokens)) for tokens in (sister, own)]
-        return list(tree.extend([branches]).split(len(own)))
+        branches = [Branch(root, tokens, self._wanted) for tokens in (sister, own)]
+        return list(tree.extend([branches]).split(self._wanted))
 
 
 class _MovedTree(TokenTree):

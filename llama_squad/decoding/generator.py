@@ -96,13 +96,14 @@ class Generator:
             model, decoding, num_beams, 1 if decoding.ranked else n_best, max_new_tokens,
             length_penalty, len(stops),
         )  # fmt: skip
-        self._too_many = math.inf  # questions that memory did not hold
+        self._too_much = math.inf  # the estimated bytes of what memory did not hold
 
     def reply(self, paragraphs: Sequence[Paragraph]) -> list[list[Reply]]:
         """Answer all questions of several paragraphs at once: a list of replies a paragraph.
 
         A batch that is not likely to fit into free memory is halved, and so is one that did not
-        after all; later ones of its size are, beforehand. Threads that share a model take turns.
+        after all; later ones that need as much are, beforehand. Threads that share a model take
+        turns.
 
         Raises:
             ValueError: this architecture cannot share contexts (see ``check_tree``).
@@ -113,9 +114,8 @@ class Generator:
 
     def _reply(self, paragraphs: Sequence[Paragraph]) -> list[list[Reply]]:
         halves = _halve(paragraphs)
-        questions = sum(len(paragraph.prompts) for paragraph in paragraphs)
-        fits = questions < self._too_many and self.memory_needed(paragraphs) < free_memory()
-        if fits or not halves:
+        needed = self.memory_needed(paragraphs)
+        if needed < min(self._too_much, free_memory(self.model)) or not halves:
             try:
                 with exact_head(self.model), lean_adapters(self.model):
                     return DecodingBatch(self.options, paragraphs).replies()
@@ -125,7 +125,7 @@ class Generator:
                 if not halves:
                     error.add_note("One question alone does not fit: --quantize the model.")
                     raise
-                self._too_many = questions
+                self._too_much = min(self._too_much, needed)
             # Out of the handler, which kept the failed pass's tensors alive.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -152,7 +152,7 @@ class Generator:
         if not torch.cuda.is_available():
             return LEAST_QUESTIONS
         paragraph = Paragraph("", [[0] * 400 + [question + 1] * 40 for question in range(10)])
-        fit = 10 * 0.5 * free_memory() / self.memory_needed([paragraph])
+        fit = 10 * 0.5 * free_memory(self.model) / self.memory_needed([paragraph])
         power = 2 ** int(math.log2(max(fit, LEAST_QUESTIONS)))
         return min(power, MOST_QUESTIONS)
 
@@ -177,11 +177,18 @@ class Generator:
         return len(paragraphs) * cache + activations + logits + copies
 
 
-def free_memory() -> float:
-    """Return the bytes that a batch may take: on a GPU, else of the machine where it tells."""
-    if torch.cuda.is_available():
-        free = torch.cuda.mem_get_info()[0]
-        return 0.9 * (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+def free_memory(model: PreTrainedModel) -> float:
+    """Return the bytes that a batch may take: on the model's GPU, else of the machine if it tells.
+
+    A model that is spread over several may take what is free on the fullest.
+    """
+    gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    if gpus:
+        return 0.9 * min(
+            torch.cuda.mem_get_info(gpu)[0]
+            + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+            for gpu in gpus
+        )  # fmt: skip
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return 0.9 * next(1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))

@@ -118,7 +118,7 @@ class AskTab:
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
-        self.record, self.asked, self.golds = gr.State(), gr.State(), gr.State()
+        self.record, self.asked, self.golds, self.drawn = (gr.State() for _ in range(4))
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
                 self._question_side()
@@ -175,9 +175,9 @@ class AskTab:
         cleared += [self.prompt, self.context, self.edit]
         drawn = [self.context, self.question, self.record]
         self.draw.click(
-            self.on_draw, None, [*drawn, self.right], api_name="random_question",
+            self.on_draw, None, [*drawn, self.right, self.drawn], api_name="random_question",
             show_progress_on=[self.context],
-        ).success(self.on_drawn, self.record, cleared, **PRIVATE)  # fmt: skip
+        ).success(self.on_drawn, [self.record, self.drawn], cleared, **PRIVATE)  # fmt: skip
         for button, example in zip(self.examples, EXAMPLES.values(), strict=True):
             button.click(partial(lambda pair: (*pair, None), example), None, drawn, **PRIVATE).then(
                 self.on_drawn, self.record, cleared, **PRIVATE
@@ -214,11 +214,13 @@ class AskTab:
         try:
             record = draw(self.desk)
         except Exception as error:  # whatever failed, the page goes on
-            return *[gr.skip()] * 3, talk.failed(error)
-        return record["context"], record["question"], record, NO_GOLDS
+            return *[gr.skip()] * 3, talk.failed(error), False
+        return record["context"], record["question"], record, NO_GOLDS, True
 
-    def on_drawn(self, record: Any) -> tuple[Any, ...]:
-        """Clear what the last question left."""
+    def on_drawn(self, record: Any, drawn: bool = True) -> tuple[Any, ...]:
+        """Clear what the last question left; nothing where none was drawn."""
+        if not drawn:
+            return tuple([gr.skip()] * (10 + len(EMPTY)))
         cards, text, bars = show(None, 0.0, None)
         hidden, marked, edit = _editing(True)
         reveal = gr.update(visible=record is not None)

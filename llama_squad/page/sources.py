@@ -51,9 +51,14 @@ class Sources:
 
     def add(self, path: str) -> str:
         """Add an uploaded file; return its name. Raises ValueError: it holds no questions."""
-        name = Path(path).name
         found = self._of_file(Path(path))
         with self._lock:
+            # another file of that name may be there, of another visitor or the host's
+            name = first = Path(path).name
+            number = 1
+            while self._files.get(name, Path(path)) != Path(path):
+                number += 1
+                name = f"{first} ({number})"
             self._files[name], self._queues[name] = Path(path), found
         return name
 

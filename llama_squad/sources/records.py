@@ -137,14 +137,21 @@ def _flag(value: Any) -> bool | None:
 def _given_answers(values: Mapping[str, Any]) -> list[tuple[str, int | None]] | None:
     """Return the texts and offsets that a row gives, in any of their forms; None where it is mute.
 
-    A list of {"text", "answer_start"}; {"text": [...], "answer_start": [...]}; a list of texts; a
-    text. Empty texts mean no answer, but for those of the first form, which are handed on.
+    Of "answers" and "answer" the first that holds any.
     """
     columns = [values[name] for name in ("answers", "answer") if name in values]
     if not columns:
         return None
-    value: Any = next((column for column in columns if column is not None), None)
-    starts = values.get("answer_start")
+    found = (_read_answers(column, values.get("answer_start")) for column in columns)
+    return next(filter(None, found), [])
+
+
+def _read_answers(value: Any, starts: Any) -> list[tuple[str, int | None]]:
+    """Return the texts and offsets of a row's answers.
+
+    A list of {"text", "answer_start"}; {"text": [...], "answer_start": [...]}; a list of texts; a
+    text. Empty texts mean no answer, but for those of the first form, which are handed on.
+    """
     if isinstance(value, dict):
         value, starts = value.get("text"), value.get("answer_start")
     items: list[Any] = value if isinstance(value, list) else [value]

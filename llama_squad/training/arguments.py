@@ -8,10 +8,11 @@ from netrc import NetrcParseError, netrc
 from typing import Any, Self
 
 import torch
+from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from llama_squad.arguments import TrainerArguments
-from llama_squad.modeling import cpu_multiplies_bfloat16
+from llama_squad.modeling import multiplies_bfloat16
 from llama_squad.training import preflight
 
 # Flags of TRL's own data preparation, whose part is taken by our encoder and collator. Setting one
@@ -34,6 +35,7 @@ REPLACED = {
     "eos_token": "the chat template ends the turn",
     "pad_token": "padding is told apart by the attention mask",
     "remove_unused_columns": "the collator takes what it needs",
+    "hub_strategy": "what is pushed is the final folder alone, at the end",
     "trust_remote_code": "code from a model's repository is never run",
 }
 
@@ -59,13 +61,12 @@ class SquadSFTConfig(TrainerArguments, SFTConfig):  # type: ignore[misc]  # bf16
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 name two types to compute in: give one of them")
         if self.bf16 is None:
-            on_gpu = torch.cuda.is_available()
-            able = torch.cuda.is_bf16_supported() if on_gpu else cpu_multiplies_bfloat16()
-            self.bf16 = able and not self.fp16
+            self.bf16 = multiplies_bfloat16() and not self.fp16
+            self.fp16 = self.fp16 or (torch.cuda.is_available() and not self.bf16)
         if self.activation_checkpointing is None:  # the new name of the same
             self.activation_checkpointing = self.gradient_checkpointing
-        if torch.accelerator.current_accelerator() is None:
-            self.use_cpu = True  # which --bf16 insists on being told
+        # Which --bf16 insists on being told; and a Mac's GPU is not what the weights are put on.
+        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         if self.report_to in ("auto", ["auto"]):
             self.report_to = _trackers()
         defaults = {f.name: f for f in dataclasses.fields(SFTConfig)}
@@ -75,6 +76,7 @@ class SquadSFTConfig(TrainerArguments, SFTConfig):  # type: ignore[misc]  # bf16
         preflight.check_deepspeed(self.deepspeed)
         super().__post_init__()
         preflight.check_packages(self)
+        self.hub_strategy = HubStrategy.END  # others push all that lies in --output_dir
         self.remove_unused_columns = False
         self.dataset_kwargs = {"skip_prepare_dataset": True}
 

@@ -64,8 +64,8 @@ def save_final(trainer: Any, settings: dict[str, Any]) -> Path:
         print(f"Saved {folder}.")
         _remove_merged(folder.parent / MERGED)
     trainer.accelerator.wait_for_everyone()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+    if first and trainer.args.push_to_hub:
+        _push(folder, trainer.hub_model_id, trainer.args)
     return folder
 
 
@@ -229,8 +229,10 @@ def _push(folder: Path, name: str, sft_args: Any) -> None:
         return
     try:
         api = HfApi(token=token)
-        api.create_repo(name, private=sft_args.hub_private_repo, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=str(folder))
+        # with the user's name before it, where that was left out
+        made = api.create_repo(name, private=sft_args.hub_private_repo, exist_ok=True)
+        name = made.repo_id
+        api.upload_folder(repo_id=name, folder_path=str(folder), revision=sft_args.hub_revision)
     except Exception as error:  # the network and the Hub fail in many ways; the run must not
         sys.exit(
             f"train_llama_squad.py: pushing {folder} to {name} failed "

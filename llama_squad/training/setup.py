@@ -22,7 +22,7 @@ from llama_squad.lora import quicken
 from llama_squad.metrics import Outcome, strict_counts, strict_outcome
 from llama_squad.predictors.base import batch_paragraphs
 from llama_squad.predictors.local import LocalModel
-from llama_squad.processes import this_process
+from llama_squad.processes import is_sharded, this_process
 from llama_squad.prompts import build_messages
 from llama_squad.training.checkpoints import digest
 from llama_squad.training.packing import Plan, plan_rows, row_dataset
@@ -210,6 +210,10 @@ def make_validation(
     to validate on.
     """
     if "val" not in dataset or sft_args.eval_strategy == "no":
+        return None
+    if is_sharded():
+        if sft_args.process_index == 0:
+            print("No answers to the validation questions, only their loss: weights are sharded.")
         return None
     prompts = prompt_settings(load_run_config(dataset_name).get("create", {}))
     batches = list(batch_paragraphs(dataset["val"].to_list(), sft_args.per_device_eval_batch_size))[

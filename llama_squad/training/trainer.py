@@ -67,6 +67,14 @@ def chat_divergence(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
     return F.kl_div(tuned, base, reduction="sum", log_target=True)
 
 
+def mean_supervised(dataset: Any) -> float:
+    """Return how many supervised tokens a row of a dataset holds on average."""
+    rows = (row.get("paragraphs", [[row]]) for row in dataset)
+    examples = (example for paragraphs in rows for group in paragraphs for example in group)
+    # the first token of all is not predicted
+    return sum(label != IGNORE for e in examples for label in e["labels"][1:]) / len(dataset)
+
+
 class SquadTrainer(SFTTrainer):
     """TRL's trainer, with the loss on the answers only and a true log.
 
@@ -95,9 +103,13 @@ class SquadTrainer(SFTTrainer):
         in_4_bits = getattr(model, "is_loaded_in_4bit", False)
         exact = [(p, p.data) for p in model.parameters() if in_4_bits and p.requires_grad]
         super().__init__(**kwargs)
+        # of any model: some say no, and would be given no number of tokens to divide by
+        self.model_accepts_loss_kwargs = True
         self._validate = validate
         self._settings = settings
         self._chat_kl = chat_kl
+        self._evaluated: Any = None  # the dataset of the evaluation that is going on, or was last
+        self._row_tokens = 0.0  # its supervised tokens in a row on average, while it goes on
         # since the last log: questions, tokens, tokens if nothing was shared; supervised tokens,
         # and how many of them were predicted
         self._counts = torch.zeros(5, dtype=torch.long)
@@ -108,7 +120,9 @@ class SquadTrainer(SFTTrainer):
         # learned already, where training goes on from one.
         for parameter, data in exact:
             parameter.data = data
-        for parameter in self.model.parameters():
+        # a whole model is trained in the type that was asked for
+        adapted = self.model.parameters() if hasattr(model, "peft_config") else ()
+        for parameter in adapted:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         if self.pop_callback(ProgressCallback) is not None:
@@ -130,6 +144,8 @@ class SquadTrainer(SFTTrainer):
         smoothing = self.args.label_smoothing_factor
         loss, right, supervised = answer_loss(model, inputs, smoothing, self._chat_kl)
         if num_items_in_batch is None:
+            if self._row_tokens:  # the evaluation takes the mean of rows
+                supervised = torch.tensor(self._row_tokens * len(inputs["input_ids"]))
             return loss / supervised.clamp(min=1)
         counts = torch.cat([inputs["counts"].sum(0), torch.stack([supervised, right])])
         self._counts = self._counts.to(counts.device) + counts
@@ -157,7 +173,7 @@ class SquadTrainer(SFTTrainer):
             logs["train_samples_per_second"] = round(self._questions / seconds, 3)
             logs["train_steps_per_second"] = round(steps / seconds, 3)
         if "eval_samples_per_second" in logs:
-            questions = count_questions(self.eval_dataset)
+            questions = count_questions(self._evaluated)
             logs["eval_samples_per_second"] = round(questions / logs["eval_runtime"], 3)
         super().log(logs, start_time)
 
@@ -185,22 +201,28 @@ class SquadTrainer(SFTTrainer):
         """Save the run's settings first: the trainer's state comes last, and marks it complete."""
         if self._settings is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            (folder / "trainer_state.json").unlink(missing_ok=True)  # of an earlier run
             save_run_config(folder, "train", **self._settings)
         super()._save_checkpoint(model, trial)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write TRL's card only to push it: it knows nothing of the task, and no base in a folder.
+        """Write none: TRL's knows nothing of the task, and no base in a folder.
 
         The final folder's own card is ``publishing.model_card``.
         """
-        if self.args.push_to_hub:
-            super().create_model_card(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, the clock of the throughput starting now."""
         self._since = self._started = time.perf_counter()
         self._questions = 0
         return super().train(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch; none where the checkpoint has all steps: the library would add one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         """Load a checkpoint's weights. Raises ValueError where they are of other shapes."""
@@ -214,10 +236,15 @@ class SquadTrainer(SFTTrainer):
                 "another --model_name, --lora_r or --lora_target_modules"
             ) from error
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate the loss, and answer validation questions by real generation."""
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate the loss per supervised token, and answer questions by real generation."""
         start = time.perf_counter()
-        metrics = super().evaluate(*args, **kwargs)
+        self._evaluated = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._row_tokens = mean_supervised(self._evaluated)
+        try:
+            metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        finally:
+            self._row_tokens = 0.0
         if self._validate is not None:
             prefix = kwargs.get("metric_key_prefix", "eval")
             training = self.model.training
