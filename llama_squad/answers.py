@@ -91,19 +91,21 @@ def extract_answer(completion: str) -> Answer:
     ``</think>``, of which the prompt may have opened the first. The JSON is read by a JSON decoder,
     so braces and quotes inside the answer are no obstacle.
     """
-    thinks = completion.lstrip().startswith(_THINK)
-    _, thought, reply = completion.partition(_THOUGHT)
-    found = _read_answer(reply) if thought else None
-    if found is None and not thinks:  # or the answer itself holds that mark
+    before, thought, reply = completion.partition(_THOUGHT)
+    if completion.lstrip().startswith(_THINK):
+        found = _read_answer(reply)
+    else:
         found = _read_answer(completion)
-    return found or MALFORMED
+        if thought and found and found[1] <= len(before):  # a draft: the mark is not in the answer
+            found = _read_answer(reply) or found
+    return found[0] if found else MALFORMED
 
 
-def _read_answer(reply: str) -> Answer | None:
+def _read_answer(reply: str) -> tuple[Answer, int] | None:
+    """Return the answer of a reply without its reasoning, and where it ends; None: malformed."""
     fence = reply.find(_OPENING_FENCE)
     found = _first_answer(reply, fence) if fence >= 0 else None
-    found = found or _first_answer(reply, 0)
-    return found[0] if found else None
+    return found or _first_answer(reply, 0)
 
 
 def answer_is_closed(completion: str) -> bool:

@@ -23,7 +23,7 @@ from llama_squad.activation import activate, activation_of
 from llama_squad.arguments import ModelArguments
 from llama_squad.config import RUN_CONFIG
 from llama_squad.encoding import ChatEncoder, reasoning_token_id
-from llama_squad.processes import is_sharded, take_free_cores, this_process
+from llama_squad.processes import take_free_cores, this_process
 from llama_squad.tree import gather_hidden
 from llama_squad.weights import acts_from, base_of, find_file, one_line, whole_model
 
@@ -130,6 +130,12 @@ def device() -> torch.device:
 def choose_device() -> None:
     """Where no GPU is found take the cores that are free, and say so from the first process."""
     if torch.cuda.is_available():
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            print(
+                "This GPU only emulates bfloat16, which is slow: try --dtype float16, and in "
+                "training --fp16, unless the model needs the range of bfloat16 (Gemma does).",
+                file=sys.stderr,
+            )
         return
     default, threads = torch.get_num_threads(), take_free_cores()
     busy = f", as other work keeps the rest of {default} cores busy" if threads < default else ""
@@ -139,22 +145,11 @@ def choose_device() -> None:
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """Return the torch type; "auto" is bfloat16 where the hardware multiplies in it.
-
-    Elsewhere it is float16 on a GPU (T4, V100), float32 on a CPU.
-    """
-    if name != "auto":
-        return getattr(torch, name)
-    if multiplies_bfloat16():
-        return torch.bfloat16
-    return torch.float16 if torch.cuda.is_available() else torch.float32
-
-
-def multiplies_bfloat16() -> bool:
-    """Return whether the GPU, or the CPU where there is none, has instructions for bfloat16."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return cpu_multiplies_bfloat16()
+    """Return the torch type; "auto" is bfloat16 on CUDA and on a CPU that multiplies in it."""
+    if name == "auto":
+        able = torch.cuda.is_available() or cpu_multiplies_bfloat16()
+        return torch.bfloat16 if able else torch.float32
+    return getattr(torch, name)
 
 
 def cpu_multiplies_bfloat16() -> bool:
@@ -167,7 +162,9 @@ def load_model(
     quantize: bool = False,
     adapter_name: str | None = None,
     where: str | None = None,
+    *,
     merge: bool = True,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model, in 4 bits where asked, with its adapter where there is one.
 
@@ -182,6 +179,7 @@ def load_model(
         adapter_name: a folder, or a name on the Hub.
         where: device for the weights, such as cuda:1 (default: as said above).
         merge: False leaves the adapter apart in float32, too, so that it can be switched off.
+        sharded: the weights are placed by what shards them (FSDP, ZeRO-3).
 
     Raises:
         ValueError: the model or the adapter cannot be had, or they do not fit.
@@ -190,7 +188,7 @@ def load_model(
     dtype = weights_dtype(args)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            args.model_name, dtype=dtype, **_load_options(args, quantize, where)
+            args.model_name, dtype=dtype, **_load_options(args, quantize, where, sharded)
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(_cannot_load("model", args.model_name, error)) from error
@@ -214,20 +212,22 @@ def load_model(
     return model
 
 
-def _load_options(args: ModelArguments, quantize: bool, where: str | None) -> dict[str, Any]:
+def _load_options(
+    args: ModelArguments, quantize: bool, where: str | None, sharded: bool
+) -> dict[str, Any]:
     """Return what ``from_pretrained`` takes: the attention, the device and the 4 bits."""
     options: dict[str, Any] = {}
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
     if where:
         options["device_map"] = {"": where}
-    elif torch.cuda.is_available() and not is_sharded():  # which places the weights itself
+    elif torch.cuda.is_available() and not sharded:
         spread = this_process().num_processes == 1 and torch.cuda.device_count() > 1
         options["device_map"] = "auto" if spread else {"": device()}
     if quantize:
-        compute = resolve_dtype("auto")
+        compute = resolve_dtype("float16" if args.dtype == "float16" else "auto")
         # FSDP shards floats only, and 4-bit weights can be stored as such
-        storage = compute if is_sharded() else torch.uint8
+        storage = compute if sharded else torch.uint8
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_storage=storage,

@@ -20,17 +20,14 @@ set_up_venv() {
   # shellcheck disable=SC2155
   wanted="$(cat "$@" | cksum)"
   stamp=".venv/.installed-$(printf '%s' "$*" | tr -c 'a-zA-Z0-9' '-')"
-  if [ ! -x .venv/bin/python ]; then
+  # what makes one was stopped where a part is missing: to make it again mends it
+  if [ ! -f .venv/bin/activate ] || ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
     python="$(find_python)" || return 1
     echo "Making a virtual environment in .venv with $("$python" --version)"
     "$python" -m venv .venv || {
-      rm -rf .venv
       echo "The virtual environment could not be made (on Debian: apt-get install python3-venv)" >&2
       return 1
     }
-  fi
-  if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then  # stopped while it was made
-    .venv/bin/python -m ensurepip --upgrade > /dev/null || return 1
   fi
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing $* (once; this takes a few minutes)"

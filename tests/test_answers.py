@@ -113,6 +113,7 @@ DRAFT, REPLY = format_answer("Rome"), format_answer("Paris")
         ('<think>If absent I say {"answer": "?"}. Now', MALFORMED),
         (f"<think>x</think>{format_answer('a</think>b')}", Answer("answer", "a</think>b")),
         (format_answer("a</think>b"), Answer("answer", "a</think>b")),
+        (format_answer("a</think>b") + '{"answer": "z"}', Answer("answer", "a</think>b")),
         (format_answer("<think>"), Answer("answer", "<think>")),
     ],
 )

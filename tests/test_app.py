@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import pytest
 import torch
 from browser import free_port, open_page, select_words
@@ -457,6 +458,15 @@ def test_without_a_dataset_the_button_says_what_to_do(serve: Any, tmp_path: Path
     client = connect(serve(answer_tom, dataset_name=str(tmp_path / "none")))
     *_, golds = client.predict(api_name="/random_question")
     assert "python create_squad_dataset.py" in golds
+
+
+def test_a_question_that_could_not_be_drawn_clears_nothing() -> None:
+    """The page goes on to clear what the last question left: not the message, though."""
+    tab: Any = object.__new__(ask.AskTab)
+    tab.desk = None  # of which nothing can be drawn
+    *_, drawn = tab.on_draw()
+    left, cleared = tab.on_drawn(None, drawn), tab.on_drawn(None)
+    assert left == (gr.skip(),) * len(cleared) != cleared
 
 
 def test_empty_fields_are_refused(serve: Any) -> None:

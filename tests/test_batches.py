@@ -5,6 +5,7 @@ import itertools
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -15,7 +16,7 @@ from audit import audit
 from helpers import make_records, tiny_model, tiny_tokenizer
 
 from llama_squad.arguments import EvalArguments
-from llama_squad.decoding.generator import Generator
+from llama_squad.decoding.generator import Generator, free_memory
 from llama_squad.decoding.replies import Paragraph, Reply, Span
 from llama_squad.encoding import ChatEncoder
 from llama_squad.evaluation import begun_with, evaluate
@@ -84,6 +85,23 @@ def test_logits_of_16_bit_weights_are_float32() -> None:
     expected = F.linear(hidden.float(), model.lm_head.weight.float())
     assert torch.equal(logits, expected)
     assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_free_memory_is_that_of_the_model_s_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    free = {0: (100, 1000), 1: (40, 1000)}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: asked.append(gpu) or free[gpu])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda gpu: 20 * gpu)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda gpu: 10 * gpu)
+
+    def on(*gpus: int) -> Any:
+        weights = [SimpleNamespace(device=gpu, is_cuda=True) for gpu in gpus]
+        return SimpleNamespace(parameters=lambda: weights)
+
+    assert free_memory(on(1, 1)) == 0.9 * 50
+    assert asked == [1]  # and not the first, which is another process's
+    assert free_memory(on(0, 1)) == 0.9 * 50
+    assert free_memory(on(0)) == 0.9 * 100
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from helpers import (
 import train_llama_squad
 from llama_squad import modeling
 from llama_squad.arguments import ModelArguments, TrainArguments
-from llama_squad.config import RUN_CONFIG
+from llama_squad.config import RUN_CONFIG, load_run_config
 from llama_squad.data import load_squad
 from llama_squad.encoding import ChatEncoder
 from llama_squad.training import publishing
@@ -298,6 +298,8 @@ def test_a_complete_run_is_not_trained_further(begun: Path) -> None:
     run("--max_steps", "4", "--lr_scheduler_type", "constant", "--output_dir", "whole",
         "--resume_from_checkpoint", "latest")  # fmt: skip
     assert final.read_bytes() == once != before
+    figures = load_run_config("whole/final_checkpoints")["figures"]
+    assert figures["loss"] > 0 and "train_loss" not in figures
     assert {path.name for path in Path("whole").glob("checkpoint-*")} == {
         "checkpoint-2", "checkpoint-4"
     }  # fmt: skip

@@ -182,7 +182,6 @@ def test_a_model_saved_in_float32_is_used_in_float32(
 ) -> None:
     name = model_folder(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert AutoConfig.from_pretrained(name).dtype == torch.float32
     assert modeling.weights_dtype(ModelArguments(model_name=name)) == torch.bfloat16
     (Path(name) / "llama_squad.json").write_text("{}")  # it was trained or merged here
@@ -287,6 +286,7 @@ class Hub:
     """The Hub as far as pushing goes: what came, and with which token."""
 
     pushed: ClassVar[list[tuple[str, str, str]]] = []
+    branches: ClassVar[set[tuple[str, str]]] = set()
 
     def __init__(self, token: str = "") -> None:
         self.token = token
@@ -297,20 +297,32 @@ class Hub:
     def create_repo(self, name: str, **_: Any) -> Any:
         return SimpleNamespace(repo_id=name if "/" in name else f"someone/{name}")
 
+    def create_branch(self, repo_id: str, branch: str, exist_ok: bool) -> None:
+        self.branches.add((repo_id, branch))
+
     def upload_folder(self, repo_id: str, folder_path: str, revision: str | None) -> None:
+        assert revision is None or (repo_id, revision) in self.branches
         self.pushed.append((repo_id, Path(folder_path).name, self.token))
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put it in the place of the real one; of the trainer, which must upload nothing, too."""
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "pushed", [])
+    trainers = SimpleNamespace(create_repo=Hub().create_repo)
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: trainers)
 
 
 def test_a_run_merges_measures_and_keeps_its_token_secret(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    monkeypatch.setattr(Hub, "pushed", [])
+    use_hub(monkeypatch)
     flags = training_flags(
         tmp_path, "--lora_r", "4", "--per_device_train_batch_size", "4", "--max_steps", "2",
         "--save_steps", "1", "--learning_rate", "3e-2", "--no_quantize", "--merge_and_push",
         "--eval_strategy", "no", "--merged_dtype", "bfloat16", "--logging_steps", "1",
         "--report_to", "tensorboard", "--hub_model_id", "model", "--hub_token", SECRET,
+        "--push_to_hub", "--hub_revision", "tried",
         val=make_records(2, [2], seed=5),
     )  # fmt: skip
     train_llama_squad.main(flags)
@@ -348,10 +360,7 @@ def test_what_is_pushed_is_the_final_folder_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not the output folder, which may hold other runs, and does not say how to use the adapter."""
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    monkeypatch.setattr(Hub, "pushed", [])
-    trainers = SimpleNamespace(create_repo=Hub().create_repo)  # which uploads nothing
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda: trainers)
+    use_hub(monkeypatch)
     flags = training_flags(
         tmp_path, "--lora_r", "4", "--max_steps", "1", "--save_steps", "1", "--no_quantize",
         "--eval_strategy", "no", "--push_to_hub", "--hub_model_id", "model", "--hub_token", SECRET,

@@ -178,6 +178,26 @@ def test_studies(study: str, trained: list[str], run_script: Any, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("missing", ["pip", "activate"])
+def test_an_environment_that_was_stopped_while_it_was_made(missing: str, tmp_path: Path) -> None:
+    """Venv makes python first, then pip, and activate last."""
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", ".venv"], cwd=tmp_path, check=True
+    )
+    if missing == "activate":
+        (tmp_path / ".venv/bin/activate").unlink()
+    (tmp_path / "none.txt").touch()
+    script = f". {ROOT}/quickstart/venv.sh; set_up_venv none.txt && python -m pip --version"
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) in done.stdout  # the pip is that environment's
+
+
+@pytest.mark.slow
 def test_forgetting(run_script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All adapters of the study are trained, and measured by one command."""
     measured: list[list[str]] = []

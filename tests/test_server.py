@@ -339,6 +339,21 @@ def test_a_question_is_refused_for_what_the_other_name_brings(server: Server) ->
     assert failed == {RECORDS[0]["id"]: "400 content_filter: flagged"}
 
 
+def test_a_question_that_is_too_long_does_not_change_the_limit_s_name(server: Server) -> None:
+    """A server that leaves out what it does not know refuses it by either name."""
+
+    def respond(body: dict[str, Any], prompt: str) -> Response | None:
+        if RECORDS[0]["question"] not in prompt or RECORDS[0]["context"] not in prompt:
+            return None
+        more = " + max_tokens (100)" if "max_tokens" in body else ""
+        return fault(400, f"the prompt (5000){more} exceeds the context")
+
+    server.respond = respond
+    known = ask(server, concurrency=1)
+    assert [id_ for id_, item in known.items() if item.failure] == [RECORDS[0]["id"]]
+    assert all("max_tokens" in request for request in server.requests[2:])
+
+
 def test_a_malformed_reply_is_no_failure(server: Server) -> None:
     server.respond = on("", completion(""))
     assert {item.failure for item in ask(server).values()} == {""}

@@ -341,13 +341,14 @@ def test_a_model_that_takes_no_loss_arguments_trains_alike(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_all_parameters_are_trained_in_the_type_that_was_asked_for(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
     train = encoded_dataset(STEP).select_columns(["input_ids", "labels"])
     trainer = make_trainer(tiny_model(dtype=dtype), train, tmp_path)
-    assert {weight.dtype for weight in weights_after(trainer).values()} == {dtype}
+    trained = torch.float32 if dtype == torch.float16 else dtype  # whose steps it cannot hold
+    assert {weight.dtype for weight in weights_after(trainer).values()} == {trained}
     adapted = make_trainer(with_lora(tiny_model(dtype=dtype)), train, tmp_path)
     assert {weight.dtype for weight in weights_after(adapted).values()} == {torch.float32}
 

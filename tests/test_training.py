@@ -38,6 +38,7 @@ from llama_squad.arguments import CreateArguments, ModelArguments, TrainArgument
 from llama_squad.config import RUN_CONFIG, load_run_config, parse_stage
 from llama_squad.data import write_dataset
 from llama_squad.encoding import IGNORE, ChatEncoder
+from llama_squad.processes import is_sharded
 from llama_squad.prompts import build_messages, gold_answer
 from llama_squad.training import publishing
 from llama_squad.training.arguments import SquadSFTConfig
@@ -327,7 +328,9 @@ def test_without_cuda_training_runs_on_the_cpu(kind: str, monkeypatch: pytest.Mo
     assert args.device == torch.device("cpu")
 
 
-def test_a_gpu_without_bfloat16_computes_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_emulates_bfloat16_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """Torch says that a T4 supports bfloat16: it emulates it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for able in (True, False):
@@ -335,22 +338,29 @@ def test_a_gpu_without_bfloat16_computes_in_float16(monkeypatch: pytest.MonkeyPa
             torch.cuda, "is_bf16_supported", lambda including_emulation=True, able=able:
             including_emulation or able,
         )  # fmt: skip
-        dtype = torch.bfloat16 if able else torch.float16
-        assert modeling.resolve_dtype("auto") == dtype
-        options = modeling._load_options(ModelArguments(), quantize=True, where="cuda:0")
-        assert options["quantization_config"].bnb_4bit_compute_dtype == dtype
+        modeling.choose_device()
+        assert ("--dtype float16" in capsys.readouterr().err) is not able
+    for dtype in ("float16", "auto"):
+        arguments = ModelArguments(dtype=dtype)
+        options = modeling._load_options(arguments, True, "cuda:0", sharded=False)
+        expected = torch.float16 if dtype == "float16" else torch.bfloat16
+        assert options["quantization_config"].bnb_4bit_compute_dtype == expected
 
 
 @pytest.mark.parametrize("sharded", [True, False])
 def test_sharded_weights_are_placed_by_what_shards_them(
     sharded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if sharded:
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    if sharded:  # known before the trainer, which loads after the model, says so
+        monkeypatch.setattr(SFTConfig, "__post_init__", lambda self: None)
+        monkeypatch.setattr("llama_squad.training.preflight.check_packages", lambda _: None)
+        SquadSFTConfig(report_to="none", fsdp="full_shard")
+    assert is_sharded() is sharded
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    options = modeling._load_options(ModelArguments(), quantize=True, where=None)
+    options = modeling._load_options(ModelArguments(), True, None, sharded)
     assert ("device_map" in options) is not sharded
     storage = options["quantization_config"].bnb_4bit_quant_storage
     assert storage == (torch.bfloat16 if sharded else torch.uint8)
@@ -585,13 +595,12 @@ def test_one_type_to_compute_in(
     assert parse("--fp16", "--bf16", "False")[2].fp16
     for able in (True, False):
         monkeypatch.setattr(
-            "llama_squad.training.arguments.multiplies_bfloat16", functools.partial(bool, able)
+            "llama_squad.training.arguments.cpu_multiplies_bfloat16", functools.partial(bool, able)
         )
         assert (parse()[2].bf16, parse()[2].fp16) == (able, False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(SFTConfig, "__post_init__", lambda self: None)
-    assert (parse()[2].bf16, parse()[2].fp16) == (False, True)  # a GPU that only emulates it
-    monkeypatch.setattr("llama_squad.training.arguments.multiplies_bfloat16", lambda: True)
     assert (parse()[2].bf16, parse()[2].fp16) == (True, False)
     assert parse("--fp16")[2].bf16 is False
     assert parse("--no_gradient_checkpointing", "--bf16=False")[2].bf16 is False

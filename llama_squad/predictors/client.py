@@ -170,13 +170,14 @@ class Client:
         try:
             return self._send(messages, structured, name)
         except refused as error:
+            other = _ANOTHER_LIMIT[name]
+            unknown = other in str(error) or error.code == "unsupported_parameter"
             if not self._find_limit_name or name not in str(error):
                 raise
             try:
-                done = self._send(messages, structured, _ANOTHER_LIMIT[name])
+                done = self._send(messages, structured, other)
             except refused as second:
-                other = _ANOTHER_LIMIT[name]
-                if other in str(second) or name in str(second):
+                if not unknown or other in str(second) or name in str(second):
                     raise error from None  # it was not the name
                 self._limit_name = other  # it was, and the question is refused for itself
                 raise second from None

@@ -142,8 +142,11 @@ def _given_answers(values: Mapping[str, Any]) -> list[tuple[str, int | None]] | 
     columns = [values[name] for name in ("answers", "answer") if name in values]
     if not columns:
         return None
-    found = (_read_answers(column, values.get("answer_start")) for column in columns)
-    return next(filter(None, found), [])
+    found = [_read_answers(column, values.get("answer_start")) for column in columns]
+    given = next(filter(None, found), [])
+    if not found[0] and all(text.strip() == NO_ANSWER for text, _ in given):
+        return []  # both say that there is none
+    return given
 
 
 def _read_answers(value: Any, starts: Any) -> list[tuple[str, int | None]]:

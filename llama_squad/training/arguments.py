@@ -12,7 +12,7 @@ from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from llama_squad.arguments import TrainerArguments
-from llama_squad.modeling import multiplies_bfloat16
+from llama_squad.modeling import cpu_multiplies_bfloat16
 from llama_squad.training import preflight
 
 # Flags of TRL's own data preparation, whose part is taken by our encoder and collator. Setting one
@@ -61,8 +61,9 @@ class SquadSFTConfig(TrainerArguments, SFTConfig):  # type: ignore[misc]  # bf16
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 name two types to compute in: give one of them")
         if self.bf16 is None:
-            self.bf16 = multiplies_bfloat16() and not self.fp16
-            self.fp16 = self.fp16 or (torch.cuda.is_available() and not self.bf16)
+            on_gpu = torch.cuda.is_available()
+            able = torch.cuda.is_bf16_supported() if on_gpu else cpu_multiplies_bfloat16()
+            self.bf16 = able and not self.fp16
         if self.activation_checkpointing is None:  # the new name of the same
             self.activation_checkpointing = self.gradient_checkpointing
         # Which --bf16 insists on being told; and a Mac's GPU is not what the weights are put on.
@@ -76,6 +77,8 @@ class SquadSFTConfig(TrainerArguments, SFTConfig):  # type: ignore[misc]  # bf16
         preflight.check_deepspeed(self.deepspeed)
         super().__post_init__()
         preflight.check_packages(self)
+        if self.fsdp:  # as accelerate does, but before the model is loaded
+            os.environ["ACCELERATE_USE_FSDP"] = "true"
         self.hub_strategy = HubStrategy.END  # others push all that lies in --output_dir
         self.remove_unused_columns = False
         self.dataset_kwargs = {"skip_prepare_dataset": True}

@@ -64,7 +64,8 @@ def save_final(trainer: Any, settings: dict[str, Any]) -> Path:
         print(f"Saved {folder}.")
         _remove_merged(folder.parent / MERGED)
     trainer.accelerator.wait_for_everyone()
-    if first and trainer.args.push_to_hub:
+    later = settings["train"].merge_and_push and trainer.args.hub_model_id  # with the merged one
+    if first and trainer.args.push_to_hub and not later:
         _push(folder, trainer.hub_model_id, trainer.args)
     return folder
 
@@ -232,6 +233,8 @@ def _push(folder: Path, name: str, sft_args: Any) -> None:
         # with the user's name before it, where that was left out
         made = api.create_repo(name, private=sft_args.hub_private_repo, exist_ok=True)
         name = made.repo_id
+        if sft_args.hub_revision:
+            api.create_branch(name, branch=sft_args.hub_revision, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=str(folder), revision=sft_args.hub_revision)
     except Exception as error:  # the network and the Hub fail in many ways; the run must not
         sys.exit(

@@ -87,8 +87,8 @@ def prepare_model(args: TrainArguments, model_args: ModelArguments, encoder: Cha
     if args.full_parameters:
         if model_args.dtype == "auto":  # bfloat16 weights would swallow small updates
             model_args = dataclasses.replace(model_args, dtype="float32")
-        return modeling.load_model(model_args)
-    model = modeling.load_model(model_args, quantize=args.quantize)
+        return modeling.load_model(model_args, sharded=is_sharded())
+    model = modeling.load_model(model_args, quantize=args.quantize, sharded=is_sharded())
     if args.from_adapter:
         model = resume_lora(model, args, model_args.model_name)
     else:

@@ -120,10 +120,10 @@ class SquadTrainer(SFTTrainer):
         # learned already, where training goes on from one.
         for parameter, data in exact:
             parameter.data = data
-        # a whole model is trained in the type that was asked for
-        adapted = self.model.parameters() if hasattr(model, "peft_config") else ()
-        for parameter in adapted:
-            if parameter.requires_grad:
+        adapted = hasattr(model, "peft_config")
+        for parameter in self.model.parameters():
+            # a whole model is trained in bfloat16 where asked; float16 holds no optimizer's steps
+            if parameter.requires_grad and (adapted or parameter.dtype == torch.float16):
                 parameter.data = parameter.data.float()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossBar)
@@ -172,6 +172,8 @@ class SquadTrainer(SFTTrainer):
             logs["train_runtime"] = round(seconds, 4)
             logs["train_samples_per_second"] = round(self._questions / seconds, 3)
             logs["train_steps_per_second"] = round(steps / seconds, 3)
+            if not steps:  # the checkpoint had them all
+                logs.pop("train_loss", None)
         if "eval_samples_per_second" in logs:
             questions = count_questions(self._evaluated)
             logs["eval_samples_per_second"] = round(questions / logs["eval_runtime"], 3)
