@@ -197,6 +197,17 @@ def load_model(
             f"cannot load the model {args.model_name}: {one_line(error)} Install the missing "
             "package, or ask for less: --attn_implementation sdpa, --no_quantize"
         ) from error
+    _make_usable(model, quantize)
+    if adapter_name and not whole_model(adapter_name):
+        model = attach_adapter(model, adapter_name, args.model_name)
+        mergeable = _is_lora(model) and not activation_of(model)
+        if merge and dtype == torch.float32 and not quantize and mergeable:
+            model = merging.merge(model, dtype)
+    return model
+
+
+def _make_usable(model: Any, quantize: bool) -> None:
+    """Mend what was loaded: windows of no width, gradients in 4 bits, layers on other devices."""
     config = model.config.get_text_config()
     if getattr(config, "sliding_window", None) == 0:  # which masks would take for seeing nothing
         config.sliding_window = None
@@ -204,12 +215,6 @@ def load_model(
         _keep_4bit_differentiable(model)
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         gather_hidden(model)
-    if adapter_name and not whole_model(adapter_name):
-        model = attach_adapter(model, adapter_name, args.model_name)
-        mergeable = _is_lora(model) and not activation_of(model)
-        if merge and dtype == torch.float32 and not quantize and mergeable:
-            model = merging.merge(model, dtype)
-    return model
 
 
 def _load_options(
