@@ -169,7 +169,10 @@ def _check_settings(args: argparse.Namespace, goes_on: bool) -> None:
     path = config_path(args.output)
     with one_line_errors(path):
         if goes_on and path.is_file():
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                saved = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path} is damaged ({error}): delete it") from error
             differ = [name for name in settings if settings[name] != saved.get(name)]
             if differ:
                 raise ValueError(

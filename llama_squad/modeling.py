@@ -128,9 +128,10 @@ def device() -> torch.device:
 
 
 def choose_device() -> None:
-    """Where no GPU is found take the cores that are free, and say so from the first process."""
+    """Where no GPU is found take the cores that are free; the first process says what is slow."""
+    first = this_process().is_main_process
     if torch.cuda.is_available():
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
+        if first and not torch.cuda.is_bf16_supported(including_emulation=False):
             print(
                 "This GPU only emulates bfloat16, which is slow: try --dtype float16, and in "
                 "training --fp16, unless the model needs the range of bfloat16 (Gemma does).",
@@ -139,7 +140,7 @@ def choose_device() -> None:
         return
     default, threads = torch.get_num_threads(), take_free_cores()
     busy = f", as other work keeps the rest of {default} cores busy" if threads < default else ""
-    if this_process().is_main_process:
+    if first:
         count = f"{threads} thread{'s' * (threads > 1)}"
         print(f"No CUDA device: running on the CPU, {count}{busy}.", file=sys.stderr)
 

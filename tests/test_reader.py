@@ -155,6 +155,9 @@ def test_answers_of_another_model_are_not_gone_on_with(
             run(capsys, *flags, *more)
     run(capsys, *flags)
     assert len(Path(out).read_text().splitlines()) == 2
+    Path(f"{out}.config.json").write_text("{")
+    with pytest.raises(SystemExit, match="a.jsonl.config.json is damaged"):
+        run(capsys, *flags)
 
 
 def test_no_other_file_is_taken_for_answers(tmp_path: Path) -> None:

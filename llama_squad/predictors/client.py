@@ -170,18 +170,18 @@ class Client:
         try:
             return self._send(messages, structured, name)
         except refused as error:
-            other = _ANOTHER_LIMIT[name]
-            unknown = other in str(error) or error.code == "unsupported_parameter"
             if not self._find_limit_name or name not in str(error):
                 raise
+            other = _ANOTHER_LIMIT[name]
             try:
                 done = self._send(messages, structured, other)
             except refused as second:
+                unknown = other in str(error) or error.code == "unsupported_parameter"
                 if not unknown or other in str(second) or name in str(second):
                     raise error from None  # it was not the name
                 self._limit_name = other  # it was, and the question is refused for itself
                 raise second from None
-        self._limit_name = _ANOTHER_LIMIT[name]
+        self._limit_name = other
         return done
 
     def _send(self, messages: Any, structured: bool, limit_name: str) -> Any:
