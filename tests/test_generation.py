@@ -338,8 +338,14 @@ def test_other_errors_are_not_taken_for_out_of_memory(
 # The grammar ---------------------------------------------------------------------------------
 
 
+def in_form_of(vocabulary: Any, text: str) -> str:
+    """Return the text as the vocabulary's tokenizer reads it."""
+    return unicodedata.normalize(vocabulary.form, text) if vocabulary.form else text
+
+
 def spell_out(grammar: Any, vocabulary: Any, text: str) -> Any:
     """Find some tokens that spell the reply that holds ``text``, or None."""
+    text = in_form_of(vocabulary, text)
     target = vocabulary.lead_text + format_answer(text).encode().partition(b'": "')[2]
 
     def walk(state: Any, offset: Any) -> Any:
@@ -368,6 +374,9 @@ def test_every_span_can_be_spelled_and_nothing_else(
     grammar = SpanGrammar(vocabulary, ODD, boundaries)
     texts = {ODD[i:j] for i in range(len(ODD)) for j in range(i + 1, min(i + 8, len(ODD)) + 1)}
     spans = {text for text in texts if is_span(ODD, text, boundaries)}
+    # To a tokenizer that normalises texts a letter and its accent are one character.
+    whole = in_form_of(vocabulary, ODD)
+    spans = {text for text in spans if in_form_of(vocabulary, text) in whole}
     parts = {"Z", "é\\n)\n\tsa", "\x07", '"', "“", "990"}
     assert {"in", "1990s", "“ok”", "ok", '"Zoë"', "(é\\n)", "said: 中文", "x."} <= spans
     assert parts & spans == (parts if boundaries == "any" else set())
@@ -377,7 +386,7 @@ def test_every_span_can_be_spelled_and_nothing_else(
         assert ids is not None, text
         assert grammar.accepts(ids)
         reply = tokenizer.decode(vocabulary.header + ids, clean_up_tokenization_spaces=False)
-        assert extract_answer(str(reply)).text == text
+        assert extract_answer(str(reply)).text == in_form_of(vocabulary, text)
     for text in [*(texts - spans - {"?"}), "", "not there", "Zoë (é"]:
         assert spell_out(grammar, vocabulary, text) is None, text
 
@@ -395,8 +404,10 @@ def test_random_walks_give_spans(name: str, template: str, end: Any) -> None:
             assert found.ids
             index = chance.randrange(len(found.ids))
             ids.append(found.ids[index])
-            if isinstance(found.targets[index], int):
-                ids += vocabulary.tails[found.targets[index]]
+            closing = found.targets[index]
+            if isinstance(closing, int):
+                said = list(ids)
+                ids += vocabulary.tails[closing]
                 break
             state = tuple(found.targets[index])
             if not grammar.successors(state).ids:  # white space at the context's end
@@ -406,7 +417,9 @@ def test_random_walks_give_spans(name: str, template: str, end: Any) -> None:
         if not grammar.accepts(ids):
             continue
         answer = extract_answer(vocabulary.to_bytes(vocabulary.header + ids).decode())
-        assert answer.text == NO_ANSWER or is_span(ODD, answer.text)
+        text = grammar.read_span(said, closing)
+        assert in_form_of(vocabulary, text) == answer.text
+        assert answer.text == NO_ANSWER or is_span(ODD, text)
         seen.add(answer.text)
     assert len(seen) > 25
 
@@ -424,6 +437,35 @@ def test_grammar_takes_the_tokens_of_training(name: str, template: str, end: Any
         assert ids[:size] == vocabulary.header
         assert grammar.accepts(ids[size:]), text
     assert not grammar.accepts(reply_ids(encoder, "Beyonce")[len(vocabulary.header) :])
+
+
+@each_tokenizer
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_context_in_any_unicode_form_is_answered_in_its_own(
+    name: str, template: str, end: Any, form: Literal["NFC", "NFD"]
+) -> None:
+    encoder = load_encoder(name, template)
+    vocabulary = span_vocabulary(encoder)
+    context = unicodedata.normalize(form, "Phở is from Nam Định, or Hà Nội: “Việt”, 한국 é\n2.")
+    grammar = SpanGrammar(vocabulary, context, "word")
+    for text in ["Phở", "Nam Định", "Hà Nội", "“Việt”", "한국", "국", "é\n2"]:
+        text = unicodedata.normalize(form, text)
+        ids = reply_ids(encoder, text)[len(vocabulary.header) :]
+        assert grammar.accepts(ids), text  # the tokens of training
+        count, closing = close(grammar, ids)
+        assert grammar.read_span(ids[:count], closing) == text
+
+
+def close(grammar: Any, ids: Sequence[int]) -> tuple[int, int]:
+    """Return how many tokens a reply has through the one that closes it, and its target."""
+    state = grammar.start
+    for count, token_id in enumerate(ids, 1):
+        found = grammar.successors(state)
+        target = found.targets[found.ids.index(token_id)]
+        if isinstance(target, int):
+            return count, target
+        state = tuple(target)
+    raise AssertionError("never closed")
 
 
 @pytest.mark.parametrize("context", ["", " \n ", "?", " ? "])

@@ -1,13 +1,20 @@
 """Where spans begin and end."""
 
 import functools
+import unicodedata
 from typing import Any
 
 import pytest
 from helpers import tiny_model, tiny_tokenizer
 
 from llama_squad.answers import extract_answer
-from llama_squad.decoding.boundaries import Boundaries, find_span, is_span
+from llama_squad.decoding.boundaries import (
+    Boundaries,
+    Form,
+    find_span,
+    is_span,
+    normalized_chars,
+)
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.replies import Paragraph
 from llama_squad.decoding.search import State
@@ -55,6 +62,19 @@ def ask(context: str, **options: Any) -> Any:
 )
 def test_spans_begin_and_end_at_word_boundaries(context: str, text: str, start: int) -> None:
     assert find_span(context, text, "word") == start
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFKC"])
+@pytest.mark.parametrize(
+    "text", ["", "plain", "e\u0301a", "q\u0307\u0323x", "\u0301e", "\u1112\u1161\u11ab\u1100\u1161",
+             "\u212b\u2126", "\ufb01n \u0301", "\u0b47\u0b3e\u0b47", "a\u0315\u0300\u05ae\u0300b"],
+)  # fmt: skip
+def test_a_text_is_normalized_character_by_character(text: str, form: Form) -> None:
+    chars = normalized_chars(text, form)
+    assert "".join(chars) == unicodedata.normalize(form, text)
+    assert len(chars) == len(text)
+    assert normalized_chars(text, None) == list(text)
+    assert normalized_chars(unicodedata.normalize("NFD", "né"), "NFC") == ["n", "é", ""]
 
 
 def walk(grammar: Any, vocabulary: Any) -> Any:

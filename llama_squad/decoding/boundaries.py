@@ -13,6 +13,9 @@ Boundaries = Literal["word", "any"]
 """Where a span may begin and end: "word": at word boundaries, and it holds a letter or digit;
 "any": at any character."""
 
+Form = Literal["NFC", "NFKC"]
+"""Unicode forms that tokenizers bring texts into (Unicode Standard Annex 15)."""
+
 # Scripts that put no spaces between words, or tie particles to them: each character is a word.
 _UNSPACED = (
     "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL",
@@ -46,6 +49,28 @@ def is_word_boundary(context: str, offset: int) -> bool:
     if after == "M":
         return False
     return not before or after != ("L" if before == "M" else before)
+
+
+def normalized_chars(text: str, form: Form | None) -> list[str]:
+    """Return a text's characters in a Unicode form, which joined are the text in that form.
+
+    One string for each character: characters that the form composes, or puts into another order,
+    stand at the first of them, and the others are empty (``e``, acute → ``é``, nothing).
+    """
+    if form is None or unicodedata.is_normalized(form, text):
+        return list(text)
+    chars: list[str] = []
+    first = 0
+    for index, char in enumerate(text):
+        together = unicodedata.normalize(form, text[first : index + 1])
+        alone = unicodedata.normalize(form, char)
+        if index and (unicodedata.combining(char) or together != chars[first] + alone):
+            chars[first] = together
+            chars.append("")
+        else:
+            first = index
+            chars.append(alone)
+    return chars
 
 
 def holds_word(text: str) -> bool:

@@ -179,7 +179,7 @@ class _SpansOf(SpanGrammar):
         abstention: Abstention,
     ) -> None:
         super().__init__(vocabulary, context, boundaries)
-        self._context, self._boundaries, self._abstention = context, boundaries, abstention
+        self._boundaries, self._abstention = boundaries, abstention
 
     def step(self, ids: Sequence[int], target: Any) -> State | Closing | None:
         """Go on in the span, or close it; see ``Grammar``."""

@@ -17,10 +17,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tokenizers import decoders
-from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
 from llama_squad.answers import (
     ANSWER_FOOTER,
     ANSWER_HEADER,
@@ -28,9 +24,15 @@ from llama_squad.answers import (
     escape_answer,
     format_answer,
 )
-from llama_squad.decoding.boundaries import Boundaries, holds_word, is_word_boundary
+from llama_squad.decoding.boundaries import (
+    Boundaries,
+    holds_word,
+    is_word_boundary,
+    normalized_chars,
+)
 from llama_squad.decoding.search import State, Successors
-from llama_squad.encoding import IGNORE, ChatEncoder, is_white
+from llama_squad.decoding.spelling import token_bytes, unicode_form
+from llama_squad.encoding import IGNORE, ChatEncoder
 
 # A state (see ``SpanGrammar``) of a span that has not begun, and the mark of one without a word.
 _FRESH: State = ()
@@ -90,6 +92,7 @@ class SpanVocabulary:
         tails: bytes of the footer that the closing token spells → the forced ids after it,
             through the end of the turn.
         lead: ids of the lead, where the answer begins with a letter.
+        form: the Unicode form that the tokenizer brings texts into; None where it leaves them.
 
     Raises:
         ValueError: the spelling of this tokenizer's tokens is not known, or it does not open all
@@ -98,6 +101,7 @@ class SpanVocabulary:
 
     def __init__(self, encoder: ChatEncoder) -> None:
         self._bytes = token_bytes(encoder.tokenizer)
+        self.form = unicode_form(encoder.tokenizer)
         replies = {probe: reply_ids(encoder, probe) for probe in _PROBES}
         self.header, lead_text = self._split_header(replies[NO_ANSWER])
         size = len(self.header)
@@ -174,53 +178,6 @@ def reply_ids(encoder: ChatEncoder, text: str) -> list[int]:
     return [label for label in encoder.encode([messages])[0]["labels"] if label != IGNORE]
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
-    """Return the bytes that each token stands for inside a text, without control tokens.
-
-    Of added tokens those of white space alone are text: Gemma's line ends and runs of spaces.
-
-    Raises:
-        ValueError: neither a byte-level nor a SentencePiece vocabulary.
-    """
-    decoder = tokenizer.backend_tokenizer.decoder
-    kinds = {part["type"] for part in _components(decoder)}
-    added = tokenizer.added_tokens_decoder
-    white = {
-        i: _sentencepiece_bytes(token.content)
-        for i, token in added.items()
-        if is_white(token.content) and not token.special
-    }
-    vocabulary = {i: token for token, i in tokenizer.get_vocab().items() if i not in added}
-    if "ByteLevel" in kinds:
-        table = {char: byte for byte, char in bytes_to_unicode().items()}
-        spells = frozenset(table).issuperset
-        return white | {
-            i: bytes(map(table.__getitem__, token))
-            for i, token in vocabulary.items()
-            if spells(token)
-        }
-    if kinds & {"Replace", "Metaspace"}:
-        return white | {i: _sentencepiece_bytes(token) for i, token in vocabulary.items()}
-    raise ValueError(
-        f"span decoding knows byte-level and SentencePiece vocabularies, not {sorted(kinds)}: "
-        "use --decoding free"
-    )
-
-
-def _components(decoder: decoders.Decoder | None) -> list[dict]:
-    """Return what a decoder is made of, as tokenizer.json has it."""
-    if decoder is None:
-        return []
-    component = json.loads(decoder.__getstate__())  # all there is to read a sequence's parts by
-    return [component, *component.get("decoders", [])]
-
-
-def _sentencepiece_bytes(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("▁", " ").encode()
-
-
 def _spellings(spelled: Mapping[int, bytes]) -> dict[bytes, int]:
     """Return one token for each spelling: of two, the one of more characters in the vocabulary.
 
@@ -239,6 +196,9 @@ class SpanGrammar:
     are due. A target is the next state's offsets (a list), or an int where the token closes the
     string: how many bytes of the footer it spells.
 
+    A tokenizer that normalises texts spelled them so in training: a span is spelled in that form,
+    and read as it stands in the context.
+
     Args:
         vocabulary: the tokenizer's.
         context: what the spans are substrings of.
@@ -248,22 +208,27 @@ class SpanGrammar:
     def __init__(
         self, vocabulary: SpanVocabulary, context: str, boundaries: Boundaries = "any"
     ) -> None:
-        self._vocabulary = vocabulary
-        chunks = [escape_answer(char).encode() for char in context]
+        self._vocabulary, self._context = vocabulary, context
+        chars = normalized_chars(context, vocabulary.form)
+        chunks = [escape_answer(char).encode() for char in chars]
         self._text = b"".join(chunks)
+        self._as_it_is = chars == list(context)
         self._ends = bytearray(len(self._text) + 1)
         # How many of the characters that a span must hold one of end up to each byte.
         counts = holds_word if boundaries == "word" else bool
         self._words = [0] * (len(self._text) + 1)
         self._starts = []
+        self._places = {len(self._text): len(context)}  # bytes before a character → its index
         offset = count = 0
         edges = [boundaries == "any" or is_word_boundary(context, at)
                  for at in range(len(context) + 1)]  # fmt: skip
         for index, (char, chunk) in enumerate(zip(context, chunks, strict=True)):
             if not char.isspace():
-                if edges[index]:
+                if edges[index] and chunk:  # or it is part of the character before it
                     self._starts.append(offset)
                 self._ends[offset + len(chunk)] = edges[index + 1]
+            if chunk:
+                self._places[offset] = index
             self._words[offset : offset + len(chunk)] = [count] * len(chunk)
             offset, count = offset + len(chunk), count + counts(char)
         self._words[offset] = count
@@ -274,11 +239,17 @@ class SpanGrammar:
     def read_span(self, ids: Sequence[int], closing: int) -> str:
         """Return the span that tokens after the header spell, up to the one that closes it.
 
-        ``closing`` is that token's target: how many bytes of the footer it spells.
+        ``closing`` is that token's target: how many bytes of the footer it spells. The span is
+        the context's own text, in whatever Unicode form.
         """
         vocabulary = self._vocabulary
         spelled = vocabulary.to_bytes(ids)[len(vocabulary.lead_text) : -closing]
-        return json.loads(b'"' + spelled + b'"')
+        if self._as_it_is:
+            return json.loads(b'"' + spelled + b'"')
+        start = self._text.find(spelled)
+        while start not in self._starts or not self._ends[start + len(spelled)]:
+            start = self._text.index(spelled, start + 1)
+        return self._context[self._places[start] : self._places[start + len(spelled)]]
 
     def accepts(self, ids: Sequence[int]) -> bool:
         """Tell whether the tokens after the header, through the end of the turn, are a reply."""
