@@ -69,6 +69,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Run what is not known yet, then print the tables."""
     args = parse()
+    args.json, args.work = args.json.resolve(), args.work and args.work.resolve()
     results: Results = json.loads(args.json.read_text()) if args.json.exists() else {}
     settings = {k: str(v) for k, v in vars(args).items() if k in SETTINGS}
     if results.setdefault("settings", settings) != settings:
@@ -76,7 +77,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack, contextlib.chdir(ROOT):
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for seed in args.seeds:
-            Seed(args, results, work.resolve() / f"seed{seed}", seed).run()
+            Seed(args, results, work / f"seed{seed}", seed).run()
     print(tables(results, args))
 
 
@@ -97,7 +98,7 @@ class Seed:
         self._args, self._results, self._folder, self._seed = args, results, folder, seed
         self._weak = folder / "weak" / "final_checkpoints"
         self._logs = folder / "log.txt"
-        self._path = args.json.resolve()
+        self._path = args.json
 
     def run(self) -> None:
         """Run what is not known yet."""

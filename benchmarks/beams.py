@@ -40,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num_beams", type=int, nargs="+", default=[1, 2, 4, 10])
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--decoding", default="span")
+    parser.add_argument("--dtype", default="auto", help="type of the weights, as for the stages")
     return parser.parse_args()
 
 
@@ -91,7 +92,7 @@ def report(found: dict[int, list[Prediction]], seconds: dict[int, float]) -> Non
 def main() -> None:
     """Run the benchmark."""
     args = parse()
-    model_args = ModelArguments(model_name=args.model, dtype="float32")
+    model_args = ModelArguments(model_name=args.model, dtype=args.dtype)
     encoder = modeling.load_encoder(model_args, 0, args.adapter)
     weights = modeling.load_model(model_args, False, args.adapter).eval()
     split = load_squad(args.dataset_name)[args.split]

@@ -129,7 +129,10 @@ def check_replies(
     encoder: ChatEncoder, records: Sequence[Record], args: argparse.Namespace
 ) -> tuple[str, int]:
     """Answer every question with random weights; return what was found, and the bad replies."""
-    model = LocalModel(random_llama(encoder), encoder, decoding="span", num_beams=args.num_beams)
+    model = LocalModel(
+        random_llama(encoder), encoder,
+        decoding="span", num_beams=args.num_beams, span_boundaries="any",
+    )  # fmt: skip
     counts: collections.Counter[str] = collections.Counter()
     batches = list(batch_paragraphs(records, args.batch_size))
     for batch in tqdm(batches, desc="replies"):

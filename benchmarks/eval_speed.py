@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
 def read_questions(args: argparse.Namespace) -> list[list[Record]]:
     """Return the questions of some paragraphs, taken evenly from the file."""
     groups = group_paragraphs(read_files([args.data]))
-    step = len(groups) // args.paragraphs
+    step = max(1, len(groups) // args.paragraphs)
     return [group[: args.questions] for group in groups[::step][: args.paragraphs]]
 
 
@@ -96,7 +96,9 @@ def load_model(args: argparse.Namespace, encoder: ChatEncoder, groups: list[list
         model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, args.dtype))
     if args.train_steps:
         overfit(model, encoder, groups, args.train_steps)
-        model.save_pretrained(folder)
+        part = folder.with_suffix(".part")
+        model.save_pretrained(part)
+        part.rename(folder)
     return model.eval()
 
 

@@ -136,10 +136,16 @@ class Study:
         self._prompts = read_prompts(args.data, args.prompts)
         self._base_digest = weights_digest(args.base)
         self._published: Figures = {"models": {}}
-        settings = {name: getattr(args, name) for name in SETTINGS} | {"test": args.test_options}
+        settings = {name: getattr(args, name) for name in SETTINGS} | {
+            "test": args.test_options,
+            "base": self._base_digest or args.base,
+            "dataset": Path(args.dataset_name).name,
+        }
         if args.output.is_file():
-            self._published = json.loads(args.output.read_text("utf-8"))
-            found = self._published["settings"]
+            content = json.loads(args.output.read_text("utf-8"))
+            if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+                raise ValueError(f"{args.output} holds no such figures: name another by --output")
+            self._published, found = content, content["settings"]
             if found != settings:
                 raise ValueError(
                     f"{args.output} holds figures with {found}, not {settings}: "
@@ -216,7 +222,7 @@ class Study:
                 "--dtype", self._args.dtype, "--dataset_name", self._args.dataset_name,
                 "--sample", "paragraphs", "--num_samples", str(self._args.questions),
                 "--output", str(file), *(["--adapter_name", adapter] if adapter else []),
-                *self._args.test_options,
+                *(self._args.test_options or ["--na_prob_thresh", "0.5"]),  # whatever is kept there
             ]  # fmt: skip
             subprocess.run(command, check=True)
             write_json(mark, content | {"command": command})

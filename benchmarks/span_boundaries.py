@@ -3,7 +3,7 @@
 Those are the price of ``--span_boundaries word``, the default of evaluation; with ``any`` there are
 none. Reads a folder that ``create_squad_dataset.py`` wrote.
 
-    python benchmarks/span_boundaries.py data/squad_v2      # half a minute
+    python benchmarks/span_boundaries.py [data/squad_v2]      # half a minute
 """
 
 import sys
@@ -14,7 +14,7 @@ from llama_squad.data import load_squad
 from llama_squad.decoding.boundaries import is_span
 
 
-def main(dataset_name: str) -> None:
+def main(dataset_name: str = "data/squad_v2") -> None:
     """Print one line per split: distinct gold answers, and answerable questions, out of reach."""
     for name, split in load_squad(dataset_name).items():
         golds = lost = questions = mute = 0

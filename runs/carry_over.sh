@@ -41,7 +41,8 @@ evaluate() { # NAME FILE
   [ -d "$files/$1" ] || python create_squad_dataset.py --config "$config" --test_files "$files/$2" \
     --dataset_name "$files/$1"
   python test_llama_squad.py --config "$config" ${adapter:+--adapter_name="$adapter"} \
-    --dataset_name "$files/$1" --sample paragraphs --num_samples "$questions" --output "$out/$1.csv"
+    --dataset_name "$files/$1" --sample paragraphs --num_samples "$questions" --na_prob_thresh 0.5 \
+    --output "$out/$1.csv"  # whatever is kept with the adapter
   tables+=("$1=$out/$1.csv")
 }
 evaluate dev dev-v2.0.json

@@ -8,7 +8,8 @@
 # DATA holds the prompts of MT-Bench and IFEval, WikiText-2 and the benchmarks' tasks; EVAL_PYTHON
 # names the Python that has lm_eval (without it the benchmarks are left out): see docs/stages.md. The
 # figures go to OUTPUT (results_published/forgetting.json), which must be a new file for other
-# settings, the picture to results/forgetting/forgetting.svg. The same command resumes where it stopped.
+# settings, adapters and the picture to results/forgetting/MODEL/QUESTIONS: remove that for another
+# DATASET or another model of the same name. The same command resumes where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,7 +18,8 @@ model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 dataset=${DATASET:-data/squad_v2}
 questions=${QUESTIONS:-2000}
 asked=${ASKED:-2000}  # dev questions that each adapter answers
-out=results/forgetting
+[ -d "$model" ] && name=$(cd "$model" && pwd -P) || name=$model
+out=results/forgetting/${name##*/}/$questions
 steps=$(((questions + 31) / 32))
 chat_steps=$(((questions * 10 / 9 + 31) / 32))  # a tenth of what they hold is chat
 data=${DATA:-../shared/data/benchmarks}
@@ -55,5 +57,5 @@ tune "8e-4, loss on all" --learning_rate 8e-4 "${whole[@]}"
 tune "2e-4, loss on all" --learning_rate 2e-4 "${whole[@]}"
 
 python benchmarks/forgetting.py --base "$model" --dataset_name "$dataset" --questions "$asked" \
-  --work $out --data "$data" "${adapters[@]}" ${OUTPUT:+--output "$OUTPUT"} \
-  ${EVAL_PYTHON:+--eval_python "$EVAL_PYTHON"} --plot $out/forgetting.svg
+  --work "$out" --data "$data" "${adapters[@]}" ${OUTPUT:+--output "$OUTPUT"} \
+  ${EVAL_PYTHON:+--eval_python "$EVAL_PYTHON"} --plot "$out/forgetting.svg"

@@ -13,7 +13,7 @@ evaluate --output results/llama2_7b/base.csv
 # Three runs, not one that is stopped twice: each has the learning-rate schedule of its own length.
 for run in llama2_7b:10000 llama2_7b_30k:30000 llama2_7b_65k:65000; do
   out=results/${run%:*}
-  [ -d "$out/final_checkpoints" ] || python train_llama_squad.py --config $config \
+  [ -d "$out/final_merged_checkpoint" ] || python train_llama_squad.py --config $config \
     --max_steps "${run#*:}" --output_dir "$out" --resume_from_checkpoint auto
   evaluate --adapter_name="$out/final_checkpoints" --output "$out/results.csv"
 done

@@ -210,13 +210,15 @@ def test_forgetting(run_script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
         last = len(call) - call[::-1].index("--max_steps")
         assert call[last] == ("3" if "--chat_share" in call else "2")
     (command,) = measured
-    assert command[-2:] == ["--plot", "results/forgetting/forgetting.svg"]
+    out = str(Path(command[command.index("--work") + 1]))
+    assert out.endswith("/64")
+    assert command[-2:] == ["--plot", f"{out}/forgetting.svg"]
     names = {word for word in command if word.endswith("/final_checkpoints")}
     assert len(names) == 11
     for name in names:
         folder, _, path = name.partition("=")
         assert (tmp_path / path / "adapter_config.json").is_file()
-        assert path == f"results/forgetting/{folder}/final_checkpoints"
+        assert path == f"{out}/{folder}/final_checkpoints"
 
 
 @pytest.mark.slow
