@@ -124,7 +124,9 @@ def main() -> None:
     batches = [list(batch_paragraphs(records, size)) for size in args.batch_sizes]
     for (a, first), (b, second) in itertools.pairwise(zip(args.batch_sizes, batches, strict=True)):
         if first == second:  # a paragraph is never parted
-            sys.exit(f"bfloat16_noise.py: batch sizes {a} and {b} make the same batches: leave one out")
+            sys.exit(
+                f"bfloat16_noise.py: batch sizes {a} and {b} make the same batches: leave one out"
+            )
     runs: dict[int, dict[str, dict[str, Any]]] = {}
     for size in args.batch_sizes:
         start = time.perf_counter()
