@@ -107,6 +107,13 @@ def _warn_of_shared_contexts(splits: Mapping[str, Sequence["Record"]]) -> None:
             "the test figures will flatter the model.",
             file=sys.stderr,
         )
+    held_out = data.count_shared(splits.get("train", []), splits.get("val", []))
+    if held_out:  # a reviewed question leaves the split that it was in, the others stay
+        print(
+            f"Note: {held_out:,} training questions are about a context of the val split: what was "
+            "reviewed there is trained on, and the other questions of its text stay.",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

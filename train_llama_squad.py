@@ -84,7 +84,9 @@ def show_mask(args: TrainArguments, model_args: ModelArguments) -> None:
     from llama_squad.encoding import label_all
 
     split = load_squad(args.dataset_name)["train"]
-    encoder = modeling.load_encoder(model_args, args.reasoning_tokens, filler=args.filler)
+    encoder = modeling.load_encoder(
+        model_args, args.reasoning_tokens, args.from_adapter, args.filler
+    )
     for row in split.select(range(min(args.show_mask, len(split)))):
         (example,) = encoder.encode([row["messages"]])
         example = label_all(example) if args.loss_on == "all" else example

@@ -122,11 +122,9 @@ def main() -> None:
     split = load_squad(args.dataset_name)[args.split]
     records = list(sample_paragraphs(split, args.num_samples, seed=0))
     batches = [list(batch_paragraphs(records, size)) for size in args.batch_sizes]
-    for (a, first), (b, second) in itertools.pairwise(zip(args.batch_sizes, batches, strict=True)):
-        if first == second:  # a paragraph is never parted
-            sys.exit(
-                f"bfloat16_noise.py: batch sizes {a} and {b} make the same batches: leave one out"
-            )
+    if any(one == other for one, other in itertools.combinations(batches, 2)):
+        # as a paragraph is never parted
+        sys.exit("bfloat16_noise.py: two of the batch sizes make the same batches: leave one out")
     runs: dict[int, dict[str, dict[str, Any]]] = {}
     for size in args.batch_sizes:
         start = time.perf_counter()

@@ -95,6 +95,7 @@ def _questions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {"id": str(index), "question": question, "context": context}
         return
     from llama_squad.sources.formats import read_rows
+    from llama_squad.sources.records import as_text
 
     seen: set[str] = set()
     for row in read_rows(Path(args.input), answered=False):
@@ -102,7 +103,7 @@ def _questions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if row.fault or not all(isinstance(t, str) and t.strip() for t in texts.values()):
             why = row.fault or "question and context must be texts, and not empty"
             raise ValueError(f"{args.input}, {row.place}: {why}")
-        id_ = str(row.values.get("id") or row.place)
+        id_ = as_text(row.values.get("id")) or row.place
         if id_ in seen:
             raise ValueError(f"{args.input}, {row.place}: id {id_} is there twice: name them apart")
         seen.add(id_)
@@ -112,10 +113,13 @@ def _questions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _read(path: str) -> str:
-    try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}: give a text file in UTF-8") from error
+    from llama_squad.sources.formats import decode
+
+    try:  # bytes: line ends stay as they are, or offsets would be of another text
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    return decode(content, "the standard input" if path == "-" else path)
 
 
 def _done(output: str | None) -> dict[str, dict[str, Any]]:
@@ -125,18 +129,25 @@ def _done(output: str | None) -> dict[str, dict[str, Any]]:
         return {}
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
+    torn = content[len(whole) :]
     try:
         answers = list(map(json.loads, whole.splitlines()))
         if not all({"question", "answer", "start", "end"} <= answer.keys() for answer in answers):
             raise ValueError("lines of another kind")
-        return {answer["id"]: answer for answer in answers}
+        if not torn.startswith(_LINE_START[: len(torn)]):
+            raise ValueError("a last line of another kind")
+        done = {answer["id"]: answer for answer in answers}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} holds other lines than answers: choose another --output"
         ) from error
+    if torn:
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return done
+
+
+_LINE_START = b'{"id": '
 
 
 def _check_same(

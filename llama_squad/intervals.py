@@ -30,10 +30,13 @@ def mean_interval(values: Sequence[float], z: float = Z_95) -> Interval:
     """Return the normal interval of a mean of values in [0, 1], as percentages, cut to [0, 100].
 
     The mean ± z standard errors (the central limit theorem; no random resampling, so the figure is
-    the same each time). One value alone gives (0, 100).
+    the same each time). One value alone gives (0, 100). Values that are all 0 or 1 are a
+    proportion, of which Wilson's interval is better: it has a width where all are the same.
     """
     if not values:
         raise ValueError("no interval of a mean of nothing")
+    if len(values) > 1 and all(value in (0, 1) for value in values):
+        return wilson_interval(round(math.fsum(values)), len(values), z)
     mean = math.fsum(values) / len(values)
     half = z * standard_error(values)
     return 100.0 * max(0.0, mean - half), 100.0 * min(1.0, mean + half)

@@ -180,7 +180,7 @@ def load_model(
         adapter_name: a folder, or a name on the Hub.
         where: device for the weights, such as cuda:1 (default: as said above).
         merge: False leaves the adapter apart in float32, too, so that it can be switched off.
-        sharded: the weights are placed by what shards them (FSDP, ZeRO-3).
+        sharded: the weights are placed by what shards them (FSDP).
 
     Raises:
         ValueError: the model or the adapter cannot be had, or they do not fit.
@@ -208,8 +208,11 @@ def load_model(
 
 
 def _make_usable(model: Any, quantize: bool) -> None:
-    """Mend what was loaded: windows of no width, gradients in 4 bits, layers on other devices."""
+    """Mend what was loaded: unused sampling flags, windows of no width, 4 bits, several devices."""
     config = model.config.get_text_config()
+    sampling = getattr(model, "generation_config", None)
+    if sampling is not None and not sampling.do_sample:  # else saving refuses what loading took
+        sampling.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
     if getattr(config, "sliding_window", None) == 0:  # which masks would take for seeing nothing
         config.sliding_window = None
     if quantize:
@@ -232,11 +235,9 @@ def _load_options(
         options["device_map"] = "auto" if spread else {"": device()}
     if quantize:
         compute = resolve_dtype("float16" if args.dtype == "float16" else "auto")
-        # FSDP shards floats only, and 4-bit weights can be stored as such
-        storage = compute if sharded else torch.uint8
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_storage=storage,
+            bnb_4bit_quant_storage=compute if sharded else torch.uint8,  # FSDP shards floats only
             bnb_4bit_quant_type=args.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=compute,

@@ -49,7 +49,7 @@ class QuestionScores:
         exact, f1 = score_answer(answer.official, golds)
         score = Score(bool(golds), is_exact_match(answer, golds), exact, f1)
         self._scores[question_digest(row)] = score
-        self.named = bool(row["question"])
+        self.named = self.named or bool(row["question"])
 
     def less(self, first: "QuestionScores") -> dict[str, Any] | None:
         """Return the differences to a first file, in points; None where no question is in both.

@@ -97,18 +97,20 @@ def _plot_histogram(panel: Any, table: ScoreTable) -> None:
     _legend(panel)
 
 
-def _running(table: ScoreTable, index: int, answered: bool = False) -> list[float]:
+def _running(table: ScoreTable, index: int, answered: bool = False) -> list[tuple[int, float]]:
     """Sum the scores of predictions that are spans, the surest first.
 
-    With ``answered`` those that abstain are passed over; else they count 0.
+    With ``answered`` those that abstain are passed over; else they count 0. Returns how many there
+    are and their sum, at each na_prob: predictions of the same one have no order.
     """
     scores = table.f1 if index else table.exact
+    order = [i for i in range(len(table)) if table.answered[i] or not answered]
+    order.sort(key=table.na_prob.__getitem__)
     total, sums = 0.0, []
-    for i in sorted(range(len(table)), key=table.na_prob.__getitem__):
-        if answered and not table.answered[i]:
-            continue
+    for count, i in enumerate(order, 1):
         total += scores[i] if table.has_answer[i] else 0.0
-        sums.append(total)
+        if count == len(order) or table.na_prob[order[count]] != table.na_prob[i]:
+            sums.append((count, total))
     return sums
 
 
@@ -116,9 +118,9 @@ def _plot_precision_recall(panel: Any, table: ScoreTable) -> None:
     answerable = sum(table.has_answer)
     for index, name in enumerate(("exact", "F1")):
         sums = _running(table, index)
-        recall = [100.0 * total / max(answerable, 1) for total in sums]
-        precision = [100.0 * total / count for count, total in enumerate(sums, 1)]
-        panel.plot(recall, precision, label=name)
+        recall = [100.0 * total / max(answerable, 1) for _, total in sums]
+        precision = [100.0 * total / count for count, total in sums]
+        panel.plot([0.0, *recall], [100.0, *precision], label=name)
     panel.set(xlabel="recall (%)", ylabel="precision (%)", title="Precision and recall")
     panel.set(xlim=(0, 100), ylim=(0, 105))
     _legend(panel)
@@ -127,8 +129,8 @@ def _plot_precision_recall(panel: Any, table: ScoreTable) -> None:
 def _plot_coverage(panel: Any, table: ScoreTable) -> None:
     for index, name in enumerate(("exact", "F1")):
         sums = _running(table, index, answered=True)
-        coverage = [100.0 * count / len(table) for count in range(1, len(sums) + 1)]
-        accuracy = [100.0 * total / count for count, total in enumerate(sums, 1)]
+        coverage = [100.0 * count / len(table) for count, _ in sums]
+        accuracy = [100.0 * total / count for count, total in sums]
         panel.plot(coverage, accuracy, label=name)
     panel.set(xlabel="questions given an answer (%)", ylabel="answers right (%)")
     panel.set(title="Coverage and accuracy", xlim=(0, 100), ylim=(0, 105))

@@ -29,10 +29,8 @@ def this_process() -> PartialState:
 
 
 def is_sharded() -> bool:
-    """Tell whether a training spreads each weight over its processes: by FSDP, or ZeRO-3."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    return parse_flag_from_env("ACCELERATE_USE_FSDP") or is_deepspeed_zero3_enabled()
+    """Tell whether a training spreads each weight over its processes, by FSDP."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def share(value: Any) -> Any:

@@ -43,6 +43,16 @@ def _question(record: Record) -> str:
     return "\nQuestion: " + record["question"].strip()
 
 
+def question_of(turn: str, context: str) -> str | None:
+    """Return the question of a user turn that holds it beside this context; None of any other."""
+    head, found, tail = turn.partition("\nContext: " + context)
+    for part in (tail, head) if found and context else ():
+        _, asked, question = part.partition("\nQuestion: ")
+        if asked:
+            return question
+    return None
+
+
 def _single_turn(record: Record) -> list[str]:
     return [_INSTRUCTION + _context(record) + _question(record)]
 

@@ -20,6 +20,7 @@ from llama_squad.arguments import EvalArguments, ModelArguments, resolve_decodin
 from llama_squad.calibration import Abstention
 from llama_squad.decoding.generator import Generator
 from llama_squad.encoding import ChatEncoder
+from llama_squad.evaluation import THRESHOLD_FILE
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
 from llama_squad.prompts import Message, Record
@@ -93,7 +94,9 @@ class Reader:
         max_new_tokens: int = 256,
         span_boundaries: Literal["word", "any"] = "word",
     ) -> None:
-        adapter = name if weights.find_file(name, "adapter_config.json") else None
+        # a merged model is taken for one, too, where a threshold was tuned for it
+        files = ("adapter_config.json", THRESHOLD_FILE)
+        adapter = name if any(weights.find_file(name, file) for file in files) else None
         settings = weights.saved_settings(adapter, None if adapter else name)
         base = model_name or (settings["model_name"] if adapter else name)
         model_args = ModelArguments(model_name=base, dtype=dtype)
@@ -148,7 +151,7 @@ class Reader:
     def __call__(self, question: str | Many, context: str | Many) -> Reading | list[Reading]:
         """Answer a question about a context, or several at once, whose contexts are run once each.
 
-        A context longer than the model reads is read in windows: the best span over all of them,
+        A context longer than the model reads is read in windows: the best span of them by odds,
         and no answer only where no window has one.
 
         Args:

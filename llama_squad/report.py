@@ -27,7 +27,9 @@ na_prob tells the two kinds apart, and how far it is from how often there is no 
 
 _COUNTS = ("became right", "became wrong")
 
-_NOTE = "95 % confidence intervals: Wilson's; for F1 the normal one.\n"
+_NOTE = """95 % confidence intervals: Wilson's; for F1 the normal one. Questions count as
+independent; those of one text or article are alike, so other texts differ more.
+"""
 
 _WIDTH = 80
 
@@ -88,7 +90,8 @@ def _paired_table(summaries: Summaries, form: Format) -> list[str]:
     table = _terminal_table(lines) if form == "table" else _render_table(lines, form)
     note = (
         f"Differences to {to} in points, on the questions that both files hold, ± half of the "
-        "paired 95 % interval; became right or wrong by strict equality."
+        "paired 95 % interval (questions as if independent); became right or wrong by strict "
+        "equality."
     )
     return [table, textwrap.fill(note, _WIDTH, break_on_hyphens=False) + "\n"]
 

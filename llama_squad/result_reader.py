@@ -5,7 +5,6 @@ import contextlib
 import csv
 import io
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -71,7 +70,7 @@ def read_results(path: str | Path) -> list[Row]:
 @contextlib.contextmanager
 def named_errors(path: Path) -> Iterator[None]:
     """Name the file that is damaged."""
-    csv.field_size_limit(sys.maxsize)  # prompts may be longer than the default 128 KiB
+    csv.field_size_limit(2**31 - 1)  # prompts may be longer than the default 128 KiB
     try:
         yield
     except OSError as error:

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from llama_squad.activation import ADAPTER_MASK, activation_of
 from llama_squad.encoding import IGNORE
+from llama_squad.processes import is_sharded
 from llama_squad.tree import kept_logits, make_masks, widen
 
 CPU_LOGITS, GPU_LOGITS = 2**19, 2**26
@@ -150,8 +151,8 @@ def runs_base_first(model: Any, inputs: Mapping[str, torch.Tensor]) -> bool:
     """Tell whether tokens that no adapter has touched are kept apart, as keys and values."""
     from peft import PeftModel
 
-    # wrappers of FSDP and DeepSpeed are none: all processes have to run these equally often
-    if not isinstance(model, PeftModel) or activation_of(model) is None:
+    # DeepSpeed's wrapper is none: all processes have to run such models equally often
+    if is_sharded() or not isinstance(model, PeftModel) or activation_of(model) is None:
         return False
     # layers that are run again for the gradient take no cache
     again = model.training and model.is_activation_checkpointing

@@ -166,7 +166,10 @@ def _training_settings(source: str) -> dict[str, Any]:
 def _base_settings(adapter_name: str) -> dict[str, Any]:
     """Return how an adapter's base was held in its training; {} where it does not say."""
     saved = _run_config(adapter_name)
-    told = [(saved.get("train", {}), "quantize"), (saved.get("model", {}), "dtype")]
+    train, model = saved.get("train", {}), saved.get("model", {})
+    told = [(train, "quantize"), (model, "dtype")]
+    bits = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    told += [(model, name) for name in bits if train.get("quantize")]
     return {name: settings[name] for settings, name in told if name in settings}
 
 

@@ -263,7 +263,9 @@ def test_what_is_said_is_shown_as_it_stands(text: str) -> None:
 def test_a_prompt_is_folded_to_its_question() -> None:
     prompt = {"role": "user", "content": f"Find it.\nContext: {CONTEXT}\nQuestion: Who & why?"}
     reply = {"role": "assistant", "content": CONTEXT}
-    assert texts(talk.as_shown([prompt, reply], CONTEXT, "Who & why?")) == ["Who & why?", CONTEXT]
+    assert texts(talk.as_shown([prompt, reply], CONTEXT)) == ["Who & why?", CONTEXT]
+    said = {"role": "user", "content": f"Is {CONTEXT} all there is?"}  # by the visitor
+    assert texts(talk.as_shown([said], CONTEXT)) == [said["content"]]
 
 
 def test_a_reply_is_the_greedy_one(tokenizer: Any, llama: Any) -> None:
@@ -673,6 +675,39 @@ def test_the_review(serve: Any, dataset: str, browser_page: Any, tmp_path: Path)
         "How old is Tom?", "wrong", "r is not a key here",
     )  # fmt: skip
     assert abroad == []
+
+
+@pytest.mark.slow
+def test_what_is_marked_is_of_one_question(
+    serve: Any, dataset: str, browser_page: Any, tmp_path: Path
+) -> None:
+    """The next question forgets it, though text and answer are the same; a held key judges once."""
+    page, _ = browser_page
+    own, path = tmp_path / "own.jsonl", tmp_path / "feedback.jsonl"
+    rows = [{"id": str(n), "context": CONTEXT, "question": f"Question {n}?"} for n in range(4)]
+    own.write_text("\n".join(map(json.dumps, rows)))
+    page.goto(serve(answer_tom, dataset_name=dataset, review=str(own), feedback=str(path)))
+    page.get_by_role("tab", name="Review").click()
+    page.get_by_role("button", name="Start").click()
+    shown = page.locator(".card .span")
+    shown.get_by_text("Question 0?").wait_for()
+    select_words(page, "#review-text", "named Tom.")
+    page.locator(".card.good").get_by_text("named Tom.", exact=True).wait_for()
+    page.keyboard.press("m")
+    shown.get_by_text("Question 1?").wait_for()
+    page.keyboard.press("m")
+    page.get_by_text("Mark the right words first").wait_for()
+    page.keyboard.down("r")
+    page.keyboard.down("r")  # as a key repeats that is held
+    shown.get_by_text("Question 2?").wait_for()
+    page.keyboard.down("r")
+    page.keyboard.up("r")
+    page.keyboard.press("s")
+    shown.get_by_text("Question 3?").wait_for()
+    found = [(v.question, v.verdict) for v in verdicts.load(path).verdicts]
+    assert found == [
+        ("Question 0?", "marked"), ("Question 1?", "right"), ("Question 2?", "skipped"),
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

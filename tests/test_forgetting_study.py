@@ -88,6 +88,16 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return study
 
 
+def test_figures_of_two_bases_do_not_meet(study: Any, tmp_path: Path) -> None:
+    study()
+    other = model_folder(tmp_path / "other", initializer_range=0.3)
+    with pytest.raises(SystemExit, match=r"out.json holds figures with .* name another file"):
+        study("--base", other, "--work", "elsewhere")
+    Path("out.json").write_text("[]")
+    with pytest.raises(SystemExit, match=r"out.json holds no such figures"):
+        study()
+
+
 def kept_replies(name: str) -> list[dict[str, Any]]:
     """What a study has kept of a model's chat."""
     kept = Path("results/forgetting", name, "chat.json")

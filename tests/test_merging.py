@@ -415,6 +415,17 @@ def test_an_adapter_on_a_base_it_does_not_fit_names_both(
     )
 
 
+def test_a_base_whose_sampling_flags_do_not_fit_can_be_saved(tmp_path: Path) -> None:
+    """Loading takes a temperature without sampling, and saving would refuse it."""
+    folder = Path(model_folder(tmp_path))
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(
+        json.dumps(config | {"temperature": 0.9, "top_p": 0.6})
+    )
+    modeling.load_model(ModelArguments(model_name=str(folder))).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+
+
 def test_weights_that_were_cut_off_are_named(tmp_path: Path) -> None:
     name = model_folder(tmp_path)
     adapter = adapter_on(tiny_model(), 0.1, tmp_path / "adapter")

@@ -331,6 +331,41 @@ def test_the_same_id_twice(stage: Any) -> None:
     assert "2  id: another question had it, a number added (--mend)" in output
 
 
+def test_a_question_that_got_a_number_is_known_by_the_id_it_had(stage: Any) -> None:
+    """Ids may stand for paragraphs; a question's rows are joined, and stay in one split."""
+    rows = [row(answer="1655"), row(question="Two?", answer="1655"),
+            row(question="Two?", answer="in 1655")]  # fmt: skip
+    records, output = stage(rows, "test.json", "--mend")
+    assert [(r["id"], r["answers"]["text"]) for r in records] == [
+        ("q", ["1655"]), ("q-2", ["1655", "in 1655"]),
+    ]  # fmt: skip
+    assert "1  joined to the same question before it" in output
+    Path("train.json").write_text(json.dumps(rows[:2]))
+    flags = ("--train_files", "train.json", "--validation_ratio=0", "--mend")
+    _, output = stage(rows[1:2], "test.json", *flags)
+    assert "it is in the train split too, same id and text" in output
+
+
+def test_tables_as_spreadsheets_leave_them(stage: Any) -> None:
+    """Empty rows at the end, a space behind the delimiter, a cell that looks like a list."""
+    text = "See [3] and {{1}}. It was founded in 1655."
+    table = f'id,context,question,answers\na,"{text}",When?, 1655\nb,"{text}",What?,[3]\n,,,\n,,,\n'
+    records, _ = stage(table + f'c,"{text}",Which?,{{{{1}}}}\n', "test.csv")
+    assert [r["answers"] for r in records] == [
+        {"text": [words], "answer_start": [text.index(words)]} for words in ("1655", "[3]", "{{1}}")
+    ]
+    _, output = stage("id,context,question,answer,answer\na,x y,Q?,x,y\n", "test.csv")
+    assert "has the column answer more than once" in output
+    _, output = stage("id,context,question,answers\na,x y,Q?,{{1}}\n", "test.csv")
+    assert "an answer is not in its context" in output
+
+
+@pytest.mark.parametrize("name", ["test.json", "test.jsonl"])
+def test_what_is_nested_too_deeply_is_one_line(stage: Any, name: str) -> None:
+    _, output = stage("[" * 100_000, name)
+    assert "nested too deeply" in output
+
+
 def test_train_and_test_with_the_same_ids(stage: Any) -> None:
     """Neither file is at fault where both are numbered from 0, or one is given twice."""
     train = [row(id=n, context=f"{n} {CONTEXT}", answer="1655") for n in range(4)]

@@ -10,8 +10,11 @@ from helpers import Page, make_records, model_folder
 
 import llama_squad
 from llama_squad import __main__ as shell
-from llama_squad import modeling
-from llama_squad.arguments import ModelArguments
+from llama_squad import modeling, thresholds
+from llama_squad.arguments import EvalArguments, ModelArguments, resolve_decoding
+from llama_squad.calibration import Abstention, Calibration
+from llama_squad.config import write_json
+from llama_squad.evaluation import THRESHOLD_FILE
 from llama_squad.feedback import queue
 from llama_squad.predictors.base import group_paragraphs
 from llama_squad.predictors.local import LocalModel
@@ -97,7 +100,7 @@ def test_the_shell(
 ) -> None:  # fmt: skip
     context, question = RECORDS[0]["context"], RECORDS[0]["question"]
     flags = ("--model_name", folder, "--dtype", "float32", "--na_prob_thresh", "1", "--n_best", "3")
-    monkeypatch.setattr("sys.stdin", io.StringIO(context))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(context.encode())))
     piped = run(capsys, *flags, question)
     (tmp_path / "page.txt").write_text(context)
     lines = run(capsys, *flags, "--context", str(tmp_path / "page.txt"), question)
@@ -165,9 +168,44 @@ def test_no_other_file_is_taken_for_answers(tmp_path: Path) -> None:
     asked.write_text(json.dumps({"id": "q", "question": "Who?", "context": "Ann."}) + "\n")
     with pytest.raises(SystemExit, match=r"asked.jsonl holds other lines than answers"):
         shell.main(["--model_name", "M/M", "--input", str(asked), "--output", str(asked)])
+    for other in ('{"data": [1, 2]}', "line one\nline two, cut", '{"id": "q"}\n{"a'):
+        (tmp_path / "other.txt").write_text(other)
+        with pytest.raises(SystemExit, match=r"other.txt holds other lines than answers"):
+            shell.main([
+                "--model_name", "M/M", "--input", str(asked), "--output", str(tmp_path / "other.txt")
+            ])  # fmt: skip
+        assert (tmp_path / "other.txt").read_text() == other  # nothing of it is cut off
     asked.write_text("\n")
     with pytest.raises(SystemExit, match=r"asked.jsonl holds no questions"):
         shell.main(["--model_name", "M/M", "--input", str(asked)])
+
+
+def test_offsets_are_of_the_file_s_own_text(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "One.\r\nTwo.\r\nThe mill opened in 1912."
+    page = tmp_path / "page.txt"
+    page.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    flags = ("--model_name", folder, "--dtype", "float32", "--na_prob_thresh", "1")
+    (answer,) = run(capsys, *flags, "--context", str(page), "When?")
+    assert text[answer["start"] : answer["end"]] == answer["answer"]
+    asked = tmp_path / "asked.json"
+    asked.write_text(json.dumps([
+        {"id": n, "question": "When?", "context": "In 1912."} for n in (0, 7.0, None)
+    ]))  # fmt: skip
+    answers = run(capsys, *flags, "--input", str(asked))
+    assert [answer["id"] for answer in answers] == ["0", "7", "[2]"]
+
+
+def test_a_merged_model_brings_its_threshold(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    args = resolve_decoding(EvalArguments(adapter_name=folder))
+    tuned_for = thresholds._tuning_settings(args, ModelArguments(model_name=folder))
+    kept = {"na_prob_thresh": 0.125, "calibration": {"scale": 0.5, "shift": -1.0}}
+    write_json(Path(folder, THRESHOLD_FILE), kept | {"tuned_for": tuned_for})
+    reader: Any = llama_squad.Reader(folder)
+    found = reader._local._generator.constraint._abstention
+    assert found == Abstention(0.125, Calibration(0.5, -1.0))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from llama_squad.config import write_json
 from llama_squad.feedback import queue, verdicts
 from llama_squad.feedback.queue import CHUNK, Doubt, Item, ReviewQueue, doubt
 from llama_squad.page.desk import Answering, Desk
-from llama_squad.page.review import why_here
+from llama_squad.page.review import show, why_here
 from llama_squad.page.seat import Review, new_seat
 from llama_squad.page.sources import SPLIT_LABEL, Sources
 from llama_squad.reader import Reading, SpanAnswer
@@ -263,6 +263,72 @@ def test_a_verdict_that_cannot_be_written_moves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot write .*feedback.jsonl: Is a directory"):
         review.give(seat, "right", "", "Ada")
     assert seat.given == ()
+
+
+def test_a_verdict_holds_where_the_next_question_cannot_be_shown(tmp_path: Path) -> None:
+    data = dataset_folder(tmp_path, RECORDS[:3])
+    desk = make_desk(tmp_path, {}, dataset_name=data)
+    sources = Sources(desk)
+    review = Review(desk, sources)
+    first = review.next(new_seat(), SPLIT_LABEL.format("train", data))
+
+    def fail(*_: Any) -> Any:
+        raise ValueError("out of memory")
+
+    read, desk.reader.read = desk.reader.read, fail  # type: ignore[method-assign]
+    seat = review.give(first, "right", "", "Ada")
+    assert (len(seat.given), seat.item, seat.fault) == (1, None, "out of memory")
+    assert "out of memory" in show(seat)[0]
+    desk.reader.read = read  # type: ignore[method-assign]
+    seat = review.undo(seat)
+    assert first.item and seat.item and seat.item.key == first.item.key
+    assert (seat.fault, sources.feedback.read().latest()) == ("", {})
+
+
+def test_what_cannot_be_read_is_left_out_and_told(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    rows = [
+        {"id": n, "context": text, "question": "Who?"}
+        for n, text in enumerate(["Ann.", "x" * 400_001])
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    desk = make_desk(tmp_path, {}, review=str(path))
+    review = Review(desk, Sources(desk))
+    seat = review.next(new_seat(), str(path))
+    assert seat.item and seat.item.record["id"] == "0"
+    assert "1 too long to be read are left out" in review.progress(seat)
+    assert review.give(seat, "right", "", "Ada").item is None
+
+
+def test_what_could_not_be_asked_comes_last_and_is_not_right(tmp_path: Path) -> None:
+    data = dataset_folder(tmp_path, RECORDS[:2])
+    desk = make_desk(tmp_path, {}, dataset_name=data)
+    read = desk.reader.read
+
+    def fail_first(records: Sequence[Mapping[str, Any]]) -> list[Reading]:
+        nothing = Reading(None, None, None, None, None, failure="too long for the model")
+        return [nothing if record["id"] == RECORDS[0]["id"] else found
+                for record, found in zip(records, read(records), strict=True)]  # fmt: skip
+
+    desk.reader.read = fail_first  # type: ignore[method-assign]
+    review = Review(desk, Sources(desk))
+    seat = review.next(new_seat(), SPLIT_LABEL.format("train", data))
+    assert seat.item and seat.item.record["id"] == RECORDS[1]["id"]
+    seat = review.give(seat, "right", "", "Ada")
+    assert seat.item and seat.item.doubt == Doubt(-1, queue.UNASKED)
+    with pytest.raises(ValueError, match="no answer that could be right: too long for the model"):
+        review.give(seat, "right", "", "Ada")
+
+
+def test_only_this_model_s_verdicts_say_how_often_it_is_right(tmp_path: Path) -> None:
+    data = dataset_folder(tmp_path, RECORDS[:2])
+    desk = make_desk(tmp_path, {}, dataset_name=data)
+    review, source = Review(desk, Sources(desk)), SPLIT_LABEL.format("train", data)
+    seat = review.give(review.next(new_seat(), source), "right", "", "Ada")
+    other = Review(replace(desk, answering=Answering("other", "", "d2", None)), review.sources)
+    assert "right in" not in other.progress(seat)
+    seat = other.give(seat, "wrong", "", "Ada")
+    assert "2 of 2 judged here, 2 in all · the model is right in 0 of 1." in other.progress(seat)
 
 
 def test_nothing_to_review_says_what_to_do(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ from llama_squad.training.examples import encode_dataset
 from llama_squad.training.merge_error import Sample
 from llama_squad.training.packing import group_paragraphs, row_dataset
 from llama_squad.training.setup import make_validation, prepare_model
-from llama_squad.training.trainer import SquadTrainer, answer_loss
+from llama_squad.training.trainer import SeededByLength, SquadTrainer, answer_loss
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -102,6 +102,57 @@ def test_loss_on_literal_logits() -> None:
     mean = -torch.tensor([0.25, 0.5, 0.25]).log().mean()  # over the vocabulary
     assert smooth.item() == pytest.approx((0.7 * loss + 0.3 * 2 * mean).item())
     assert (right.item(), count.item()) == (1, 2)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_mixtures_of_experts_share_contexts(architecture: str, tmp_path: Path) -> None:
+    """Their balancing loss, which TRL asks for, takes no mask of rows that share contexts."""
+    model = tiny_model(architecture)
+    train = row_dataset(encoded_dataset(make_records(2, [2])), [[[0, 1]], [[2, 3]]])
+    trainer = make_trainer(model, train, tmp_path, per_device_train_batch_size=1)
+    assert model.config.router_aux_loss_coef  # or nothing is tried
+    trainer.train()
+    assert trainer.state.log_history[-1]["train_loss"] > 0
+    assert model.config.output_router_logits is False  # which would be saved
+
+
+def test_the_order_by_length_is_one_of_seed_and_epoch() -> None:
+    lengths = [7, 3, 9, 1, 5, 2, 8, 4] * 4
+    one, other = (SeededByLength(4, lengths, seed=3) for _ in range(2))
+    orders = []
+    for epoch in range(2):
+        one.set_epoch(epoch)
+        orders.append(list(one))
+        torch.rand(1)  # the random state of a run that goes on is another
+    other.set_epoch(1)
+    assert list(other) == orders[1] != orders[0]
+    assert sorted(orders[1]) == list(range(len(lengths)))
+    assert list(SeededByLength(4, lengths, seed=4)) != orders[0]
+
+
+def test_plain_batches_are_resumed_in_their_order(tmp_path: Path) -> None:
+    train = encoded_dataset(make_records(12, [1])).select_columns(["input_ids", "labels", "length"])
+
+    def run(steps: int, checkpoint: str | None = None) -> list[list[list[int]]]:
+        """Train in epochs of three steps; return the ids of each step."""
+        trainer = make_trainer(
+            tiny_model(), train, tmp_path, max_steps=steps, per_device_train_batch_size=4,
+            save_strategy="steps", save_steps=4, train_sampling_strategy="group_by_length",
+        )  # fmt: skip
+        taken, compute_loss = [], trainer.compute_loss
+
+        def keep(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            taken.append(inputs["input_ids"].tolist())
+            return compute_loss(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = keep
+        torch.manual_seed(len(checkpoint or ""))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return taken
+
+    whole = run(8)
+    assert len(whole) == 8
+    assert run(8, str(tmp_path / "checkpoint-4")) == whole[4:]
 
 
 def test_label_smoothing_leaves_the_counts_true(tmp_path: Path) -> None:
@@ -283,6 +334,11 @@ def test_training_goes_on_from_an_adapter(tmp_path: Path) -> None:
     moved = [not torch.equal(tensors(second)[name], tensor) for name, tensor in before.items()]
     assert any(moved)
     assert all(torch.equal(tensors(first)[name], tensor) for name, tensor in before.items())
+    # of an adapter that was trained with another chat template, that
+    template = tiny_tokenizer().chat_template + "{# its own #}"
+    (first / "chat_template.jinja").write_text(template)
+    train_llama_squad.main([*on, "--learning_rate", "0"])
+    assert (second / "chat_template.jinja").read_text() == template
     for more, message in (
         (["--lora_r", "4"], "leave out --lora_r"),
         (["--full_parameters"], "leave out --full_parameters"),
@@ -540,6 +596,7 @@ def parse(*flags: str) -> tuple[Any, ...]:
         ("--trust_remote_code", "True", "never run"),
         ("--hub_strategy", "all_checkpoints", "the final folder alone"),
         ("--pad_token", "x", "attention mask"),
+        ("--router_aux_loss_coef", "0.1", "the answer's tokens alone"),
     ],
 )
 def test_a_flag_that_would_do_nothing_is_refused(
@@ -551,6 +608,17 @@ def test_a_flag_that_would_do_nothing_is_refused(
     said = capsys.readouterr().err
     assert f"{flag} does nothing here" in said
     assert instead in said
+
+
+def test_masks_are_not_counted_for_tokens() -> None:
+    with pytest.raises(ValueError, match="num_tokens in the log counts tokens"):
+        SquadSFTConfig(report_to="none", include_num_input_tokens_seen="non_padding")
+
+
+def test_zero_3_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3 is not supported: take ZeRO-2, or FSDP"):
+        SquadSFTConfig(report_to="none")
 
 
 def test_the_rate_is_a_number_in_the_file_and_on_the_command_line() -> None:
@@ -599,6 +667,9 @@ def test_one_type_to_compute_in(
         )
         assert (parse()[2].bf16, parse()[2].fp16) == (able, False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        parse("--use_cpu")
+    assert "--use_cpu does not hide the GPUs" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(SFTConfig, "__post_init__", lambda self: None)
     assert (parse()[2].bf16, parse()[2].fp16) == (True, False)

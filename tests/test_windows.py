@@ -59,7 +59,8 @@ def test_the_window_that_is_surest_of_an_answer_gives_it() -> None:
     merged = merge_windows(replies, n_best=2)
     assert merged.best == Span("b", -9.0, 53)
     assert merged.completion == "b"
-    assert [(span.text, span.start) for span in merged.spans] == [("a", 3), ("c", 93)]
+    # by their odds: 0.5, 0 and -0.9 against no answer
+    assert [(s.text, s.start, s.score) for s in merged.spans] == [("b", 53, -9.0), ("c", 93, -9.5)]
     nothing = Reply("?", [], -1.0, None, (), -1.0, 1.0)
     assert merge_windows([(0, nothing), (9, reply("a", -5.0, -1.0))]).best == Span("a", -5.0, 12)
     assert merge_windows([(0, nothing), (9, nothing)]).best is None

@@ -60,7 +60,9 @@ def merge_windows(replies: Sequence[tuple[int, Reply]], n_best: int = 1) -> Repl
     """Return the reply to a question that was put to several windows of a context.
 
     It is that of the window with the lowest ``na_prob``, so it abstains only where the question has
-    no answer in any window. Its spans are the ``n_best`` of all windows.
+    no answer in any window. Its spans are the ``n_best`` of all windows, by their odds against no
+    answer in their own window, and scored as if they had these odds in the best one: the
+    log-probabilities of two prompts do not compare.
 
     Args:
         replies: of span decoding, each with the character at which its window begins.
@@ -69,7 +71,13 @@ def merge_windows(replies: Sequence[tuple[int, Reply]], n_best: int = 1) -> Repl
     moved = [_move(reply, start) for start, reply in replies]
     best = min(moved, key=_odds)
     spans: dict[str, Span] = {}
-    for span in sorted((s for r in moved for s in r.spans), key=lambda s: -s.score):
+    odds = [
+        replace(span, score=span.score - reply.no_answer_score + best.no_answer_score)
+        for reply in sorted(moved, key=_odds)  # the best one's first where they tie
+        if reply.no_answer_score is not None and best.no_answer_score is not None
+        for span in reply.spans
+    ]
+    for span in sorted(odds, key=lambda span: -span.score):
         spans.setdefault(span.text, span)
     certain = all(reply.proven_best for reply in moved)
     return replace(best, spans=tuple(spans.values())[:n_best], proven_best=certain)

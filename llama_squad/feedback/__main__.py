@@ -9,7 +9,6 @@ The verdicts themselves are given on the page (``app.py``), and trained on by co
 """
 
 import argparse
-import getpass
 import sys
 from collections.abc import Sequence
 
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--before and --after go together: the result files to compare")
     try:
         if args.source:
-            reviewer = args.reviewer or getpass.getuser()
+            reviewer = args.reviewer or verdicts.user_name()
             new, there = exchange.import_file(args.source, args.feedback, reviewer)
             print(f"{new:,} questions taken in, {there:,} were there with the same answer.")
         feedback = verdicts.load(args.feedback)

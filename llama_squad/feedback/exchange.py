@@ -1,7 +1,6 @@
 """Verdicts out and in: SQuAD 2.0 files that other tools take, and datasets merged with verdicts."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -43,13 +42,12 @@ def export(feedback: Feedback, path: str | Path) -> int:
     if not answered:
         raise ValueError("there is nothing to export: no verdict says yet what a right answer is")
     articles: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    ids: Counter[str] = Counter()
+    ids: set[str] = set()
     sources = []
     for verdict in answered:
         record = verdict.record()
-        ids[verdict.id] += 1
-        number = ids[verdict.id]
-        id_ = verdict.id if number == 1 else f"{verdict.id}-{number}"
+        id_ = _free_id(verdict.id, ids)
+        ids.add(id_)
         texts, starts = record["answers"]["text"], record["answers"]["answer_start"]
         pairs = zip(texts, starts, strict=True)
         question = {

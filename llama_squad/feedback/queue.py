@@ -24,6 +24,8 @@ from llama_squad.sources.records import Fault, read_record
 CHUNK = 32
 """Questions that are read at a time, to look for those worth a look."""
 
+UNASKED = "the model could not be asked"
+
 LEASE_S = 600.0
 """Seconds for which a question that one window shows is not shown in another."""
 
@@ -93,8 +95,10 @@ class Item:
 
 def item_of_row(row: Row, record: Record, threshold: float) -> Item:
     """Weigh a row of a result file; its golds are known."""
+    if row["state"] == "failed":
+        return Item(record, Doubt(-1, UNASKED), row_answer(row))
     log_probs = [span["log_prob"] for span in row["n_best"] or ()]
-    if row["na_prob"] is not None and row["state"] != "failed":
+    if row["na_prob"] is not None:
         row = rethreshold(row, threshold)
     said = row_answer(row)
     right = is_exact_match(said, row["answers"])
@@ -108,6 +112,7 @@ class ReviewQueue:
         items: weighed already.
         unread: records that are yet to be read, ``CHUNK`` at a time.
         weigh: reads records, and says how much they are worth a look.
+        too_long: how many questions were left out, as they are too long to be read.
     """
 
     def __init__(
@@ -115,7 +120,9 @@ class ReviewQueue:
         items: Iterable[Item] = (),
         unread: Iterable[Record] = (),
         weigh: Callable[[Sequence[Record]], list[Doubt]] | None = None,
+        too_long: int = 0,
     ) -> None:
+        self.too_long = too_long
         self._items = sorted(items, key=lambda item: -item.doubt.worth)
         self._unread = list(unread)
         self._weigh = weigh

@@ -8,6 +8,7 @@ as a verdict, and never lost without a word.
 
 import contextlib
 import dataclasses
+import getpass
 import json
 import os
 import uuid
@@ -34,6 +35,14 @@ Key = tuple[str, str, str]
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def user_name() -> str:
+    """Return the name of this machine's user."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # no such user in this container
+        return "reviewer"
 
 
 def _new_uid() -> str:

@@ -94,7 +94,7 @@ class Conversation:
         """Stream the free reply to the question."""
         talks: list[talk.Talk] = [[], []]
         yield from self._stream(
-            lambda: talk.speak(self.desk, context, question, golds, who), talks, context, question
+            lambda: talk.speak(self.desk, context, question, golds, who), talks, context
         )
 
     def on_chat(
@@ -102,19 +102,19 @@ class Conversation:
     ) -> Iterator[Any]:
         """Stream one more turn of the conversation."""
         run = partial(talk.chat, self.desk, said, talks, who)
-        yield from self._stream(run, talks, context, question, said)
+        yield from self._stream(run, talks, context, said)
 
     def on_explain(self, context: str, question: str, talks: Any, who: str) -> Iterator[Any]:
         """Ask for the reasons, as a turn of the conversation."""
         run = partial(talk.chat, self.desk, "Explain your reasoning.", talks, who)
-        yield from self._stream(run, talks, context, question)
+        yield from self._stream(run, talks, context)
 
     def _stream(
         self, run: Callable[[], Iterator[talk.Update]], talks: list[talk.Talk], context: str,
-        question: str, said: str = "",
+        said: str = "",
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         def shown(talks: list[talk.Talk], judged: str, draft: str) -> tuple[Any, ...]:
-            views = [talk.as_shown(t, context, question) for t in talks]
+            views = [talk.as_shown(t, context) for t in talks]
             return talks, *views, judged, draft
 
         try:

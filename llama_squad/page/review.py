@@ -5,8 +5,7 @@ Each verdict is on disk, in ``data/feedback.jsonl``, when the next question show
 
 import json
 import tempfile
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +97,11 @@ class ReviewTab:
         with gr.Row():
             self.own = gr.UploadButton(
                 "Review a file of my own", size="sm", min_width=140,
-                file_types=[".json", ".jsonl", ".csv", ".tsv", ".parquet"],
+                file_types=[".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"],
             )  # fmt: skip
             self.take_in = gr.UploadButton(
                 "Take in a labelled file", size="sm", min_width=140,
-                file_types=[".json", ".jsonl", ".csv", ".tsv", ".parquet"],
+                file_types=[".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"],
             )  # fmt: skip
             self.export = gr.Button("Export as SQuAD 2.0", size="sm", min_width=140)
         self.exported = gr.File(label="Exported", interactive=False, visible=False)
@@ -125,7 +124,7 @@ class ReviewTab:
             if kind == "marked":
                 button.click(self.on_marked, [self.marked, *said], shown, js=MARKED_JS, **options)
             else:
-                button.click(partial(self.on_give, kind), said, shown, **options)
+                button.click(self.giver(kind), said, shown, **options)
         self.bars.select(self.on_pick, said, shown, **options)
         self.undo.click(self.on_undo, self.seat, shown, **options)
         self.own.upload(self.on_upload, self.own, [self.source, self.said], **PRIVATE)
@@ -138,19 +137,27 @@ class ReviewTab:
         """Show the next question of a source."""
         return self._do(lambda: self.review.next(seat, source))
 
-    def on_give(self, kind: Kind, seat: Seat, note: str, reviewer: str) -> tuple[Any, ...]:
-        """Keep a verdict, and show the next question."""
-        return self._do(lambda: self.review.give(seat, kind, note, reviewer))
+    def giver(self, kind: Kind) -> Callable[..., tuple[Any, ...]]:
+        """Return what keeps a verdict of a kind, and shows the next question."""
 
-    def on_marked(self, marked: str, seat: Seat, note: str, reviewer: str) -> tuple[Any, ...]:
+        def on_give(seat: Seat, note: str, name: str, request: gr.Request) -> tuple[Any, ...]:
+            return self._do(lambda: self.review.give(seat, kind, note, _signed(name, request)))
+
+        return on_give
+
+    def on_marked(
+        self, marked: str, seat: Seat, note: str, name: str, request: gr.Request
+    ) -> tuple[Any, ...]:
         """Keep that the marked words are right."""
-        span = json.loads(marked or "null")
-        return self._do(lambda: self.review.give(seat, "marked", note, reviewer, marked=span))
+        span, by = json.loads(marked or "null"), _signed(name, request)
+        return self._do(lambda: self.review.give(seat, "marked", note, by, marked=span))
 
-    def on_pick(self, seat: Seat, note: str, reviewer: str, event: gr.EventData) -> tuple[Any, ...]:
+    def on_pick(
+        self, seat: Seat, note: str, name: str, event: gr.EventData, request: gr.Request
+    ) -> tuple[Any, ...]:
         """Keep that another of the model's spans is right."""
-        rank = int(event._data["rank"])
-        return self._do(lambda: self.review.give(seat, "picked", note, reviewer, rank=rank))
+        rank, by = int(event._data["rank"]), _signed(name, request)
+        return self._do(lambda: self.review.give(seat, "picked", note, by, rank=rank))
 
     def on_undo(self, seat: Seat) -> tuple[Any, ...]:
         """Take the last verdict back."""
@@ -166,10 +173,10 @@ class ReviewTab:
         note = f"{number:,} questions of {name}: press Start."
         return gr.update(choices=self.sources.names(), value=name), card("Taken", note=note)
 
-    def on_import(self, path: str, reviewer: str) -> str:
+    def on_import(self, path: str, name: str, request: gr.Request) -> str:
         """Take the answers of a labelled file for verdicts."""
         try:
-            new, there = exchange.import_file(path, self.review.path, reviewer)
+            new, there = exchange.import_file(path, self.review.path, _signed(name, request))
         except Exception as error:  # whatever failed, the page goes on
             return failed(error)
         return card("Taken in", note=f"{new:,} answers; {there:,} were there already.")
@@ -202,10 +209,16 @@ def _sign(request: gr.Request) -> Any:
     return gr.update(value=signature(request), interactive=not request.username)
 
 
+def _signed(name: str, request: gr.Request) -> str:
+    """Return who says so: whoever logged in, whatever the page sends as a name."""
+    return request.username or name
+
+
 def show(seat: Seat) -> tuple[Any, ...]:
     """Return question, text, answer, bars and the dataset's answer."""
     if seat.item is None or seat.reading is None or seat.answer is None:
-        nothing = card("Question", note=NOTHING_LEFT)
+        tone = "bad" if seat.fault else "plain"
+        nothing = card("Question", note=seat.fault or NOTHING_LEFT, tone=tone)
         return nothing, text_value(NAME, ""), "", {"name": NAME, "bars": []}, ""
     record, answer = seat.item.record, seat.answer
     golds = record.get("answers")
@@ -216,7 +229,7 @@ def show(seat: Seat) -> tuple[Any, ...]:
             [record["question"]],
             why_here(seat.item, answer),
         ),
-        text_value(NAME, record["context"], mark(answer), selectable=True),
+        text_value(NAME, record["context"], mark(answer), selectable=True, about=seat.item.key),
         answer_card(answer, None, "The model's answer"),
         bars_value(NAME, seat.reading, answer, pick=True),
         known,

@@ -26,6 +26,7 @@ class Seat:
         reading: what the model reads there, never abstaining.
         answer: what it answers, at the page's threshold.
         given: the verdicts that it gave, to be undone.
+        fault: why the next question cannot be shown; "" where nothing is wrong.
     """
 
     window: str
@@ -34,6 +35,7 @@ class Seat:
     reading: Reading | None = None
     answer: Reading | None = None
     given: tuple[Verdict, ...] = ()
+    fault: str = ""
 
 
 def new_seat() -> Seat:
@@ -62,7 +64,9 @@ class Review:
             )
         seen = self.sources.feedback.read().seen()
         item = self.sources.get(source).next(seat.window, seen, again)
-        seat = dataclasses.replace(seat, source=source, item=item, reading=None, answer=None)
+        seat = dataclasses.replace(
+            seat, source=source, item=item, reading=None, answer=None, fault=""
+        )
         if item is None:
             return seat
         (reading,) = self.desk.read([item.record])
@@ -101,7 +105,15 @@ class Review:
         )  # fmt: skip
         verdicts.append(self.path, [verdict])
         seat = dataclasses.replace(seat, given=(*seat.given, verdict))
-        return self.next(seat, seat.source)
+        return self._go_on(seat)
+
+    def _go_on(self, seat: Seat, again: Key | None = None) -> Seat:
+        """Show what comes next; where that fails, what was done before holds all the same."""
+        try:
+            return self.next(seat, seat.source, again)
+        except Exception as error:
+            fault = str(error) or type(error).__name__
+            return dataclasses.replace(seat, item=None, reading=None, answer=None, fault=fault)
 
     @staticmethod
     def _corrected(
@@ -109,6 +121,8 @@ class Review:
     ) -> tuple[str, int] | None:
         """Return the right answer and its offset, as a verdict of a kind says it."""
         assert seat.item is not None and seat.reading is not None and seat.answer is not None
+        if kind == "right" and seat.answer.failure:
+            raise ValueError(f"There is no answer that could be right: {seat.answer.failure}")
         if kind == "right" and seat.answer.answer is not None:
             assert seat.answer.start is not None
             return seat.answer.answer, seat.answer.start
@@ -128,18 +142,23 @@ class Review:
             raise ValueError("There is nothing to undo in this window.")
         last = seat.given[-1]
         verdicts.undo(self.path, last)
-        return self.next(dataclasses.replace(seat, given=seat.given[:-1]), seat.source, last.key)
+        return self._go_on(dataclasses.replace(seat, given=seat.given[:-1]), last.key)
 
     def progress(self, seat: Seat) -> str:
         """Say how far the review is, and how much is right."""
         feedback = self.sources.feedback.read()
         latest = feedback.latest()
-        keys = self.sources.get(seat.source).keys() if seat.source else set()
+        queue = self.sources.get(seat.source) if seat.source else None
+        keys = queue.keys() if queue else set()
         judged = [latest[key] for key in keys if key in latest]
         parts = [f"{len(judged):,} of {len(keys):,} judged here, {len(latest):,} in all"]
-        if judged:
-            right = sum(v.verdict == "right" for v in judged)
-            parts.append(f"the model is right in {right:,} of {len(judged):,}")
+        by = dataclasses.asdict(self.desk.answering).items()
+        own = [v for v in judged if by <= dataclasses.asdict(v).items()]
+        if own:  # others are of another model, or of none
+            right = sum(v.verdict == "right" for v in own)
+            parts.append(f"the model is right in {right:,} of {len(own):,}")
+        if queue and queue.too_long:
+            parts.append(f"{queue.too_long:,} too long to be read are left out")
         several, agreed = feedback.agreement()
         if several:
             parts.append(f"reviewers agree on {agreed:,} of {several:,} judged more than once")

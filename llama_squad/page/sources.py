@@ -1,15 +1,14 @@
 """What there is to review, by name: a result file, the dataset's splits, uploaded files."""
 
-import getpass
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llama_squad.answers import NO_ANSWER, Answer
 from llama_squad.feedback import queue
-from llama_squad.feedback.queue import Doubt, ReviewQueue, doubt
-from llama_squad.feedback.verdicts import FeedbackFile
+from llama_squad.feedback.queue import UNASKED, Doubt, ReviewQueue, doubt
+from llama_squad.feedback.verdicts import FeedbackFile, user_name
 from llama_squad.metrics import is_exact_match
 from llama_squad.page.desk import Desk, check_length, decide
 from llama_squad.reader import Reading
@@ -20,11 +19,7 @@ SPLIT_LABEL = "{} split of {}"
 
 def signature(request: Any) -> str:
     """Return the name of who is at the page: as logged in, else as on this machine."""
-    name = getattr(request, "username", None)
-    try:
-        return str(name or getpass.getuser())
-    except (OSError, KeyError):  # no such user in this container
-        return "reviewer"
+    return str(getattr(request, "username", None) or user_name())
 
 
 class Sources:
@@ -78,25 +73,30 @@ class Sources:
         split = name.partition(" ")[0]
         if split not in dataset:
             raise ValueError(f"{self.desk.args.dataset_name} has no {split} split: choose another")
-        return ReviewQueue(unread=map(_record, dataset[split]), weigh=self._weigh)
+        return self._unread(map(_record, dataset[split]))
 
     def _of_file(self, path: Path) -> ReviewQueue:
         if path.suffix.lower() == ".csv" and _is_result_file(path):
             records = _records_of(path, self.desk.args.dataset_name)
             threshold, calibration = self.desk.threshold, self.desk.calibration
-            return ReviewQueue(queue.items_of_results(path, records, threshold, calibration))
-        return ReviewQueue(unread=queue.records_of_file(path), weigh=self._weigh)
+            items = queue.items_of_results(path, records, threshold, calibration)
+            asked = [item for item in items if _can_be_read(item.record)]
+            return ReviewQueue(asked, too_long=len(items) - len(asked))
+        return self._unread(queue.records_of_file(path))
+
+    def _unread(self, records: Iterable[Mapping[str, Any]]) -> ReviewQueue:
+        """Return the queue of records that are yet to be read, but for those that cannot be."""
+        found = list(records)
+        asked = [record for record in found if _can_be_read(record)]
+        return ReviewQueue(unread=asked, weigh=self._weigh, too_long=len(found) - len(asked))
 
     def _weigh(self, records: Sequence[Mapping[str, Any]]) -> list[Doubt]:
         """Read records, and say how much each is worth a look."""
-        asked = [record for record in records if _can_be_read(record)]
-        readings = iter(self.desk.read(asked) if asked else [])
-        return [
-            self._doubt(record, next(readings)) if _can_be_read(record) else Doubt(-1, "too long")
-            for record in records
-        ]
+        return list(map(self._doubt, records, self.desk.read(records)))
 
     def _doubt(self, record: Mapping[str, Any], reading: Reading) -> Doubt:
+        if reading.failure:
+            return Doubt(-1, UNASKED)
         right = None
         if "answers" in record:
             answer = decide(reading, self.desk.threshold).answer

@@ -13,7 +13,7 @@ from llama_squad.answers import NO_ANSWER, Answer, extract_answer
 from llama_squad.metrics import is_exact_match, score_answer
 from llama_squad.page.desk import Desk
 from llama_squad.page.style import card
-from llama_squad.prompts import Message
+from llama_squad.prompts import Message, question_of
 
 Talk = list[Message]
 
@@ -103,16 +103,16 @@ def answered_turns(talk: Sequence[Message]) -> Talk:
     ]
 
 
-def as_shown(talk: Sequence[Message], context: str = "", question: str = "") -> Talk:
-    """Write a conversation for the chatbot: its prompts folded to their question, and escaped.
+def as_shown(talk: Sequence[Message], context: str = "") -> Talk:
+    """Write a conversation for the chatbot: prompts about a text folded to their question; escaped.
 
     The chatbot takes contents for HTML even without Markdown; escaped, "</s>" is seen.
     """
     shown = []
     for message in talk:
         content = message["content"]
-        if context and message["role"] == "user" and context in content:
-            content = question
+        if message["role"] == "user":
+            content = question_of(content, context) or content
         shown.append({**message, "content": html.escape(content, quote=False)})
     return shown
 

@@ -166,7 +166,7 @@ render();
 KEYS_JS = """
 document.addEventListener('keydown', (event) => {
   if (!element.isConnected || !element.offsetParent) return;
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
   const at = event.target;
   if (at.closest && at.closest('input, textarea, select, [contenteditable=true]')) return;
   const id = /^[1-9]$/.test(event.key) ? 'pick-' + event.key : 'key-' + event.key.toLowerCase();
@@ -217,7 +217,11 @@ def keys_element(keys: Sequence[tuple[str, str]]) -> Any:
 
 
 def text_value(
-    name: str, text: str, marks: Sequence[dict[str, Any]] = (), selectable: bool = False
+    name: str,
+    text: str,
+    marks: Sequence[dict[str, Any]] = (),
+    selectable: bool = False,
+    about: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return what a text element shows.
 
@@ -226,8 +230,11 @@ def text_value(
         text: as it stands.
         marks: ``mark(…)`` of each span.
         selectable: spans can be selected, by mouse, touch, or arrow keys.
+        about: what it is shown for: the browser draws anew, and forgets what is selected, where
+            anything of this value is another.
     """
-    return {"name": name, "text": text, "marks": list(marks), "selectable": selectable}
+    value = {"name": name, "text": text, "marks": list(marks), "selectable": selectable}
+    return value | {"about": list(about)}
 
 
 def mark(reading: Reading, kind: str = "answer") -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_squad.answers import NO_ANSWER, format_answer
+from llama_squad.calibration import sigmoid
 from llama_squad.decoding.replies import Reply, Span
 from llama_squad.predictors.base import Batch, Prediction
 from llama_squad.prompts import Record
@@ -133,7 +134,7 @@ class ExtractiveModel:
 
     def _prediction(self, record: Record, best: Span | None, nothing: float) -> Prediction:
         margin = nothing - best.score if best else math.inf
-        na_prob = float(torch.sigmoid(torch.tensor(margin)))
+        na_prob = sigmoid(margin)
         if best is None or na_prob > self._threshold:
             text, score = NO_ANSWER, nothing
         else:

@@ -46,6 +46,7 @@ class Cleaner:
     _ids: dict[str, tuple[str, Record]] = field(default_factory=dict)
     _numbers: Counter[str] = field(default_factory=Counter)
     _unnamed: dict[tuple[str, str, str], Record] = field(default_factory=dict)
+    _named: dict[tuple[str, str, str], tuple[str, Record]] = field(default_factory=dict)
 
     def clean(
         self, rows: Iterable[InputRow], file: str, split: str, name: str = ""
@@ -101,8 +102,11 @@ class Cleaner:
         if ID_MADE in changes:
             text = (split, record["context"], record["question"])
             owner, twin = split, self._unnamed.setdefault(text, record)
-        else:
-            owner, twin = self._ids.get(record["id"], (split, record))
+        else:  # by the id that its file gives it, or by one that was made or numbered
+            text = (record["id"], record["context"], record["question"])
+            found = self._named.get(text) or self._ids.get(record["id"])
+            owner, twin = found or (split, record)
+            self._named.setdefault(text, (split, record))
         if twin is not record and _same_question(twin, record):
             if owner != split:
                 raise Fault(

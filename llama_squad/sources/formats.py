@@ -30,6 +30,7 @@ _LISTS = ("answers", "answer_start")
 _DELIMITERS = ",;\t|"
 _ARRAY = re.compile(r"\barray\((\[.*?\])(?:,\s*dtype=\w+)?\)(?=[,}])", re.S)
 _NO_OBJECT = "not a JSON object"
+_TOO_DEEP = "lists or objects nested too deeply"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +93,12 @@ def flat_row(place: str, values: Any) -> InputRow:
 # JSON ----------------------------------------------------------------------------------------
 
 
-def _text(path: Path) -> str:
-    content = path.read_bytes()
+def decode(content: bytes, name: str | Path) -> str:
+    """Return the text of a file in UTF-8, with a byte-order mark or without, or in UTF-16 with one.
+
+    Raises:
+        ValueError: it is neither; ``name`` says which file.
+    """
     # spreadsheets save "Unicode text" as UTF-16, which its byte-order mark tells
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
@@ -101,18 +106,20 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         if b"\0" in content:
             raise ValueError(
-                f"{path} is no text, but binary, as a spreadsheet's own files are: export it as "
+                f"{name} is no text, but binary, as a spreadsheet's own files are: export it as "
                 "CSV in UTF-8"
             ) from error
-        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+        raise ValueError(f"{name} is not UTF-8 text ({error}): save it as UTF-8") from error
 
 
 def _json(path: Path) -> Iterator[InputRow]:
-    text = _text(path)
+    text = decode(path.read_bytes(), path)
     if not text.strip():
         return
     try:
         content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path} is of no known form ({_TOO_DEEP}): {FORMS}") from error
     except json.JSONDecodeError as error:
         # one object on a line, then another: JSON lines under another name
         first = text[: error.pos]
@@ -166,13 +173,15 @@ def _paragraph(paragraph: Any, at: str, title: Any, article: str) -> Iterator[In
 def _json_lines(path: Path) -> Iterator[InputRow]:
     first = True
     # not splitlines(): a context may hold U+2028, which JSON leaves as it is
-    for n, line in enumerate(_text(path).split("\n"), 1):
+    for n, line in enumerate(decode(path.read_bytes(), path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = flat_row(f"line {n}", json.loads(line))
         except json.JSONDecodeError as error:
             row = InputRow(f"line {n}", fault=f"not JSON ({error.msg})")
+        except RecursionError:
+            row = InputRow(f"line {n}", fault=_TOO_DEEP)
         if first and row.values:
             check_columns([*row.values, "answer"], str(path))  # another line may have the answer
             first = False
@@ -183,23 +192,31 @@ def _json_lines(path: Path) -> Iterator[InputRow]:
 
 
 def _csv(path: Path, answered: bool) -> Iterator[InputRow]:
-    text = _text(path)
+    text = decode(path.read_bytes(), path)
     csv.field_size_limit(2**31 - 1)  # the default refuses contexts of over 131,072 characters
     header, delimiter = _header(text)
     check_columns(header, str(path), answered)
+    if twice := sorted({name for name in header if name in COLUMNS and header.count(name) > 1}):
+        raise ValueError(
+            f"{path} has the column {twice[0]} more than once: name one otherwise (several answers "
+            'to a question go into one cell of "answers", as a list, or on rows of their own)'
+        )
     # strict: else a quote that is not closed takes the rows that follow into its cell
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     n = 0  # rows read, as a spreadsheet counts them
     try:
         for n, cells in enumerate(reader, 1):
-            if n == 1:
+            if n == 1 or not any(map(str.strip, cells)):  # spreadsheets end with empty rows
                 continue
             if len(cells) > len(header):
                 fault = f"more cells than columns (a text with {delimiter!r} needs quotes)"
                 yield InputRow(f"row {n}", fault=fault)
-            elif cells:
+            else:
                 values: dict[str, Any] = dict(zip(header, cells, strict=False))
-                values |= {n: _cell(values[n]) for n in _LISTS if n in values}
+                context = values.get("context", "")
+                for name in _LISTS:  # but for a cell that is words of the text, such as "[3]"
+                    if name in values and values[name] not in context:
+                        values[name] = _cell(values[name])
                 yield InputRow(f"row {n}", values)
     except csv.Error as error:
         raise ValueError(
@@ -230,7 +247,7 @@ def _cell(text: str) -> Any:
     for read in readers:
         try:
             return read(plain)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     return text
 

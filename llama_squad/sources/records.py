@@ -169,8 +169,11 @@ def _read_answers(value: Any, starts: Any) -> list[tuple[str, int | None]]:
         text = as_text(item)
         if text is None:
             raise Fault("an answer is no text")
-        if nested or text.strip():
-            given.append((text, _offset(start)))
+        offset = _offset(start)
+        if offset is None:  # so nothing says that the spaces around it belong to it
+            text = text.strip()
+        if nested or text:
+            given.append((text, offset))
     return given
 
 

@@ -35,6 +35,7 @@ REPLACED = {
     "eos_token": "the chat template ends the turn",
     "pad_token": "padding is told apart by the attention mask",
     "remove_unused_columns": "the collator takes what it needs",
+    "router_aux_loss_coef": "the loss is that of the answer's tokens alone",
     "hub_strategy": "what is pushed is the final folder alone, at the end",
     "trust_remote_code": "code from a model's repository is never run",
 }
@@ -60,6 +61,8 @@ class SquadSFTConfig(TrainerArguments, SFTConfig):  # type: ignore[misc]  # bf16
         """Resolve what depends on the machine, and refuse flags that would do nothing."""
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 name two types to compute in: give one of them")
+        if self.use_cpu and torch.cuda.is_available():
+            raise ValueError("--use_cpu does not hide the GPUs: CUDA_VISIBLE_DEVICES='' does")
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available()
             able = torch.cuda.is_bf16_supported() if on_gpu else cpu_multiplies_bfloat16()
@@ -74,8 +77,14 @@ class SquadSFTConfig(TrainerArguments, SFTConfig):  # type: ignore[misc]  # bf16
         for name, reason in REPLACED.items():
             if getattr(self, name) != defaults[name].default:
                 raise ValueError(f"--{name} does nothing here: {reason}")
+        if self.include_num_input_tokens_seen == "non_padding":
+            raise ValueError(
+                "--include_num_input_tokens_seen non_padding would count masks of rows that share "
+                "contexts: num_tokens in the log counts tokens"
+            )
         preflight.check_deepspeed(self.deepspeed)
         super().__post_init__()
+        preflight.check_zero_stage()
         preflight.check_packages(self)
         if self.fsdp:  # as accelerate does, but before the model is loaded
             os.environ["ACCELERATE_USE_FSDP"] = "true"

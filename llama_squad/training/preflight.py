@@ -15,6 +15,14 @@ def check_deepspeed(config: Any) -> None:
         raise ValueError("--deepspeed needs its package: pip install deepspeed")
 
 
+def check_zero_stage() -> None:
+    """Refuse ZeRO-3, which parts the weights before a model can be tried. Raises ValueError."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("DeepSpeed's ZeRO-3 is not supported: take ZeRO-2, or FSDP (--fsdp)")
+
+
 def check_packages(args: Any) -> None:
     """Refuse what needs a package that is not installed: kernels, trackers, optimizers.
 

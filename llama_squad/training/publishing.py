@@ -57,7 +57,7 @@ def save_final(trainer: Any, settings: dict[str, Any]) -> Path:
     trainer.save_model(str(aside), _internal_call=True)
     trainer.accelerator.wait_for_everyone()
     if first:
-        metrics = _metrics(trainer.state.log_history)
+        metrics = _metrics(_of_the_saved(trainer))
         save_run_config(aside, "train", **settings, figures=metrics)
         (aside / "README.md").write_text(model_card(settings, metrics), encoding="utf-8")
         _put_in_place(aside, folder)
@@ -101,6 +101,14 @@ def _remove_merged(merged: Path) -> None:
         print(f"Removed {merged}: an earlier run's weights were merged in it.")
 
 
+def _of_the_saved(trainer: Any) -> list[dict[str, Any]]:
+    """Return the log, without evaluations later than the weights that are saved."""
+    history, best = trainer.state.log_history, trainer.state.best_global_step
+    if not (trainer.args.load_best_model_at_end and best):
+        return history
+    return [e for e in history if e["step"] <= best or not any(k.startswith("eval_") for k in e)]
+
+
 def _metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the last value of each figure that was logged."""
     metrics: dict[str, Any] = {}
@@ -109,6 +117,8 @@ def _metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
     kept = ("step", "epoch", "loss", "train_loss", "mean_token_accuracy", "num_tokens")
     return {k: v for k, v in metrics.items() if k in kept or k.startswith("eval_")}
 
+
+_LOSS_ON = {"reply": "the replies only", "all": "all tokens, prompts too"}
 
 _MERGE_TEXT = """\
 The adapter was merged into its base in float32, and the sums written so that small updates survive.
@@ -130,6 +140,8 @@ def model_card(
     library = "transformers" if args.full_parameters or merge else "peft"
     flag = "--model_name" if merge else "--adapter_name"
     section = f"\n## The merge\n\n{_MERGE_TEXT}\n\n{merge.table()}\n" if merge else ""
+    rate = settings["trainer"]["learning_rate"]
+    chat = f", {args.chat_share:.0%} of them plain chat" if args.chat_share else ""
     # The Hub refuses a card whose metadata name a folder; the dataset always is one.
     known = not Path(model_args.model_name).is_dir()
     base = f"base_model: {model_args.model_name}\n" if known else ""
@@ -142,7 +154,7 @@ tags: [squad, question-answering, trl, sft]
 
 Fine-tuned with {method} on `{args.dataset_name}`: given a context and a question it replies with
 JSON whose "answer" is a span of the context word for word, or "?" where the context holds none.
-The loss fell on the answers only; learning rate {settings["trainer"]["learning_rate"]}.
+The loss fell on {_LOSS_ON[args.loss_on]}{chat}; learning rate {rate}.
 
 ## Figures of the run
 

@@ -27,7 +27,9 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     set_seed(sft_args.seed)
     checkpoint = checkpoints.find_checkpoint(sft_args.resume_from_checkpoint, sft_args.output_dir)
     dataset = _load_dataset(args, sft_args)
-    encoder = modeling.load_encoder(model_args, args.reasoning_tokens, filler=args.filler)
+    encoder = modeling.load_encoder(
+        model_args, args.reasoning_tokens, args.from_adapter, args.filler
+    )
     record = checkpoints.run_record(settings, dataset["train"], encoder, sft_args.world_size)
     differ = checkpoints.check_resume(checkpoint, record, args.resume_anyway)
     encoded = _encode(dataset, encoder, args, sft_args, settings.get("prompt", "single_turn"))

@@ -22,7 +22,7 @@ from llama_squad.lora import quicken
 from llama_squad.metrics import Outcome, strict_counts, strict_outcome
 from llama_squad.predictors.base import batch_paragraphs
 from llama_squad.predictors.local import LocalModel
-from llama_squad.processes import is_sharded, this_process
+from llama_squad.processes import is_sharded, of_first, this_process
 from llama_squad.prompts import build_messages
 from llama_squad.training.checkpoints import digest
 from llama_squad.training.packing import Plan, plan_rows, row_dataset
@@ -71,7 +71,7 @@ def check_shared_contexts(
     """Return why contexts cannot be shared, as found on a row of the run; else "", and say so."""
     probe = RowProbe(model, collator, row["paragraphs"])
     why = why_not_shared(model, probe)
-    if not why and this_process().is_main_process:
+    if not why:
         print(
             f"Shared contexts checked on {len(probe.examples)} questions: none sees another, and "
             "the last one gives the logits that it gives alone."
@@ -123,19 +123,21 @@ def lay_out(
     With rows, ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` of the returned
     settings mean rows, so that a step holds about as many questions as ``sft_args`` asks for.
     """
-    settings: dict[str, Any] = {} if "val" in encoded else {"eval_strategy": "no"}
+    no_val = {"eval_strategy": "no", "eval_on_start": False}
+    settings: dict[str, Any] = {} if "val" in encoded else no_val
     why = "as asked"
     if args.loss_on == "all":
         why = "the loss falls on all tokens"
     elif args.share_context:
-        limit = longest_shared(model)
+        limit = of_first(lambda: longest_shared(model))  # under FSDP it alone may hold the weights
         planned = _plan_splits(args, sft_args, encoded, limit)
         features = {name: row_dataset(encoded[name], plan.rows) for name, plan in planned.items()}
         windows = attention_windows(model.config)
         tried = planned["train"].row_to_try(encoded["train"]["length"], windows.values())
         why = f"every paragraph holds an example of more than {limit} tokens"
         if tried is not None:
-            why = check_shared_contexts(model, collator, features["train"][tried])
+            row = features["train"][tried]
+            why = of_first(lambda: check_shared_contexts(model, collator, row))
         if not why:
             if sft_args.process_index == 0:
                 print(planned["train"].describe())

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
 from llama_squad.config import save_run_config
 from llama_squad.encoding import IGNORE
+from llama_squad.processes import this_process
 from llama_squad.supervised import CrossEntropy, answer_logits, next_tokens
 from llama_squad.training.packing import count_questions
 from llama_squad.tree import kept_logits, widen
@@ -53,11 +55,10 @@ def chat_logits_of_base(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch
     (but not with several processes, which must do the same).
     """
     keep = next_tokens(inputs["chat"], 0) & (next_tokens(inputs["labels"], IGNORE) != IGNORE)
-    alone = not hasattr(model, "module")
-    if alone and not keep.any():
+    if this_process().num_processes == 1 and not keep.any():
         return None
     # before the tuned pass: switching an adapter off and on again touches what is trained
-    with torch.no_grad(), (model if alone else model.module).disable_adapter():
+    with torch.no_grad(), getattr(model, "module", model).disable_adapter():
         return kept_logits(model, inputs, keep)
 
 
@@ -102,7 +103,14 @@ class SquadTrainer(SFTTrainer):
         model = kwargs["model"]
         in_4_bits = getattr(model, "is_loaded_in_4bit", False)
         exact = [(p, p.data) for p in model.parameters() if in_4_bits and p.requires_grad]
+        config = model.config.get_text_config()
+        routed = getattr(config, "output_router_logits", None)
         super().__init__(**kwargs)
+        # TRL asks mixtures of experts for their balancing loss, which is no part of ours, and which
+        # they cannot take of rows that share contexts
+        self.aux_loss_enabled = False
+        if routed is not None:
+            config.output_router_logits = routed
         # of any model: some say no, and would be given no number of tokens to divide by
         self.model_accepts_loss_kwargs = True
         self._validate = validate
@@ -199,6 +207,14 @@ class SquadTrainer(SFTTrainer):
             "tokens_saved": round(1 - tokens / max(plain, 1), 4),
         }
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the library's sampler; that by length with an order that a resumed run repeats."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return SeededByLength(sampler.batch_size, sampler.lengths, seed)
+        return sampler
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save the run's settings first: the trainer's state comes last, and marks it complete."""
         if self._settings is not None and self.args.should_save:
@@ -260,6 +276,31 @@ class SquadTrainer(SFTTrainer):
         self._since += seconds
         self._started += seconds
         return metrics
+
+
+class SeededByLength(LengthGroupedSampler):
+    """Examples of about one length together, in an order that seed and epoch alone decide.
+
+    The library's own takes torch's random state, which is another one in a run that is resumed.
+
+    Args:
+        batch_size: examples of a step.
+        lengths: of all examples.
+        seed: of the order.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self._seed, self._epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of an epoch; accelerate calls this before each."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Any:
+        """Yield the indices of the epoch."""
+        self.generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        return super().__iter__()
 
 
 class LossBar(ProgressCallback):
