@@ -275,11 +275,11 @@ def test_a_verdict_holds_where_the_next_question_cannot_be_shown(tmp_path: Path)
     def fail(*_: Any) -> Any:
         raise ValueError("out of memory")
 
-    read, desk.reader.read = desk.reader.read, fail  # type: ignore[method-assign]
+    read, desk.reader.read = desk.reader.read, fail
     seat = review.give(first, "right", "", "Ada")
     assert (len(seat.given), seat.item, seat.fault) == (1, None, "out of memory")
     assert "out of memory" in show(seat)[0]
-    desk.reader.read = read  # type: ignore[method-assign]
+    desk.reader.read = read
     seat = review.undo(seat)
     assert first.item and seat.item and seat.item.key == first.item.key
     assert (seat.fault, sources.feedback.read().latest()) == ("", {})
@@ -310,7 +310,7 @@ def test_what_could_not_be_asked_comes_last_and_is_not_right(tmp_path: Path) -> 
         return [nothing if record["id"] == RECORDS[0]["id"] else found
                 for record, found in zip(records, read(records), strict=True)]  # fmt: skip
 
-    desk.reader.read = fail_first  # type: ignore[method-assign]
+    desk.reader.read = fail_first
     review = Review(desk, Sources(desk))
     seat = review.next(new_seat(), SPLIT_LABEL.format("train", data))
     assert seat.item and seat.item.record["id"] == RECORDS[1]["id"]
