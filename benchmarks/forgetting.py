@@ -74,7 +74,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = list(sys.argv[1:] if argv is None else argv)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     args = parser.parse_args(arguments[:cut])
-    args.test_options, args.command = arguments[cut + 1 :], arguments
+    options = arguments[cut + 1 :]
+    if not {"free", "--decoding=free", "--tune_threshold"} & {*options}:
+        options = ["--na_prob_thresh", "0.5", *options]  # whatever is kept with an adapter
+    args.test_options, args.command = options, arguments
     args.adapter, args.results = (dict(map(_pair, v)) for v in (args.adapter, args.results))
     if BASE in args.adapter:
         parser.error(f"no adapter may be called {BASE}")
@@ -146,11 +149,12 @@ class Study:
             if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
                 raise ValueError(f"{args.output} holds no such figures: name another by --output")
             self._published, found = content, content["settings"]
-            if found != settings:
+            if found != {name: settings.get(name) for name in found}:  # older files say less
                 raise ValueError(
                     f"{args.output} holds figures with {found}, not {settings}: "
                     "name another file by --output"
                 )
+            settings = found
         self._published["settings"] = settings
 
     def measure(self, name: str) -> None:
@@ -222,7 +226,7 @@ class Study:
                 "--dtype", self._args.dtype, "--dataset_name", self._args.dataset_name,
                 "--sample", "paragraphs", "--num_samples", str(self._args.questions),
                 "--output", str(file), *(["--adapter_name", adapter] if adapter else []),
-                *(self._args.test_options or ["--na_prob_thresh", "0.5"]),  # whatever is kept there
+                *self._args.test_options,
             ]  # fmt: skip
             subprocess.run(command, check=True)
             write_json(mark, content | {"command": command})

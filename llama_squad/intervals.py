@@ -30,12 +30,12 @@ def mean_interval(values: Sequence[float], z: float = Z_95) -> Interval:
     """Return the normal interval of a mean of values in [0, 1], as percentages, cut to [0, 100].
 
     The mean ± z standard errors (the central limit theorem; no random resampling, so the figure is
-    the same each time). One value alone gives (0, 100). Values that are all 0 or 1 are a
-    proportion, of which Wilson's interval is better: it has a width where all are the same.
+    the same each time). One value alone gives (0, 100). Where all are 0, or all 1, it is Wilson's,
+    which has a width there.
     """
     if not values:
         raise ValueError("no interval of a mean of nothing")
-    if len(values) > 1 and all(value in (0, 1) for value in values):
+    if len(values) > 1 and values[0] in (0, 1) and min(values) == max(values):
         return wilson_interval(round(math.fsum(values)), len(values), z)
     mean = math.fsum(values) / len(values)
     half = z * standard_error(values)

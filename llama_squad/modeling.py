@@ -24,7 +24,7 @@ from llama_squad.arguments import ModelArguments
 from llama_squad.config import RUN_CONFIG
 from llama_squad.encoding import ChatEncoder, reasoning_token_id
 from llama_squad.processes import take_free_cores, this_process
-from llama_squad.tree import gather_hidden
+from llama_squad.tree import ask_no_router, gather_hidden
 from llama_squad.weights import acts_from, base_of, find_file, one_line, whole_model
 
 
@@ -208,10 +208,10 @@ def load_model(
 
 
 def _make_usable(model: Any, quantize: bool) -> None:
-    """Mend what was loaded: unused sampling flags, windows of no width, 4 bits, several devices."""
+    """Mend what was loaded: sampling flags that saving refuses, windows of no width, 4 bits."""
     config = model.config.get_text_config()
-    sampling = getattr(model, "generation_config", None)
-    if sampling is not None and not sampling.do_sample:  # else saving refuses what loading took
+    ask_no_router(model)
+    if (sampling := getattr(model, "generation_config", None)) and not sampling.do_sample:
         sampling.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
     if getattr(config, "sliding_window", None) == 0:  # which masks would take for seeing nothing
         config.sliding_window = None

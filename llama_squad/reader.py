@@ -12,6 +12,7 @@ Uses predictors and decoding; knows nothing of datasets or result files.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 from llama_squad import modeling, weights
@@ -67,7 +68,8 @@ class Reader:
 
     Args:
         name: an adapter, a merged model or a chat model: a folder, or a name on the Hub. An adapter
-            brings its base, the prompt it was trained on, and its tuned threshold and calibration.
+            brings its base and the prompt it was trained on; a folder the threshold and calibration
+            that were tuned for it.
         model_name: another base for the adapter.
         num_beams: as ``--num_beams``; 4 by default.
         n_best: how many spans to give of each question.
@@ -94,9 +96,9 @@ class Reader:
         max_new_tokens: int = 256,
         span_boundaries: Literal["word", "any"] = "word",
     ) -> None:
-        # a merged model is taken for one, too, where a threshold was tuned for it
-        files = ("adapter_config.json", THRESHOLD_FILE)
-        adapter = name if any(weights.find_file(name, file) for file in files) else None
+        # a merged model with a threshold that was tuned for it is taken for one, too
+        tuned = Path(name, THRESHOLD_FILE).is_file()
+        adapter = name if tuned or weights.find_file(name, "adapter_config.json") else None
         settings = weights.saved_settings(adapter, None if adapter else name)
         base = model_name or (settings["model_name"] if adapter else name)
         model_args = ModelArguments(model_name=base, dtype=dtype)

@@ -30,7 +30,7 @@ from llama_squad.processes import of_first, this_process
 from llama_squad.result_reader import iter_results
 from llama_squad.results import differences
 from llama_squad.rows import log_odds, recalibrate, row_answer
-from llama_squad.weights import find_file, weights_digest, whole_model
+from llama_squad.weights import weights_digest, whole_model
 
 DEFAULT_THRESHOLD = Abstention().threshold
 
@@ -60,8 +60,8 @@ def load_abstention(args: EvalArguments, model_args: ModelArguments) -> Abstenti
         ValueError: the adapter's file is damaged.
     """
     given = DEFAULT_THRESHOLD if args.na_prob_thresh is None else args.na_prob_thresh
-    path = find_file(args.adapter_name, THRESHOLD_FILE) if args.adapter_name else None
-    if path is None or args.decoding == "free":
+    path = Path(args.adapter_name or "", THRESHOLD_FILE)
+    if not args.adapter_name or not path.is_file() or args.decoding == "free":
         return Abstention(given)
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))

@@ -275,6 +275,13 @@ def _in_form(model: Any, visible: torch.Tensor) -> torch.Tensor:
     return MASK_FORMS[_attention(model)](model, visible)
 
 
+def ask_no_router(model: Any) -> None:
+    """Let a mixture of experts take no balancing loss, which cannot be had of a tree's mask."""
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", None):
+        config.output_router_logits = False
+
+
 def longest_shared(model: Any) -> int | None:
     """Return how many tokens an example may have that shares a row; None where there is no limit.
 

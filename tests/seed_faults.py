@@ -264,15 +264,15 @@ FAULTS = [
     Fault(
         "grammar: a span may begin inside of a word",
         "llama_squad/decoding/spans.py",
-        "if edges[index]:",
-        "if True:",
+        "if edges[index] and chunk:",
+        "if chunk:",
         f"{DECODING} -k spelled_and_nothing_else",
     ),
     Fault(
         "grammar: quotes in a context are not escaped",
         "llama_squad/decoding/spans.py",
-        "chunks = [escape_answer(char).encode() for char in context]",
-        "chunks = [char.encode() for char in context]",
+        "chunks = [escape_answer(char).encode() for char in chars]",
+        "chunks = [char.encode() for char in chars]",
         f"{DECODING} -k spelled_and_nothing_else",
     ),
     Fault(

@@ -340,6 +340,12 @@ def test_a_question_that_got_a_number_is_known_by_the_id_it_had(stage: Any) -> N
         ("q", ["1655"]), ("q-2", ["1655", "in 1655"]),
     ]  # fmt: skip
     assert "1  joined to the same question before it" in output
+    records, output = stage(rows, "test.json", "--skip_bad")  # not joined to what was left out
+    assert [(r["id"], r["answers"]["text"]) for r in records] == [("q", ["1655"])]
+    assert "Left out: 2" in output
+    more = [row(id="q-2", question="Two?", answer=text) for text in ("1655.", "on the Ash")]
+    records, _ = stage([*rows[:2], *more], "test.json", "--mend")
+    assert [r["answers"]["text"] for r in records] == [["1655"], ["1655", "1655.", "on the Ash"]]
     Path("train.json").write_text(json.dumps(rows[:2]))
     flags = ("--train_files", "train.json", "--validation_ratio=0", "--mend")
     _, output = stage(rows[1:2], "test.json", *flags)
@@ -354,6 +360,13 @@ def test_tables_as_spreadsheets_leave_them(stage: Any) -> None:
     assert [r["answers"] for r in records] == [
         {"text": [words], "answer_start": [text.index(words)]} for words in ("1655", "[3]", "{{1}}")
     ]
+    # lists are lists, though the text holds them too
+    text = "In [39] a 1655 fire, x = []; it was founded in 1655."
+    table = f"""id,context,question,answers,answer_start\na,"{text}",Q?,['1655'],[47]\nb,"{text}",R?,[],[]\n"""
+    records, _ = stage(table.replace("[39]", "[47]"), "test.csv")
+    assert [r["answers"] for r in records] == [
+        {"text": ["1655"], "answer_start": [47]}, {"text": [], "answer_start": []},
+    ]  # fmt: skip
     _, output = stage("id,context,question,answer,answer\na,x y,Q?,x,y\n", "test.csv")
     assert "has the column answer more than once" in output
     _, output = stage("id,context,question,answers\na,x y,Q?,{{1}}\n", "test.csv")

@@ -67,7 +67,7 @@ def test_spans_begin_and_end_at_word_boundaries(context: str, text: str, start: 
 @pytest.mark.parametrize("form", ["NFC", "NFKC"])
 @pytest.mark.parametrize(
     "text", ["", "plain", "e\u0301a", "q\u0307\u0323x", "\u0301e", "\u1112\u1161\u11ab\u1100\u1161",
-             "\u212b\u2126", "\ufb01n \u0301", "\u0b47\u0b3e\u0b47", "a\u0315\u0300\u05ae\u0300b"],
+             "\u212b\u2126", "\ufb01n \u0301", "\u0b47\u0b3e\u0b47", "a\u0315\u0300\u05ae\u0300b", "\u0f73\u0f71\u0f80a\u0f73"],
 )  # fmt: skip
 def test_a_text_is_normalized_character_by_character(text: str, form: Form) -> None:
     chars = normalized_chars(text, form)

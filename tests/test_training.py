@@ -107,7 +107,7 @@ def test_loss_on_literal_logits() -> None:
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
 def test_mixtures_of_experts_share_contexts(architecture: str, tmp_path: Path) -> None:
     """Their balancing loss, which TRL asks for, takes no mask of rows that share contexts."""
-    model = tiny_model(architecture)
+    model = tiny_model(architecture, output_router_logits=architecture == "mixtral")
     train = row_dataset(encoded_dataset(make_records(2, [2])), [[[0, 1]], [[2, 3]]])
     trainer = make_trainer(model, train, tmp_path, per_device_train_batch_size=1)
     assert model.config.router_aux_loss_coef  # or nothing is tried
@@ -153,6 +153,28 @@ def test_plain_batches_are_resumed_in_their_order(tmp_path: Path) -> None:
     whole = run(8)
     assert len(whole) == 8
     assert run(8, str(tmp_path / "checkpoint-4")) == whole[4:]
+
+
+def test_an_epoch_is_set_where_accelerate_does_not_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several processes that skip batches wrap the sampler too deep for it."""
+    train = encoded_dataset(make_records(12, [1])).select_columns(["input_ids", "labels", "length"])
+    monkeypatch.setattr("accelerate.data_loader.DataLoaderShard.set_epoch", lambda *_: None)
+    trainer = make_trainer(
+        tiny_model(), train, tmp_path, max_steps=6, per_device_train_batch_size=4,
+        train_sampling_strategy="group_by_length",
+    )  # fmt: skip
+    orders, draw = [], SeededByLength.__iter__
+
+    def keep(self: Any) -> Any:
+        orders.append(list(draw(self)))
+        return iter(orders[-1])
+
+    monkeypatch.setattr(SeededByLength, "__iter__", keep)
+    trainer.train()
+    assert len(orders) == 2
+    assert orders[0] != orders[1]
 
 
 def test_label_smoothing_leaves_the_counts_true(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def normalized_chars(text: str, form: Form | None) -> list[str]:
     for index, char in enumerate(text):
         together = unicodedata.normalize(form, text[first : index + 1])
         alone = unicodedata.normalize(form, char)
-        if index and (unicodedata.combining(char) or together != chars[first] + alone):
+        mark = unicodedata.combining(unicodedata.normalize("NFD", char)[0])
+        if index and (mark or together != chars[first] + alone):
             chars[first] = together
             chars.append("")
         else:

@@ -153,7 +153,8 @@ class ReviewQueue:
                 free = [item for item in self._items if self._is_free(item.key, window, now)]
                 open_ = [i for i in free if i.key not in seen or i.key == again]
                 first = next((i for i in open_ if i.key == again), None)
-                if first is None and open_ and (len(open_) >= CHUNK // 2 or not self._unread):
+                known = sum(item.doubt.worth >= 0 for item in open_)
+                if first is None and open_ and (known >= CHUNK // 2 or not self._unread):
                     first = open_[0]
                 if first is not None or not self._unread:
                     self._lease(first, window, now)

@@ -1,6 +1,7 @@
 """Where a window of the review is, and what it does there."""
 
 import dataclasses
+import traceback
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ class Review:
         try:
             return self.next(seat, seat.source, again)
         except Exception as error:
+            if not isinstance(error, ValueError):  # those say what the visitor can do
+                traceback.print_exception(error)
             fault = str(error) or type(error).__name__
             return dataclasses.replace(seat, item=None, reading=None, answer=None, fault=fault)
 

@@ -106,13 +106,13 @@ class Cleaner:
             text = (record["id"], record["context"], record["question"])
             found = self._named.get(text) or self._ids.get(record["id"])
             owner, twin = found or (split, record)
-            self._named.setdefault(text, (split, record))
         if twin is not record and _same_question(twin, record):
             if owner != split:
                 raise Fault(
                     f"it is in the {owner} split too, same id and text (name another file for one)"
                 )
             _join(twin, record)
+            self._named.setdefault(text, (owner, twin))
             for change in (ID_MADE, TITLE_MADE):
                 changes.pop(change, None)
             changes[JOINED] = None
@@ -125,7 +125,7 @@ class Cleaner:
                 )
             changes[ID_NUMBERED] = None
         record["id"] = self._free_id(record["id"])
-        self._ids[record["id"]] = (split, record)
+        self._ids[record["id"]] = self._named[text] = (split, record)
         return True
 
     def _free_id(self, key: str) -> str:

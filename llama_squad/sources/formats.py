@@ -213,11 +213,10 @@ def _csv(path: Path, answered: bool) -> Iterator[InputRow]:
                 yield InputRow(f"row {n}", fault=fault)
             else:
                 values: dict[str, Any] = dict(zip(header, cells, strict=False))
-                context = values.get("context", "")
-                for name in _LISTS:  # but for a cell that is words of the text, such as "[3]"
-                    if name in values and values[name] not in context:
-                        values[name] = _cell(values[name])
-                yield InputRow(f"row {n}", values)
+                read = {name: _cell(values[name]) for name in _LISTS if name in values}
+                if read.get("answers") and values["answers"] in values.get("context", ""):
+                    del read["answers"]  # words of the text, such as "[3]"
+                yield InputRow(f"row {n}", values | read)
     except csv.Error as error:
         raise ValueError(
             f"{path}, row {n + 1}: not CSV ({error}): a cell that begins with a quote must end "

@@ -16,7 +16,7 @@ from llama_squad.encoding import IGNORE
 from llama_squad.processes import this_process
 from llama_squad.supervised import CrossEntropy, answer_logits, next_tokens
 from llama_squad.training.packing import count_questions
-from llama_squad.tree import kept_logits, widen
+from llama_squad.tree import ask_no_router, kept_logits, widen
 
 
 def answer_loss(
@@ -103,14 +103,11 @@ class SquadTrainer(SFTTrainer):
         model = kwargs["model"]
         in_4_bits = getattr(model, "is_loaded_in_4bit", False)
         exact = [(p, p.data) for p in model.parameters() if in_4_bits and p.requires_grad]
-        config = model.config.get_text_config()
-        routed = getattr(config, "output_router_logits", None)
+        self._by_length: SeededByLength | None = None
         super().__init__(**kwargs)
-        # TRL asks mixtures of experts for their balancing loss, which is no part of ours, and which
-        # they cannot take of rows that share contexts
+        # TRL asks mixtures of experts for their balancing loss, which is no part of ours
         self.aux_loss_enabled = False
-        if routed is not None:
-            config.output_router_logits = routed
+        ask_no_router(model)
         # of any model: some say no, and would be given no number of tokens to divide by
         self.model_accepts_loss_kwargs = True
         self._validate = validate
@@ -212,7 +209,7 @@ class SquadTrainer(SFTTrainer):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return SeededByLength(sampler.batch_size, sampler.lengths, seed)
+            sampler = self._by_length = SeededByLength(sampler.batch_size, sampler.lengths, seed)
         return sampler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -235,12 +232,14 @@ class SquadTrainer(SFTTrainer):
         self._questions = 0
         return super().train(*args, **kwargs)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> None:
         """Run an epoch; none where the checkpoint has all steps: the library would add one."""
+        if self._by_length:  # accelerate does not reach it where several processes skip batches
+            self._by_length.set_epoch(epoch)
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        super()._run_epoch(model, epoch, *args, **kwargs)
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         """Load a checkpoint's weights. Raises ValueError where they are of other shapes."""
@@ -294,7 +293,7 @@ class SeededByLength(LengthGroupedSampler):
         self._seed, self._epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order of an epoch; accelerate calls this before each."""
+        """Take the order of an epoch."""
         self._epoch = epoch
 
     def __iter__(self) -> Any:
