@@ -39,8 +39,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             run(args, model_args)
     except ValueError as error:
         sys.exit(f"app.py: {error}")
-    except OSError as error:  # the loaders' own are ValueErrors
-        sys.exit(f"app.py: cannot serve {args.host}:{args.port}: give another --port ({error})")
 
 
 def check_flags(argv: Sequence[str] | None, parsed: Sequence[Any]) -> None:
@@ -64,10 +62,16 @@ def run(args: AppArguments, model_args: ModelArguments) -> None:
     from llama_squad.page import desk
 
     page = build(desk.load(args, model_args, gradio.Info))
-    serve(
-        page, server_name=args.host, server_port=args.port, share=args.share,
-        auth=who_may_come_in(args) or None, prevent_thread_lock=True,
-    )  # fmt: skip
+    auth = who_may_come_in(args) or None
+    try:
+        serve(
+            page, server_name=args.host, server_port=args.port, share=args.share, auth=auth,
+            prevent_thread_lock=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise ValueError(
+            f"cannot serve {args.host}:{args.port}: give another --port ({error})"
+        ) from error
     while page.is_running:  # gradio's own wait would take Ctrl-C for a normal end
         time.sleep(0.2)
 

@@ -12,6 +12,7 @@ Reads the dataset folder and the base model; writes checkpoints and logs to ``--
 """
 
 import dataclasses
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -65,13 +66,14 @@ def adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
     from llama_squad.weights import lora_settings
 
     brought = lora_settings(args.from_adapter)
-    prompts = (load_run_config(args.dataset_name).get("create", {}).get("prompt"),
-               brought.pop("prompt", None))  # fmt: skip
-    if None not in prompts and prompts[0] != prompts[1]:
-        raise ValueError(
-            f"{args.dataset_name} has {prompts[0]} prompts, and {args.from_adapter} was trained on "
-            f"{prompts[1]}: create the dataset anew with --prompt {prompts[1]}"
-        )
+    created = load_run_config(args.dataset_name).get("create", {})
+    for name in ("prompt", "system_prompt"):
+        here, there = created.get(name), brought.pop(name, None)
+        if None not in (here, there) and here != there:
+            raise ValueError(
+                f"{args.dataset_name} has the {name} {here!r}, and {args.from_adapter} was trained "
+                f"on {there!r}: create the dataset anew with --{name} {shlex.quote(there)}"
+            )
     check_activated(dataclasses.replace(args, alora_from=brought["alora_from"]))
     return brought
 

@@ -19,7 +19,7 @@ from typing import Any
 from llama_squad import answer_page
 from llama_squad.config import write_json
 from llama_squad.durable import check_writable, one_line_errors
-from llama_squad.folders import check_weights
+from llama_squad.folders import THRESHOLD_FILE, check_weights
 from llama_squad.results import config_path
 from llama_squad.stage import if_interrupted, run_stage
 from llama_squad.weights import weights_digest
@@ -177,6 +177,8 @@ def _check_settings(args: argparse.Namespace, goes_on: bool) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in others}
     for name in ("adapter_name", "model_name"):
         settings[f"weights of {name}"] = weights_digest(settings[name])
+        tuned = Path(settings[name] or "", THRESHOLD_FILE)
+        settings[f"threshold of {name}"] = tuned.read_text() if tuned.is_file() else None
     path = config_path(args.output)
     with one_line_errors(path):
         if goes_on and path.is_file():
@@ -184,11 +186,12 @@ def _check_settings(args: argparse.Namespace, goes_on: bool) -> None:
                 saved = dict(json.loads(path.read_text(encoding="utf-8")))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path} is damaged ({error}): delete it") from error
-            differ = [name for name in settings if settings[name] != saved.get(name)]
+            saved = settings | saved  # an older version's says less
+            differ = [name for name in settings if settings[name] != saved[name]]
             if differ:
                 raise ValueError(
                     f"{args.output} holds answers that were given with another {differ[0]} "
-                    f"({saved.get(differ[0])}): give the same again, or choose another --output"
+                    f"({saved[differ[0]]}): give the same again, or choose another --output"
                 )
         write_json(path, settings)
 

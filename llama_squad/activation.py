@@ -83,6 +83,14 @@ def activate(model: Any, where: ActsFrom) -> None:
     model.adapter_activation = activation
 
 
+def keep_last(width: int, count: int, device: torch.device) -> torch.Tensor:
+    """Return the last ``count`` of so many tokens (0: all) as ``logits_to_keep``.
+
+    To a number of them Gemma 4 cuts what its last layers read, and the adapter's mask with it not.
+    """
+    return torch.arange(width - count if count else 0, width, device=device)
+
+
 def activation_of(model: Any) -> Activation | None:
     """Return what switches a model's adapter on; None where that acts on all tokens, or is none."""
     return getattr(model, "adapter_activation", None)

@@ -52,7 +52,9 @@ def _blocks(visible: torch.Tensor, block_tokens: int) -> list[Block]:
         first, stop = int(index[0]), int(index[-1]) + 1
         # a slice is a view, an index is a copy
         keys = slice(first, stop) if stop - first == len(index) else index
-        blocks.append((slice(begin, end), keys, mask[..., keys].contiguous()))
+        # a copy: a view would keep the row's whole mask, which holds these blocks
+        seen = mask[..., keys].clone(memory_format=torch.contiguous_format)
+        blocks.append((slice(begin, end), keys, seen))
     return blocks
 
 

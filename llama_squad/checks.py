@@ -174,6 +174,8 @@ def check_training(argv: Sequence[str], parsed: Sequence[Any]) -> None:
     if "--help_all" in argv:  # which the parser with all flags takes
         return
     args, model_args, trainer = parsed
+    if trainer.output_dir is None:
+        raise ValueError("--output_dir is null: name a folder, or delete the line for the default")
     check_training_numbers(args, trainer)
     check_adapter_flags(args, argv)
     check_output("--model_name", model_args.model_name, trainer.output_dir)

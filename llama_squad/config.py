@@ -124,8 +124,9 @@ def _settle(
             raise ValueError(
                 f"{where}: {key!r} is null: give it a value, or delete the line for the default"
             )
-        # YAML takes `eval_strategy: no` for a boolean
-        settled[name] = "no" if value is False and str in kinds and bool not in kinds else value
+        if value is False and str in kinds and bool not in kinds:  # `no`, to YAML
+            value = None if NoneType in kinds and name != "report_to" else "no"
+        settled[name] = value
     return settled
 
 

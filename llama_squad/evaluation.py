@@ -27,6 +27,7 @@ from llama_squad.config import provenance, write_json
 from llama_squad.data import sample_paragraphs
 from llama_squad.decoding.replies import Reply
 from llama_squad.durable import check_writable
+from llama_squad.folders import THRESHOLD_FILE
 from llama_squad.modeling import resolve_dtype, weights_dtype
 from llama_squad.predictors.base import (
     Batch,
@@ -40,9 +41,6 @@ from llama_squad.prompts import Record
 from llama_squad.results import ResultsFile, check_same_settings, config_path
 from llama_squad.rows import Row, make_row
 from llama_squad.weights import weights_digest, whole_model
-
-THRESHOLD_FILE = "na_prob_thresh.json"
-"""The threshold tuned on the validation split, beside the adapter."""
 
 # What may change between two runs of one result file.
 _VOLATILE = ("output", "overwrite", "batch_size", "batch_sizes", "predictions_dir", "audit",

@@ -51,6 +51,8 @@ _GROUPS = {
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
+FILES_FIRST = "files stand before the flags"
+
 
 def make_parser(
     types: Sequence[type],
@@ -71,6 +73,8 @@ def make_parser(
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
+            if "Truthy value expected" in message and "--results" in self._option_string_actions:
+                message = f"{message} {FILES_FIRST}"
             self.exit(2, f"{self.prog}: error: {message}\n")
 
         def format_help(self) -> str:
@@ -165,7 +169,7 @@ def parse_values(
             flags = [*parser._option_string_actions, *(f"--{name}" for name in library)]
             parser.error(f"unknown flag {name}{nearest(name, flags)}")
         takes_files = "--results" in parser._option_string_actions
-        cure = ": files stand before the flags" if takes_files else ""
+        cure = f": {FILES_FIRST}" if takes_files else ""
         parser.error(f"unexpected argument {word!r}{cure}")
     values = vars(namespace)
     return tuple(

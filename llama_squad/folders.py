@@ -13,6 +13,8 @@ FINAL = "final_checkpoints"
 """Where training puts its result, in its output folder,"""
 MERGED = "final_merged_checkpoint"
 """and the merged model."""
+THRESHOLD_FILE = "na_prob_thresh.json"
+"""The threshold tuned on the validation split, beside the weights."""
 
 _OUR_FOLDERS = ("results", "data", "quickstart")
 """Where this repository keeps what its stages write: no names of users on the Hub."""
@@ -52,6 +54,8 @@ def check_weights(flag: str, name: str | None, cure: str) -> None:
         raise ValueError(f"{flag}: {what}: {cure}")
     if not any((folder / file).is_file() for file in ("adapter_config.json", "config.json")):
         raise ValueError(f"{flag}: {name} holds neither an adapter nor a model: {cure}")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise ValueError(f"{flag}: {name} holds no weights (a copy that was stopped?): {cure}")
 
 
 def check_file(flag: str, name: str | None) -> None:

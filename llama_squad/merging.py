@@ -50,10 +50,11 @@ def merge(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     held = model.dtype
     with torch.no_grad():
         for layer in [m for m in model.modules() if isinstance(m, BaseTunerLayer)]:
-            base: Any = layer.get_base_layer()
-            base.weight.data = base.weight.data.float()
+            name = getattr(layer, "parameter_name", "weight")  # of a mixture's experts: their own
+            parameter = getattr(layer.get_base_layer(), name)
+            parameter.data = parameter.data.float()
             layer.merge()
-            base.weight.data = write(base.weight.data)
+            parameter.data = write(parameter.data)
         with warnings.catch_warnings():  # of the layers that are merged already
             warnings.filterwarnings("ignore", message="All adapters are already merged")
             merged = model.merge_and_unload()

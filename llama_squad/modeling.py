@@ -24,6 +24,7 @@ from llama_squad.arguments import ModelArguments
 from llama_squad.config import RUN_CONFIG
 from llama_squad.encoding import ChatEncoder, reasoning_token_id
 from llama_squad.processes import take_free_cores, this_process
+from llama_squad.quantized import keep_4bit_differentiable
 from llama_squad.tree import ask_no_router, gather_hidden
 from llama_squad.weights import acts_from, base_of, find_file, one_line, whole_model
 
@@ -198,11 +199,13 @@ def load_model(
             f"cannot load the model {args.model_name}: {one_line(error)} Install the missing "
             "package, or ask for less: --attn_implementation sdpa, --no_quantize"
         ) from error
+    quantize = quantize or getattr(model, "is_loaded_in_4bit", False)  # as it was saved
     _make_usable(model, quantize)
     if adapter_name and not whole_model(adapter_name):
         model = attach_adapter(model, adapter_name, args.model_name)
         mergeable = _is_lora(model) and not activation_of(model)
-        if merge and dtype == torch.float32 and not quantize and mergeable:
+        mergeable = mergeable and not getattr(model, "is_quantized", False)
+        if merge and dtype == torch.float32 and mergeable:
             model = merging.merge(model, dtype)
     return model
 
@@ -216,7 +219,7 @@ def _make_usable(model: Any, quantize: bool) -> None:
     if getattr(config, "sliding_window", None) == 0:  # which masks would take for seeing nothing
         config.sliding_window = None
     if quantize:
-        _keep_4bit_differentiable(model)
+        keep_4bit_differentiable(model)
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         gather_hidden(model)
 
@@ -285,12 +288,17 @@ def attach_adapter(model: Any, adapter_name: str, base_name: str, trainable: boo
         with warnings.catch_warnings():  # of missing weights, which end below
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(model, adapter_name, is_trainable=trainable)
-    except SafetensorError as error:  # a copy that was cut off
+    except (SafetensorError, OSError) as error:  # a copy that was cut off
         raise ValueError(_cannot_load("adapter", adapter_name, error)) from error
     except (RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(misfit) from error
+    if any(getattr(c, "alora_invocation_tokens", None) for c in model.peft_config.values()):
+        raise ValueError(
+            f"{adapter_name} is an activated LoRA of PEFT's own kind, which acts from certain "
+            "tokens on, and in PEFT's `generate` only: train one here with --alora_from question"
+        )
     here = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     saved = set(load_peft_weights(adapter_name, device="cpu"))
     if any("lora_" in key for key in here ^ saved):  # of a model with more layers, or fewer
@@ -304,37 +312,6 @@ def attach_adapter(model: Any, adapter_name: str, base_name: str, trainable: boo
     if (where := acts_from(adapter_name)) != "start":
         activate(model, where)
     return model
-
-
-def _keep_4bit_differentiable(model: torch.nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights on a CPU.
-
-    On AVX512-BF16 processors the first forward without gradients repacks them in place, for a
-    kernel that has no gradient: training after an evaluation would be silently wrong, and so would
-    a merge (bitsandbytes 0.50).
-    """
-    import bitsandbytes
-
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def dequantize(model: Any) -> None:
-    """Replace 4-bit weights by those that the forward pass computes with.
-
-    It rounds them to its compute type; here they are then in the model's. Unrounded they would be
-    others than the ones trained on where that is bfloat16, and rounding them only after an adapter
-    was merged would lose a tenth of a small update's gain.
-    """
-    import bitsandbytes
-
-    kind = bitsandbytes.nn.Linear4bit
-    types = {n: m.compute_dtype for n, m in model.named_modules() if isinstance(m, kind)}
-    model.dequantize()
-    for name, dtype in types.items():
-        weight = model.get_submodule(name).weight
-        weight.data = weight.data.to(dtype).to(model.dtype)
 
 
 def vocab_size(args: ModelArguments) -> int:

@@ -21,7 +21,7 @@ from llama_squad.arguments import EvalArguments, ModelArguments, resolve_decodin
 from llama_squad.calibration import Abstention
 from llama_squad.decoding.generator import Generator
 from llama_squad.encoding import ChatEncoder
-from llama_squad.evaluation import THRESHOLD_FILE
+from llama_squad.folders import THRESHOLD_FILE
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
 from llama_squad.prompts import Message, Record
@@ -190,13 +190,17 @@ class Reader:
         """Return the model's own, free reply to a conversation that ends with a user turn.
 
         Raises:
-            ValueError: it ends otherwise.
+            ValueError: it ends otherwise, or is longer than the model reads.
         """
         if not messages or messages[-1]["role"] != "user":
             raise ValueError("the conversation must end with a user turn")
         from llama_squad.decoding.replies import Paragraph
 
         prompt = self._encoder.encode_prompts([messages], final=False)[0]
+        if self._speaker.room(len(prompt)) < 1:
+            raise ValueError(
+                f"the conversation is {len(prompt):,} tokens long, which leaves no room for a reply"
+            )
         return self._speaker.reply([Paragraph("", [prompt])])[0][0].completion.strip()
 
 

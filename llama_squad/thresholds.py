@@ -17,13 +17,13 @@ from llama_squad.calibration import Abstention, Calibration, calibration_error, 
 from llama_squad.config import write_json
 from llama_squad.durable import one_line_errors
 from llama_squad.evaluation import (
-    THRESHOLD_FILE,
     choose_records,
     evaluate,
     resolved_settings,
     settings_of,
     validation_path,
 )
+from llama_squad.folders import THRESHOLD_FILE
 from llama_squad.metrics import ScoreTable, score_answer
 from llama_squad.predictors.base import Predictor
 from llama_squad.processes import of_first, this_process

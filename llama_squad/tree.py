@@ -168,6 +168,13 @@ def gather_hidden(model: Any) -> None:
     add_hook_to_module(model.base_model, gather, append=True)
 
 
+NO_NUMBERS = (
+    "the model gives logits that are no numbers: in float16 it may overflow, so take --dtype "
+    "bfloat16 or float32; else its weights are damaged"
+)
+"""Said of logits that are infinite or NaN."""
+
+
 def widen(logits: torch.Tensor) -> torch.Tensor:
     """Return numbers in float32 at least."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -14,6 +14,7 @@ from llama_squad.activation import ADAPTER_MASK
 from llama_squad.encoding import IGNORE, Encoded
 from llama_squad.head import exact_head
 from llama_squad.tree import (
+    NO_NUMBERS,
     Tree,
     batch_rows,
     is_out_of_memory,
@@ -197,6 +198,8 @@ def why_not_shared(model: Any, probe: Probe, row: "RowProbe | None" = None) -> s
 
 def _try(model: Any, probe: Probe, row: "RowProbe | None") -> str:
     alone = _run_last_alone(model, probe)
+    if not alone.isfinite().all():
+        raise ValueError(NO_NUMBERS)
     with _rounded_otherwise(model):
         rounded = _run_last_alone(model, probe)
     name = type(model).__name__

@@ -28,16 +28,28 @@ def is_model(folder: str | Path) -> bool:
 
 
 def find_file(source: str, name: str) -> Path | None:
-    """Find a file of a model or adapter, here or on the Hub; None where it has none."""
+    """Find a file of a model or adapter, here or on the Hub; None where it has none.
+
+    Raises:
+        ValueError: the Hub could not be asked (but not where HF_HUB_OFFLINE says not to ask it).
+    """
     if Path(source).is_dir():
         path = Path(source, name)
         return path if path.is_file() else None
     if not is_hub_name(source):
         return None
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(source, name))
+    except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            return None
+        raise ValueError(
+            f"the Hub could not be asked whether {source} has {name}: try again, or set "
+            "HF_HUB_OFFLINE=1 to go by what is on this machine"
+        ) from error
     except (OSError, ValueError):  # what is wrong with the name itself, the loaders say
         return None
 

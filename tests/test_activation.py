@@ -233,6 +233,38 @@ def test_an_adapter_of_experts_is_refused() -> None:
         activated("question", base=base)
 
 
+def test_peft_s_own_kind_is_refused(tmp_path: Path) -> None:
+    """It finds its tokens anew in each pass, and so not after the first, nor in a tree."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[7, 8]
+    )
+    base = str(tmp_path / "base")
+    tiny_model().save_pretrained(base)
+    model = get_peft_model(modeling.load_model(ModelArguments(model_name=base)), config)
+    model.save_pretrained(str(tmp_path / "alora"))
+    with pytest.raises(ValueError, match="activated LoRA of PEFT's own kind"):
+        modeling.load_model(ModelArguments(model_name=base), adapter_name=str(tmp_path / "alora"))
+
+
+GEMMA4: dict[str, Any] = {
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8, "sliding_window": 512,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 640, "enable_moe_block": False,
+}  # fmt: skip
+
+
+def test_gemma_4_s_shared_layers_keep_the_mask() -> None:
+    """To a number of logits it cuts what they read, which an adapter's mask then does not fit."""
+    model = activated("question", base=tiny_model("gemma4_text", **GEMMA4))
+    tree = TokenTree(model)
+    stem, ids = Branch(None, list(range(20, 40)), wanted=0, adapter_from=10), list(range(40, 50))
+    branches = [Branch(stem, ids), Branch(stem, ids[::-1])]
+    together = tree.extend([[stem, *branches]])
+    for branch, logits in zip(branches, together, strict=True):
+        alone = in_two_passes(model, [*stem.tokens, *branch.tokens], 10)[-1]
+        assert torch.allclose(logits, alone, atol=1e-4)
+
+
 def test_examples_that_begin_elsewhere_share_less() -> None:
     # one paragraph whose examples the adapter treats otherwise, from before their ids part
     groups = paragraphs("question")[:1]

@@ -33,7 +33,8 @@ from llama_squad.data import write_dataset
 from llama_squad.decoding.boundaries import is_span
 from llama_squad.decoding.replies import Reply, Span
 from llama_squad.encoding import ChatEncoder
-from llama_squad.evaluation import THRESHOLD_FILE, evaluate
+from llama_squad.evaluation import evaluate
+from llama_squad.folders import THRESHOLD_FILE
 from llama_squad.predictors.base import Prediction
 from llama_squad.predictors.local import LocalModel
 from llama_squad.prompts import build_messages

@@ -1,5 +1,6 @@
 """The tree of questions, the search and the grammar of spans, against plain ways to do the same."""
 
+import copy
 import itertools
 import math
 import random
@@ -475,6 +476,21 @@ def test_a_context_without_spans_is_answered_by_abstaining(
     reply = Generator(model, encoder).reply([make_paragraph(encoder, context, ["Who?"])])[0][0]
     assert reply.completion == format_answer(NO_ANSWER)
     assert (reply.na_prob, reply.spans) == (1.0, ())
+
+
+@pytest.mark.parametrize("decoding", ["span", "free"])
+def test_logits_that_are_no_numbers_are_no_abstention(encoder: ChatEncoder, decoding: Any) -> None:
+    """A model in float16 may overflow on one prompt and not on another."""
+    model = tiny_model(vocab_size=len(encoder.tokenizer), intermediate_size=64)
+    fine, bad = (make_paragraph(encoder, "Ann left.", [q]) for q in ("Who?", "Whom or zqx?"))
+    (token, *_) = {*bad.prompts[0]} - {*fine.prompts[0]}
+    model.get_input_embeddings().weight.data[token] = math.inf
+    generator = Generator(model, encoder, decoding=decoding, max_new_tokens=4)
+    assert generator.reply([fine])[0][0].completion
+    with pytest.raises(ValueError, match="logits that are no numbers"):
+        generator.reply([bad])
+    with pytest.raises(ValueError, match="logits that are no numbers"):
+        check_tree(copy.deepcopy(model), bad.prompts[0])  # which has passed no check
 
 
 # The search ----------------------------------------------------------------------------------

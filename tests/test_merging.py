@@ -1,5 +1,6 @@
 """Merging an adapter: what the rounding keeps, what is measured, the tokenizer, and secrets."""
 
+import copy
 import functools
 import json
 import re
@@ -28,9 +29,11 @@ from llama_squad import merging, modeling, weights
 from llama_squad.arguments import EvalArguments, ModelArguments, TrainArguments
 from llama_squad.config import load_run_config
 from llama_squad.evaluation import resolved_settings
+from llama_squad.quantized import dequantize
 from llama_squad.training import publishing
 from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.merge_error import MergeError, Sample
+from llama_squad.training.setup import add_lora
 from llama_squad.training.trainer import answer_loss
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -170,7 +173,7 @@ def test_the_base_of_a_4_bit_run_is_what_its_forward_computes_with(
     identity = torch.eye(layer.in_features)
     with torch.no_grad():
         computed = layer(identity).T.clone()
-    modeling.dequantize(model)
+    dequantize(model)
     weight = model.model.layers[0].mlp.up_proj.weight
     assert weight.dtype == torch.float32
     assert torch.equal(weight, computed.float())
@@ -424,6 +427,23 @@ def test_a_base_whose_sampling_flags_do_not_fit_can_be_saved(tmp_path: Path) -> 
     )
     modeling.load_model(ModelArguments(model_name=str(folder))).save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "model.safetensors").is_file()
+
+
+def test_an_adapter_of_experts_is_merged(tmp_path: Path) -> None:
+    """PEFT adapts their weights as parameters; their layers have no ``weight``."""
+    base = tiny_model("qwen3_moe", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+    with pytest.raises(ValueError, match="give --lora_dropout 0, or adapt attention alone"):
+        add_lora(copy.deepcopy(base), TrainArguments(lora_dropout=0.1))
+    model = add_lora(base, TrainArguments(lora_dropout=0.0, lora_r=4))
+    assert model.peft_config["default"].target_parameters
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        apart = model(input_ids=ids).logits
+        merged = merging.merge(model, torch.float32)(input_ids=ids).logits
+    assert torch.allclose(apart, merged, atol=1e-4)
 
 
 def test_weights_that_were_cut_off_are_named(tmp_path: Path) -> None:

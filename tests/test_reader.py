@@ -14,8 +14,8 @@ from llama_squad import modeling, thresholds
 from llama_squad.arguments import EvalArguments, ModelArguments, resolve_decoding
 from llama_squad.calibration import Abstention, Calibration
 from llama_squad.config import write_json
-from llama_squad.evaluation import THRESHOLD_FILE
 from llama_squad.feedback import queue
+from llama_squad.folders import THRESHOLD_FILE
 from llama_squad.predictors.base import group_paragraphs
 from llama_squad.predictors.local import LocalModel
 
@@ -85,6 +85,8 @@ def test_a_long_text_is_read_in_windows(reader: Any) -> None:
 def test_chat(reader: Any) -> None:
     said = reader.chat([{"role": "user", "content": "Hello"}])
     assert isinstance(said, str)
+    with pytest.raises(ValueError, match="leaves no room for a reply"):
+        reader.chat([{"role": "user", "content": "Hello " * 600}])
     with pytest.raises(ValueError, match="must end with a user turn"):
         reader.chat([{"role": "assistant", "content": "Hello"}])
 

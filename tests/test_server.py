@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import make_records
+from helpers import make_records, model_folder
 
 import test_llama_squad
 from llama_squad.answers import extract_answer, format_answer
-from llama_squad.arguments import CreateArguments
+from llama_squad.arguments import CreateArguments, EvalArguments, ModelArguments
+from llama_squad.config import write_json
 from llama_squad.data import write_dataset
 from llama_squad.predictors import client
 from llama_squad.predictors.base import Prediction
+from llama_squad.predictors.loading import adapter_settings
 from llama_squad.predictors.server import ServerModel
 from llama_squad.result_reader import read_results
 
@@ -466,6 +468,33 @@ def test_something_else_than_a_completion_ends_the_run(server: Server, body: str
     with pytest.raises(ValueError, match="no chat completion") as caught:
         ask(server)
     assert server.url in str(caught.value)
+
+
+def test_an_error_in_place_of_a_completion_is_of_its_question(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gateways answer 200 with an error where what is behind them fails; not all along."""
+    body = {"error": {"message": "upstream is busy", "code": 502}}
+    answered = ask(server, concurrency=1)
+    server.respond = on(RECORDS[-1]["context"], (200, body))
+    failed = [p for p in ask(server, concurrency=1).values() if p.failure]
+    assert {p.record["context"] for p in failed} == {RECORDS[-1]["context"]}
+    assert all("no completion: " in p.failure and "upstream is busy" in p.failure for p in failed)
+    assert len(failed) < len(answered)
+    left = [*[None] * 2, (200, body)]
+    server.respond = lambda *_: left.pop(0) if len(left) > 1 else left[0]
+    monkeypatch.setattr(client, "RETRIES", 3)
+    with pytest.raises(ValueError, match="no chat completion"):
+        ask(server, concurrency=1)
+
+
+def test_a_model_s_folder_brings_its_prompt(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    saved = {"prompt": "question_first", "system_prompt": ""}
+    write_json(Path(folder, "llama_squad.json"), saved)
+    args = EvalArguments(predictor="server")
+    assert adapter_settings([args, ModelArguments(model_name=folder)]) == saved
+    assert adapter_settings([args, ModelArguments(model_name="gpt-4")]) == {}
 
 
 def test_what_was_answered_before_a_fault_is_kept(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from llama_squad.activation import ADAPTER_MASK
+from llama_squad.activation import ADAPTER_MASK, keep_last
 from llama_squad.encoding import IGNORE
 from llama_squad.head import exact_head
 from llama_squad.tree import Tree, batch_rows, make_masks
@@ -229,9 +229,11 @@ class TokenTree:
         adapted: np.ndarray | None = None,
     ) -> torch.Tensor:
         device = self._model.device
+        keep: int | torch.Tensor = logits_to_keep
         more: dict[str, Any] = {}
         if adapted is not None:
             more[ADAPTER_MASK] = torch.from_numpy(adapted).to(device)
+            keep = keep_last(ids.shape[1], logits_to_keep, device)
         if positions is not None and visible is not None:
             # Both or neither: position ids without the mask would let a branch see its sisters.
             more["position_ids"] = torch.from_numpy(positions).to(device)
@@ -246,7 +248,7 @@ class TokenTree:
                 input_ids=torch.from_numpy(ids).to(device),
                 past_key_values=self.cache,
                 use_cache=True,
-                logits_to_keep=logits_to_keep,
+                logits_to_keep=keep,
                 **more,
             )
         return output.logits

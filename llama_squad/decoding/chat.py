@@ -10,8 +10,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
-from llama_squad.activation import ADAPTER_MASK, activation_of
+from llama_squad.activation import ADAPTER_MASK, activation_of, keep_last
 from llama_squad.arguments import AppArguments
 from llama_squad.decoding.generator import stop_ids
 from llama_squad.encoding import ChatEncoder
@@ -105,7 +106,8 @@ class ChatSession:
         hidden = self.encoder.filler_of(ids) if final else range(0)
         place = None
         if hidden:  # which no token attends to: so the last one matters alone, and that only here
-            _, cache = self._next_token(ids[: hidden.start], None, acts, base=base)
+            cache = DynamicCache()  # that of a window cannot be cropped
+            _, cache = self._next_token(ids[: hidden.start], cache, acts, base=base)
             place = hidden.stop if ids[hidden.stop :] else hidden.stop - 1
             ids, acts = ids[place:], None if acts is None else 0
         for _ in range(min(room, self.args.max_new_tokens)):
@@ -152,19 +154,21 @@ class ChatSession:
         They stand at position ``place`` and after it; None: behind those of the cache. ``base``:
         the adapter is switched off.
         """
-        more = {}
+        more: dict[str, Any] = {}
+        keep: int | torch.Tensor = 1
         if place is not None:
             positions = torch.arange(place, place + len(ids), device=self.model.device)
             more["position_ids"] = positions[None]
         if acts is not None:
             adapted = torch.arange(len(ids), device=self.model.device) >= acts
             more[ADAPTER_MASK] = adapted[None]
+            keep = keep_last(len(ids), 1, self.model.device)
         with self._lock, torch.inference_mode(), adapter_off(self.model, base):
             output = self.model(
                 input_ids=torch.tensor([ids], device=self.model.device),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=keep,
                 **more,
             )
         return int(output.logits[0, -1].argmax()), output.past_key_values

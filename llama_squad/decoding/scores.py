@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llama_squad.decoding.search import Hypothesis, Successors
+from llama_squad.tree import NO_NUMBERS
 
 
 def complete(
@@ -72,8 +73,15 @@ def likeliest(
 
 
 def log_norms(logits: torch.Tensor) -> torch.Tensor:
-    """Return the log-sum of exponentials of each row of logits, of shape (rows, 1)."""
-    return logits.logsumexp(-1, keepdim=True)
+    """Return the log-sum of exponentials of each row of logits, of shape (rows, 1).
+
+    Raises:
+        ValueError: they are no numbers, which no search can be made by.
+    """
+    norms = logits.logsumexp(-1, keepdim=True)
+    if not norms.isfinite().all():
+        raise ValueError(NO_NUMBERS)
+    return norms
 
 
 def token_scores(logits: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:

@@ -70,6 +70,12 @@ class Tally:
             self.tokens_out += getattr(usage, "completion_tokens", None) or 0
             self.uncounted += usage is None
 
+    def is_over(self) -> bool:
+        """Tell, of something that is no reply, whether there were none yet, or none for long."""
+        with self.lock:
+            self.given_up += 1
+            return not self.replies or self.given_up > RETRIES
+
     def say_once(self, text: str) -> None:
         with self.lock:
             new = text not in self.said

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_squad.arguments import EvalArguments, ModelArguments
@@ -12,7 +13,13 @@ if TYPE_CHECKING:
 
 
 def adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
-    """Return what trained weights bring: base model, prompt and reasoning tokens."""
+    """Return what trained weights bring: base model, prompt and reasoning tokens.
+
+    Behind a server they are known where its name for them is a folder here.
+    """
+    if parsed[0].predictor == "server":
+        folder = parsed[1].model_name
+        return saved_settings(None, folder) if Path(folder).is_dir() else {}
     if parsed[0].predictor != "local":
         return {}
     return saved_settings(parsed[0].adapter_name, parsed[1].model_name)

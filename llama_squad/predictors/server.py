@@ -171,7 +171,10 @@ class ServerModel:
             if not isinstance(content, str | None):
                 raise TypeError(f"content is of type {type(content).__name__}")
         except (AttributeError, IndexError, TypeError) as error:
-            raise ValueError(self._client.no_completion(error)) from error
+            if self._client.tally.is_over():
+                raise ValueError(self._client.no_completion(error)) from error
+            said = getattr(done, "error", None) or error  # of a gateway, with status 200
+            raise QuestionFailed(f"no completion: {one_line(str(said))}") from error
         self._client.tally.add(done.usage)
         if reason == "length":
             self._client.tally.say_once(

@@ -19,6 +19,7 @@ from llama_squad.config import (
     write_json,
 )
 from llama_squad.folders import FINAL, MERGED
+from llama_squad.quantized import dequantize
 from llama_squad.training.merge_error import MergeError, MergeMeter, Sample
 
 
@@ -211,8 +212,8 @@ def merge_adapter(
     the adapter was trained on; merging into the original ones, or in 4 bits, is far less exact.
     """
     base: Any = modeling.load_model(model_args, quantize=args.quantize)
-    if args.quantize:
-        modeling.dequantize(base)
+    if getattr(base, "is_loaded_in_4bit", False):
+        dequantize(base)
     computed = base.dtype
     dtype = computed if args.merged_dtype == "auto" else modeling.resolve_dtype(args.merged_dtype)
     model = modeling.attach_adapter(base, str(adapter), model_args.model_name)

@@ -49,7 +49,15 @@ def add_lora(model: Any, args: TrainArguments, reasoning_token: int | None = Non
         use_dora=args.use_dora,
         trainable_token_indices=[reasoning_token] if reasoning_token is not None else None,
     )
-    model = get_peft_model(model, config)
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as error:
+        if "lora_dropout" not in str(error):
+            raise
+        raise ValueError(
+            "the experts of this mixture are adapted as parameters, which take no dropout: give "
+            "--lora_dropout 0, or adapt attention alone by --lora_target_modules"
+        ) from error
     if args.alora_from != "start":
         activate(model, args.alora_from)
     return model
