@@ -222,8 +222,8 @@ FAULTS = [
     Fault(
         "search: probabilities are not normalised",
         "llama_squad/decoding/scores.py",
-        "return logits.logsumexp(-1, keepdim=True)",
-        "return logits.amax(-1, keepdim=True)",
+        "norms = logits.logsumexp(-1, keepdim=True)",
+        "norms = logits.amax(-1, keepdim=True)",
         f"{DECODING} -k best_of_all",
     ),
     Fault(

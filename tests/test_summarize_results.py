@@ -82,7 +82,7 @@ def test_the_bare_command_reads_the_default_file(capsys: pytest.CaptureFixture[s
     lines = run(capsys, "--intervals").splitlines()
     two, one = "34.2–100.0", "20.7–100.0"
     assert lines[4].split() == [two, two, two, one, one]
-    assert "Wilson's" in lines[-1]
+    assert "Wilson's" in lines[-2]
 
 
 def test_the_table_fits_80_columns_whatever_the_names(capsys: pytest.CaptureFixture[str]) -> None:

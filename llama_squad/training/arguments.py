@@ -84,8 +84,6 @@ class SquadSFTConfig(TrainerArguments, SFTConfig):  # type: ignore[misc]  # bf16
             )
         preflight.check_deepspeed(self.deepspeed)
         super().__post_init__()
-        if self.n_gpu > 1:  # a model that one GPU holds is not copied to the others: torchrun does
-            self._n_gpu = 1
         preflight.check_zero_stage()
         preflight.check_packages(self)
         if self.fsdp:  # as accelerate does, but before the model is loaded

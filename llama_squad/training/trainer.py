@@ -104,6 +104,8 @@ class SquadTrainer(SFTTrainer):
         in_4_bits = getattr(model, "is_loaded_in_4bit", False)
         exact = [(p, p.data) for p in model.parameters() if in_4_bits and p.requires_grad]
         self._by_length: SeededByLength | None = None
+        if kwargs["args"].n_gpu > 1:  # a model that one GPU holds is copied to others by torchrun
+            kwargs["args"]._n_gpu = 1
         super().__init__(**kwargs)
         # TRL asks mixtures of experts for their balancing loss, which is no part of ours
         self.aux_loss_enabled = False
