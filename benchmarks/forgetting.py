@@ -74,10 +74,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = list(sys.argv[1:] if argv is None else argv)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     args = parser.parse_args(arguments[:cut])
-    options = arguments[cut + 1 :]
-    if not {"free", "--decoding=free", "--tune_threshold"} & {*options}:
-        options = ["--na_prob_thresh", "0.5", *options]  # whatever is kept with an adapter
-    args.test_options, args.command = options, arguments
+    args.test_options, args.command = arguments[cut + 1 :], arguments
     args.adapter, args.results = (dict(map(_pair, v)) for v in (args.adapter, args.results))
     if BASE in args.adapter:
         parser.error(f"no adapter may be called {BASE}")
@@ -154,7 +151,7 @@ class Study:
                     f"{args.output} holds figures with {found}, not {settings}: "
                     "name another file by --output"
                 )
-            settings = found
+            settings |= found
         self._published["settings"] = settings
 
     def measure(self, name: str) -> None:
@@ -221,12 +218,14 @@ class Study:
             dataset=str(Path(self._args.dataset_name).resolve()),
         )  # fmt: skip
         if not mark.is_file():
+            own = {"free", "--decoding=free", "--tune_threshold"} & {*self._args.test_options}
+            threshold = [] if own else ["--na_prob_thresh", "0.5"]  # whatever an adapter keeps
             command = [
                 sys.executable, str(ROOT / "test_llama_squad.py"), "--model_name", self._args.base,
                 "--dtype", self._args.dtype, "--dataset_name", self._args.dataset_name,
                 "--sample", "paragraphs", "--num_samples", str(self._args.questions),
                 "--output", str(file), *(["--adapter_name", adapter] if adapter else []),
-                *self._args.test_options,
+                *threshold, *self._args.test_options,
             ]  # fmt: skip
             subprocess.run(command, check=True)
             write_json(mark, content | {"command": command})

@@ -10,6 +10,7 @@ command goes on where it stopped. ``--html FILE`` also writes the texts with the
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -177,10 +178,13 @@ def _check_settings(args: argparse.Namespace, goes_on: bool) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in others}
     for name in ("adapter_name", "model_name"):
         settings[f"weights of {name}"] = weights_digest(settings[name])
-        tuned = Path(settings[name] or "", THRESHOLD_FILE)
-        settings[f"threshold of {name}"] = tuned.read_text() if tuned.is_file() else None
-    path = config_path(args.output)
+    path, tuned = (
+        config_path(args.output),
+        Path(args.adapter_name or args.model_name, THRESHOLD_FILE),
+    )
     with one_line_errors(path):
+        content = tuned.read_bytes() if tuned.is_file() else b""
+        settings["tuned threshold"] = hashlib.sha256(content).hexdigest()[:16]
         if goes_on and path.is_file():
             try:
                 saved = dict(json.loads(path.read_text(encoding="utf-8")))

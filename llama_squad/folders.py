@@ -34,7 +34,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def check_weights(flag: str, name: str | None, cure: str) -> None:
-    """Refuse a folder that is not there, or holds neither a model nor an adapter.
+    """Refuse a folder that is not there, or holds no model and no adapter, or not their weights.
 
     Names on the Hub are not looked up.
 
@@ -54,7 +54,8 @@ def check_weights(flag: str, name: str | None, cure: str) -> None:
         raise ValueError(f"{flag}: {what}: {cure}")
     if not any((folder / file).is_file() for file in ("adapter_config.json", "config.json")):
         raise ValueError(f"{flag}: {name} holds neither an adapter nor a model: {cure}")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+    files = ("*.safetensors", "adapter_model*.bin", "pytorch_model*.bin")
+    if not any(any(folder.glob(pattern)) for pattern in files):
         raise ValueError(f"{flag}: {name} holds no weights (a copy that was stopped?): {cure}")
 
 

@@ -38,13 +38,15 @@ def find_file(source: str, name: str) -> Path | None:
         return path if path.is_file() else None
     if not is_hub_name(source):
         return None
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(source, name))
     except LocalEntryNotFoundError as error:
-        if constants.HF_HUB_OFFLINE:
+        answer = getattr(error.__cause__, "response", None)  # of a mirror that has no such file
+        known = try_to_load_from_cache(source, name) is _CACHED_NO_EXIST
+        if constants.HF_HUB_OFFLINE or known or getattr(answer, "status_code", None) == 404:
             return None
         raise ValueError(
             f"the Hub could not be asked whether {source} has {name}: try again, or set "

@@ -567,6 +567,12 @@ def test_mistakes_are_one_line(flags: list[str], message: str, tmp_path: Path) -
     assert message in str(ended.value)
 
 
+def test_a_file_of_passwords_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pw").write_bytes(b"ada:\xff")
+    with pytest.raises(SystemExit, match=r"--auth: cannot read .*pw: 'utf-8' codec"):
+        app.main(["--auth", str(tmp_path / "pw")])
+
+
 def test_who_may_come_in(tmp_path: Path) -> None:
     (tmp_path / "who").write_text("ada:1815\n\nbo:a:b\n")
     args = AppArguments(host="0.0.0.0", auth=["cy:x", str(tmp_path / "who")])

@@ -134,11 +134,13 @@ def test_aliases_nulls_and_no_in_the_file(config: Any) -> None:
 
     file = config(
         "attn_implementation: null\n"
-        "train: {max_seq_length: 512, eval_strategy: no, save_strategy: no, eval_steps: null}\n"
+        "train: {max_seq_length: 512, eval_strategy: no, save_strategy: no, eval_steps: null,"
+        " resume_from_checkpoint: no}\n"
     )
     types = (ModelArguments, SquadSFTConfig)
     model, sft = parse_stage("train", types, ["--config", file])
     assert (sft.max_length, sft.eval_strategy, sft.save_strategy) == (512, "no", "no")
+    assert sft.resume_from_checkpoint is None
     assert model.attn_implementation is None
     _, sft = parse_stage("train", types, ["--config", file, "--max_seq_length=256"])
     assert sft.max_length == 256

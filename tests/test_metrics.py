@@ -395,6 +395,7 @@ def test_mean_interval() -> None:
     # s = 0.1 sqrt(100/99), n = 100: half-width 1.959964 · 0.01005038 = 0.01969838
     assert (low, high) == pytest.approx((48.030162, 51.969838), abs=1e-6)
     assert mean_interval([0.3]) == (0.0, 100.0)
+    assert mean_interval([0.0] * 5 + [1.0] * 5) != wilson_interval(5, 10)
     assert mean_interval([1.0] * 10) == wilson_interval(10, 10)
     assert mean_interval([0.0] * 10) == wilson_interval(0, 10)
     with pytest.raises(ValueError, match="nothing"):

@@ -158,6 +158,11 @@ def test_answers_of_another_model_are_not_gone_on_with(
     for more, named in (("--n_best", "2"), "n_best"), (("--model_name", "M/M"), "model_name"):
         with pytest.raises(SystemExit, match=rf"given with another {named} \("):
             run(capsys, *flags, *more)
+    kept = Path(folder, THRESHOLD_FILE)
+    kept.write_text(json.dumps({"na_prob_thresh": 0.25}))
+    with pytest.raises(SystemExit, match=r"given with another tuned threshold \("):
+        run(capsys, *flags)
+    kept.unlink()
     run(capsys, *flags)
     assert len(Path(out).read_text().splitlines()) == 2
     Path(f"{out}.config.json").write_text("{")

@@ -491,7 +491,8 @@ def test_an_error_in_place_of_a_completion_is_of_its_question(
 def test_a_model_s_folder_brings_its_prompt(tmp_path: Path) -> None:
     folder = model_folder(tmp_path)
     saved = {"prompt": "question_first", "system_prompt": ""}
-    write_json(Path(folder, "llama_squad.json"), saved)
+    others = {"train": {"reasoning_tokens": 4, "filler": 2}}  # which a server cannot be asked with
+    write_json(Path(folder, "llama_squad.json"), saved | others)
     args = EvalArguments(predictor="server")
     assert adapter_settings([args, ModelArguments(model_name=folder)]) == saved
     assert adapter_settings([args, ModelArguments(model_name="gpt-4")]) == {}

@@ -36,8 +36,9 @@ from llama_squad import modeling, weights
 from llama_squad.answers import format_answer
 from llama_squad.arguments import CreateArguments, ModelArguments, TrainArguments
 from llama_squad.config import RUN_CONFIG, load_run_config, parse_stage
-from llama_squad.data import write_dataset
+from llama_squad.data import load_squad, write_dataset
 from llama_squad.encoding import IGNORE, ChatEncoder
+from llama_squad.folders import check_weights
 from llama_squad.processes import is_sharded
 from llama_squad.prompts import build_messages, gold_answer
 from llama_squad.training import publishing
@@ -383,6 +384,31 @@ def test_an_adapter_goes_on_with_its_own_prompt(
         train_llama_squad.main([*flags, "--dataset_name", data, "--output_dir", "on",
                                 "--from_adapter", "results/final_checkpoints"])  # fmt: skip
     assert "create the dataset anew with --prompt single_turn" in capsys.readouterr().err
+    data = dataset_folder(tmp_path / "third", make_records(2, [2]), system_prompt="Be brief.")
+    with pytest.raises(SystemExit):
+        train_llama_squad.main([*flags, "--dataset_name", data, "--output_dir", "on",
+                                "--from_adapter", "results/final_checkpoints"])  # fmt: skip
+    assert "has the system_prompt 'Be brief.', and results/" in capsys.readouterr().err
+
+
+def test_a_prompt_without_numbers_ends_no_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """In float16 one validation question may overflow; the checkpoint due is saved all the same."""
+    val = make_records(3, [1])
+    data = load_squad(dataset_folder(tmp_path, make_records(1, [1]), val))
+    encoder = ChatEncoder(tiny_tokenizer())
+    first, *others = encoder.encode_prompts(
+        [build_messages(record, answer=False) for record in data["val"]]
+    )
+    model = tiny_model()
+    # nor the check of the first prompt, which puts id - 1 in the place of ids, may meet it
+    token = next(t for t in others[-1] if not {t, t + 1} & {*first})
+    model.get_input_embeddings().weight.data[token] = float("inf")
+    config = SquadSFTConfig(report_to="none", per_device_eval_batch_size=1)
+    validate = make_validation(config, data, str(tmp_path / "dataset"), encoder)
+    assert validate is not None and validate(model) == {}
+    assert "only their loss: the model gives logits that are no numbers" in capsys.readouterr().out
 
 
 def without_lora(flags: list[str]) -> list[str]:
@@ -719,9 +745,12 @@ def test_rows_are_padded_to_a_multiple(
     assert all(length % 64 == 0 for length in lengths)
 
 
-def test_a_wrong_setup_ends_with_a_message() -> None:
+def test_a_wrong_setup_ends_with_a_message(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="no dataset in 'nowhere'"):
         train_llama_squad.main(["--dataset_name", "nowhere"])
+    Path("config.yaml").write_text("train: {output_dir: null}")
+    with pytest.raises(SystemExit, match="--output_dir is null: name a folder"):
+        train_llama_squad.main([])
 
 
 # Going on -----------------------------------------------------------------------------------
@@ -830,6 +859,11 @@ def test_a_whole_model_given_as_the_adapter_is_loaded(tmp_path: Path) -> None:
     for call in (modeling.load_model, modeling.load_encoder):
         with pytest.raises(ValueError, match="full holds neither an adapter nor a model: train"):
             call(arguments, adapter_name=str(full))
+    with pytest.raises(ValueError, match=r"holds no weights \(a copy that was stopped\?\): cure"):
+        (tmp_path / "copy").mkdir()
+        (tmp_path / "copy" / "adapter_config.json").write_text("{}")
+        (tmp_path / "copy" / "training_args.bin").write_text("")
+        check_weights("--adapter_name", str(tmp_path / "copy"), "cure")
     with pytest.raises(ValueError, match="holds neither"):
         weights.saved_settings(str(full))
 
@@ -843,6 +877,28 @@ def test_a_relative_base_is_found_from_another_folder(tmp_path: Path) -> None:
     assert weights.saved_settings(str(adapter))["model_name"] == "quickstart/tiny_llama"
     elsewhere = adapter_folder(tmp_path / "elsewhere", "someone/base")
     assert weights.saved_settings(str(elsewhere))["model_name"] == "someone/base"
+
+
+def test_a_hub_that_could_not_be_asked_is_no_hub_without_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an adapter would be run as another one, unsaid: on each of its tokens, say."""
+    status: list[Any] = [None]
+
+    def fail(*_: Any) -> Any:
+        cause = OSError("no network")
+        cause.response = SimpleNamespace(status_code=status[0])  # type: ignore[attr-defined]
+        raise LocalEntryNotFoundError("cannot reach it") from cause
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    assert weights.find_file("me/alora", RUN_CONFIG) is None  # HF_HUB_OFFLINE is set in the tests
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(
+        ValueError, match="could not be asked whether me/alora has llama_squad.json"
+    ):
+        weights.find_file("me/alora", RUN_CONFIG)
+    status[0] = 404  # of a mirror
+    assert weights.find_file("me/alora", RUN_CONFIG) is None
 
 
 def test_a_missing_attention_package_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,10 @@ def who_may_come_in(args: AppArguments) -> list[tuple[str, str]]:
     for word in args.auth or []:
         if ":" not in word:
             check_file("--auth", word)
-        lines = [word] if ":" in word else Path(word).read_text("utf-8").splitlines()
+        try:
+            lines = [word] if ":" in word else Path(word).read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--auth: cannot read {word}: {error}") from error
         words += filter(str.strip, lines)
     pairs = [(name, password) for name, _, password in (word.partition(":") for word in words)]
     if not all(name and password for name, password in pairs):

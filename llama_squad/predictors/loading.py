@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_squad.arguments import EvalArguments, ModelArguments
+from llama_squad.config import prompt_settings
 from llama_squad.weights import saved_settings
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def adapter_settings(parsed: Sequence[Any]) -> Mapping[str, Any]:
     """
     if parsed[0].predictor == "server":
         folder = parsed[1].model_name
-        return saved_settings(None, folder) if Path(folder).is_dir() else {}
+        return prompt_settings(saved_settings(None, folder)) if Path(folder).is_dir() else {}
     if parsed[0].predictor != "local":
         return {}
     return saved_settings(parsed[0].adapter_name, parsed[1].model_name)

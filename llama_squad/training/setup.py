@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from llama_squad.decoding.cache import check_tree
 from llama_squad.encoding import ChatEncoder
 from llama_squad.lora import quicken
 from llama_squad.metrics import Outcome, strict_counts, strict_outcome
-from llama_squad.predictors.base import batch_paragraphs
+from llama_squad.predictors.base import Batch, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
 from llama_squad.processes import is_sharded, of_first, this_process
 from llama_squad.prompts import build_messages
@@ -239,24 +239,35 @@ def make_validation(
             print(f"No answers to the validation questions, only their loss: {error}.")
             return {}
         local = LocalModel(
-            model,
-            encoder,
-            decoding="free",
-            max_new_tokens=VALIDATION_TOKENS,
-            stop_after_answer=True,
-            **prompts,
-        )
-        outcomes = Counter[Outcome]()
+            model, encoder,
+            decoding="free", max_new_tokens=VALIDATION_TOKENS, stop_after_answer=True, **prompts,
+        )  # fmt: skip
+        outcomes, fault = _outcomes(local, batches)
+        counts = strict_counts(outcomes)
+        totals = [*(counts[column] for column in VALIDATED.values()), (bool(fault), 1)]
+        summed = torch.tensor(totals, device=model.device)
+        if sft_args.world_size > 1:
+            torch.distributed.all_reduce(summed)
+        *pairs, (faults, _) = summed.tolist()
+        if faults:
+            print(f"No answers to the validation questions, only their loss: {fault or '(above)'}.")
+            return {}
+        return {
+            n: right / max(tried, 1) for n, (right, tried) in zip(VALIDATED, pairs, strict=True)
+        }
+
+    return validate
+
+
+def _outcomes(local: LocalModel, batches: Sequence[Batch]) -> tuple[Counter[Outcome], str]:
+    """Count what the answers to validation questions are; and why they cannot be had, or ""."""
+    outcomes = Counter[Outcome]()
+    try:
         for batch in tqdm(batches, desc="Validating", leave=False, unit=" batches"):
             outcomes.update(
                 strict_outcome(extract_answer(p.reply.completion), p.record["answers"]["text"])
                 for p in local.answer(batch)
             )
-        counts = strict_counts(outcomes)
-        totals = torch.tensor([counts[c] for c in VALIDATED.values()], device=model.device)
-        if sft_args.world_size > 1:
-            torch.distributed.all_reduce(totals)
-        pairs = zip(VALIDATED, totals.tolist(), strict=True)
-        return {name: right / max(tried, 1) for name, (right, tried) in pairs}
-
-    return validate
+    except ValueError as error:  # of one prompt, such as one on which float16 overflows
+        return outcomes, str(error)
+    return outcomes, ""
