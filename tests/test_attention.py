@@ -58,6 +58,16 @@ def test_a_paragraph_is_cut_from_the_next() -> None:
     assert ends <= starts, "a cut through a paragraph that fits into a block"
 
 
+def test_blocks_are_copies_of_their_mask() -> None:
+    """A view would keep the row's mask, which keeps the blocks: memory that nothing frees."""
+    mask = torch.ones(1, 1, 300, 300, dtype=torch.bool).tril()
+    mark_blocks(mask)
+    blocks = blocks_of(mask)
+    assert blocks
+    places = {block.untyped_storage().data_ptr() for _, _, block in blocks}
+    assert mask.untyped_storage().data_ptr() not in places
+
+
 def test_short_rows_and_single_tokens_stay_whole() -> None:
     assert blocks_of(mark_blocks(torch.ones(2, 1, 4, 600, dtype=torch.bool))) is None
     assert len(marked(torch.ones(2, 1, 385, 385, dtype=torch.bool).tril())) == 2

@@ -171,6 +171,14 @@ def test_the_demo(reasoning_tokens: int) -> None:
     assert said == expected
 
 
+def test_the_demo_with_windows_shorter_than_a_prompt() -> None:
+    session = ChatSession(
+        tiny_model("gemma3_text", sliding_window=64), encoder(), AppArguments(max_new_tokens=6)
+    )
+    *_, said = session.ask(RECORDS[0]["context"], RECORDS[0]["question"])
+    assert said[-1]["role"] == "assistant"
+
+
 @pytest.mark.slow
 def test_the_stage(tmp_path: Path, offline: None) -> None:
     flags = training_flags(

@@ -1,6 +1,7 @@
 """Merging an adapter: what the rounding keeps, what is measured, the tokenizer, and secrets."""
 
 import copy
+import dataclasses
 import functools
 import json
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import bitsandbytes
 import pytest
 import torch
 from helpers import (
@@ -427,6 +429,19 @@ def test_a_base_whose_sampling_flags_do_not_fit_can_be_saved(tmp_path: Path) -> 
     )
     modeling.load_model(ModelArguments(model_name=str(folder))).save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "model.safetensors").is_file()
+
+
+def test_a_base_that_was_saved_in_4_bits_is_not_merged_into(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    args = ModelArguments(model_name=model_folder(tmp_path, **sizes), dtype="float32")
+    base = modeling.load_model(args, quantize=True)
+    base.save_pretrained(tmp_path / "bits")
+    add_lora(base, TrainArguments(lora_r=2)).save_pretrained(str(tmp_path / "adapter"))
+    saved = dataclasses.replace(args, model_name=str(tmp_path / "bits"))
+    model: Any = modeling.load_model(saved, adapter_name=str(tmp_path / "adapter"))
+    assert isinstance(model, PeftModel)
+    kinds = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert kinds and not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in kinds)
 
 
 def test_an_adapter_of_experts_is_merged(tmp_path: Path) -> None:
