@@ -106,8 +106,8 @@ class ChatSession:
         hidden = self.encoder.filler_of(ids) if final else range(0)
         place = None
         if hidden:  # which no token attends to: so the last one matters alone, and that only here
-            # That of a window cannot be cropped. Windows are of the tokens in it: here by the hidden
-            # ones wider than in evaluation, which counts positions.
+            # A window's own cannot be cropped. Windows are of the tokens in it: wider by the hidden
+            # ones than in evaluation, which counts positions.
             cache = DynamicCache()
             _, cache = self._next_token(ids[: hidden.start], cache, acts, base=base)
             place = hidden.stop if ids[hidden.stop :] else hidden.stop - 1
