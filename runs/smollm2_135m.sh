@@ -6,35 +6,43 @@
 #   ./runs/smollm2_135m.sh
 #   MODEL=DIR DATA_FLAGS="--train_files train-*.json --test_files dev.json" ./runs/smollm2_135m.sh   # without the Hub
 #   SAMPLE="--num_samples 2000 --sample paragraphs" ./runs/smollm2_135m.sh   # a sixth of the answers
+#   QUESTIONS=60000 ./runs/smollm2_135m.sh   # more to train on, in results/smollm2_135m_60000
 #
 # PROCESSES=N: how many share the work (default: one per GPU; without a GPU two, which share the cores).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 config=configs/smollm2_135m.yaml
-out=results/smollm2_135m
+base=results/smollm2_135m
+out=$base${QUESTIONS:+_$QUESTIONS}
+[[ ${QUESTIONS:-1} =~ ^[1-9][0-9]*$ ]] || {
+  echo "smollm2_135m.sh: QUESTIONS=$QUESTIONS is no number of questions" >&2
+  exit 2
+}
 read -ra sample <<< "${SAMPLE:-}"
 . runs/lib/stage.sh
 flags=(--config $config ${MODEL:+"--model_name=$MODEL"})
 
 evaluate() { stage test_llama_squad.py "${flags[@]}" ${sample[@]+"${sample[@]}"} "$@"; }
 tuned=--adapter_name=$out/final_checkpoints
+# A step holds 4 paragraphs, of 27.4 questions on average.
+length=(${QUESTIONS:+"--max_steps=$(((QUESTIONS * 5 + 136) / 137))" "--warmup_steps=$((QUESTIONS / 548 + 1))"})
 
 echo "Two cores with AMX (Intel Xeon) take, by what was measured on one (benchmarks/RESULTS.md): training half an" \
   "hour, each evaluation a quarter, but that of the untuned model's free replies, which are long, 70 minutes;" \
   "a threshold for abstaining is tuned on val, half as much as dev." \
-  "CPUs with AVX512-BF16 alone (AMD Zen 4) take twice as long, by what each of two cores did: training an hour, an evaluation half;" \
+  "CPUs with AVX512-BF16 alone take as long (AMD Zen 5) or twice as long (Zen 4: training an hour, an evaluation half), by what two cores did;" \
   "others compute in float32: training takes five to eight times as long there as with AMX."
 build data/squad_v2
 [ -d $out/final_checkpoints ] ||
-  stage train_llama_squad.py "${flags[@]}" --resume_from_checkpoint auto \
-    --per_device_train_batch_size $((48 / processes))
+  stage train_llama_squad.py "${flags[@]}" --output_dir "$out" --resume_from_checkpoint auto \
+    --per_device_train_batch_size $(((28 + processes - 1) / processes)) ${length[@]+"${length[@]}"}
 evaluate $tuned --na_prob_thresh 0.5 --output $out/tuned_spans.csv  # whatever is kept with the adapter
 evaluate $tuned --decoding free --output $out/tuned_free.csv
 evaluate $tuned --tune_threshold --no_answer_share 0.5 --output $out/tuned_threshold.csv
-evaluate --output $out/base_spans.csv
-evaluate --decoding free --batch_size 128 --output $out/base_free.csv
+evaluate --output $base/base_spans.csv
+evaluate --decoding free --batch_size 128 --output $base/base_free.csv
 
-python summarize_results.py "base, free=$out/base_free.csv" "base, held to spans=$out/base_spans.csv" \
+python summarize_results.py "base, free=$base/base_free.csv" "base, held to spans=$base/base_spans.csv" \
   "tuned, free=$out/tuned_free.csv" "tuned, held to spans=$out/tuned_spans.csv" \
   "the same, threshold of val for an even share=$out/tuned_threshold.csv"

@@ -280,11 +280,30 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     training, *evaluations = (tmp_path / "a" / "calls").read_text().splitlines()
     assert training.startswith("3 --nproc_per_node 3 train_llama_squad.py")
-    assert "--per_device_train_batch_size 16" in training
+    assert "--per_device_train_batch_size 10" in training
     assert len(evaluations) == 5
     assert "--na_prob_thresh 0.5 --output" in evaluations[0]  # whatever is kept with the adapter
     assert "--tune_threshold --no_answer_share 0.5 --output" in evaluations[2]
     assert all("--nproc_per_node 3 test_llama_squad.py" in call for call in evaluations)
+
+
+def test_more_questions_are_kept_apart(tmp_path: Path) -> None:
+    (tmp_path / "a" / "data" / "squad_v2").mkdir(parents=True)
+    stubs = {"python": f'echo "$*" >> {tmp_path}/calls'}
+    done = run_stubbed("smollm2_135m.sh", tmp_path / "a", stubs, PROCESSES="1", QUESTIONS="60000")
+    assert done.returncode == 0, done.stderr
+    training, *evaluations = [
+        line for line in (tmp_path / "calls").read_text().splitlines() if "_llama_squad.py" in line
+    ]
+    assert "--output_dir results/smollm2_135m_60000 " in training
+    assert training.endswith("--per_device_train_batch_size 28 --max_steps=2190 --warmup_steps=110")
+    outputs = [line.split("--output ")[1] for line in evaluations]
+    assert [path.split("/")[1] for path in outputs] == ["smollm2_135m_60000"] * 3 + [
+        "smollm2_135m"
+    ] * 2
+    (tmp_path / "b").mkdir()
+    done = run_stubbed("smollm2_135m.sh", tmp_path / "b", stubs, QUESTIONS="many")
+    assert done.returncode == 2 and "QUESTIONS=many is no number" in done.stderr
 
 
 def test_the_dataset_is_built_from_given_files(tmp_path: Path) -> None:
