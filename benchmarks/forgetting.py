@@ -151,7 +151,7 @@ class Study:
                     f"{args.output} holds figures with {found}, not {settings}: "
                     "name another file by --output"
                 )
-            settings |= found
+            settings = found
         self._published["settings"] = settings
 
     def measure(self, name: str) -> None:
@@ -213,13 +213,13 @@ class Study:
             return read_results(self._args.results[name])
         file = self._args.work / name / "results.csv"
         adapter = self._args.adapter.get(name)
+        own = {"free", "--decoding=free", "--tune_threshold"} & {*self._args.test_options}
+        threshold = [] if own else ["--na_prob_thresh", "0.5"]  # whatever an adapter keeps
         mark, content = self._kept(
-            name, "task", options=self._args.test_options, questions=self._args.questions,
-            dataset=str(Path(self._args.dataset_name).resolve()),
+            name, "task", options=[*threshold, *self._args.test_options],
+            questions=self._args.questions, dataset=str(Path(self._args.dataset_name).resolve()),
         )  # fmt: skip
         if not mark.is_file():
-            own = {"free", "--decoding=free", "--tune_threshold"} & {*self._args.test_options}
-            threshold = [] if own else ["--na_prob_thresh", "0.5"]  # whatever an adapter keeps
             command = [
                 sys.executable, str(ROOT / "test_llama_squad.py"), "--model_name", self._args.base,
                 "--dtype", self._args.dtype, "--dataset_name", self._args.dataset_name,

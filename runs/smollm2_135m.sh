@@ -25,22 +25,25 @@ flags=(--config $config ${MODEL:+"--model_name=$MODEL"})
 
 evaluate() { stage test_llama_squad.py "${flags[@]}" ${sample[@]+"${sample[@]}"} "$@"; }
 tuned=--adapter_name=$out/final_checkpoints
-# A step holds 4 paragraphs, of 27.4 questions on average.
-length=(${QUESTIONS:+"--max_steps=$(((QUESTIONS * 5 + 136) / 137))" "--warmup_steps=$((QUESTIONS / 548 + 1))"})
+# A step holds 4 paragraphs, of 6.85 questions on average, or one for each process.
+own=$(((8 + processes) / (2 * processes)))
+[ "$own" -gt 0 ] || own=1
+paragraphs=$((own * processes))
+steps=$(((${QUESTIONS:-20000} * 20 + 137 * paragraphs - 1) / (137 * paragraphs)))
 
-echo "Two cores with AMX (Intel Xeon) take, by what was measured on one (benchmarks/RESULTS.md): training half an" \
-  "hour, each evaluation a quarter, but that of the untuned model's free replies, which are long, 70 minutes;" \
+echo "Two cores with AMX (Intel Xeon) take, by what was measured on one (benchmarks/RESULTS.md): training on 20,000" \
+  "questions half an hour, each evaluation a quarter, but that of the untuned model's free replies, which are long, 70 minutes;" \
   "a threshold for abstaining is tuned on val, half as much as dev." \
   "CPUs with AVX512-BF16 alone take as long (AMD Zen 5) or twice as long (Zen 4: training an hour, an evaluation half), by what two cores did;" \
   "others compute in float32: training takes five to eight times as long there as with AMX."
 build data/squad_v2
+evaluate --output $base/base_spans.csv
 [ -d $out/final_checkpoints ] ||
   stage train_llama_squad.py "${flags[@]}" --output_dir "$out" --resume_from_checkpoint auto \
-    --per_device_train_batch_size $(((28 + processes - 1) / processes)) ${length[@]+"${length[@]}"}
+    --per_device_train_batch_size $((7 * own)) --max_steps $steps --warmup_steps $((steps / 20 + 1))
 evaluate $tuned --na_prob_thresh 0.5 --output $out/tuned_spans.csv  # whatever is kept with the adapter
 evaluate $tuned --decoding free --output $out/tuned_free.csv
 evaluate $tuned --tune_threshold --no_answer_share 0.5 --output $out/tuned_threshold.csv
-evaluate --output $base/base_spans.csv
 evaluate --decoding free --batch_size 128 --output $base/base_free.csv
 
 python summarize_results.py "base, free=$base/base_free.csv" "base, held to spans=$base/base_spans.csv" \

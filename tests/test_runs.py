@@ -278,10 +278,11 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
     stubs = {"torchrun": say, "python": ":", "nproc": "echo 8"}
     done = run_stubbed("smollm2_135m.sh", tmp_path / "a", stubs, PROCESSES="3", OMP_NUM_THREADS="")
     assert done.returncode == 0, done.stderr
-    training, *evaluations = (tmp_path / "a" / "calls").read_text().splitlines()
+    base, training, *evaluations = (tmp_path / "a" / "calls").read_text().splitlines()
+    assert base.endswith("--output results/smollm2_135m/base_spans.csv")
     assert training.startswith("3 --nproc_per_node 3 train_llama_squad.py")
-    assert "--per_device_train_batch_size 10" in training
-    assert len(evaluations) == 5
+    assert "--per_device_train_batch_size 7 --max_steps 974" in training  # 3 paragraphs a step
+    assert len(evaluations) == 4
     assert "--na_prob_thresh 0.5 --output" in evaluations[0]  # whatever is kept with the adapter
     assert "--tune_threshold --no_answer_share 0.5 --output" in evaluations[2]
     assert all("--nproc_per_node 3 test_llama_squad.py" in call for call in evaluations)
@@ -292,15 +293,21 @@ def test_more_questions_are_kept_apart(tmp_path: Path) -> None:
     stubs = {"python": f'echo "$*" >> {tmp_path}/calls'}
     done = run_stubbed("smollm2_135m.sh", tmp_path / "a", stubs, PROCESSES="1", QUESTIONS="60000")
     assert done.returncode == 0, done.stderr
-    training, *evaluations = [
+    first, training, *evaluations = [
         line for line in (tmp_path / "calls").read_text().splitlines() if "_llama_squad.py" in line
     ]
+    assert "--output results/smollm2_135m/base_spans.csv" in first  # of the base, for all numbers
     assert "--output_dir results/smollm2_135m_60000 " in training
-    assert training.endswith("--per_device_train_batch_size 28 --max_steps=2190 --warmup_steps=110")
+    assert training.endswith("--per_device_train_batch_size 28 --max_steps 2190 --warmup_steps 110")
     outputs = [line.split("--output ")[1] for line in evaluations]
-    assert [path.split("/")[1] for path in outputs] == ["smollm2_135m_60000"] * 3 + [
-        "smollm2_135m"
-    ] * 2
+    assert [path.split("/")[1] for path in outputs] == ["smollm2_135m_60000"] * 3 + ["smollm2_135m"]
+    (tmp_path / "c" / "data" / "squad_v2").mkdir(parents=True)
+    stubs |= {
+        "torchrun": f'echo "$*" > {tmp_path}/last_$3'
+    }  # eight processes have eight paragraphs
+    run_stubbed("smollm2_135m.sh", tmp_path / "c", stubs, PROCESSES="8", QUESTIONS="60000")
+    training = (tmp_path / "last_train_llama_squad.py").read_text()
+    assert "--per_device_train_batch_size 7 --max_steps 1095 " in training
     (tmp_path / "b").mkdir()
     done = run_stubbed("smollm2_135m.sh", tmp_path / "b", stubs, QUESTIONS="many")
     assert done.returncode == 2 and "QUESTIONS=many is no number" in done.stderr

@@ -1,6 +1,7 @@
 """What a run is made of: the model with its adapter, the rows, the validation."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -251,12 +252,18 @@ def make_validation(
         *pairs, (faults, _) = summed.tolist()
         if faults:
             print(f"No answers to the validation questions, only their loss: {fault or '(above)'}.")
-            return {}
+            return _no_figures(sft_args)
         return {
             n: right / max(tried, 1) for n, (right, tried) in zip(VALIDATED, pairs, strict=True)
         }
 
     return validate
+
+
+def _no_figures(sft_args: Any) -> dict[str, float]:
+    """Return no figures, but for the one by which checkpoints are compared: that it is none."""
+    best = (sft_args.metric_for_best_model or "").removeprefix("eval_")
+    return {best: math.nan} if best in VALIDATED else {}
 
 
 def _outcomes(local: LocalModel, batches: Sequence[Batch]) -> tuple[Counter[Outcome], str]:
