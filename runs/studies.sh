@@ -38,7 +38,7 @@ questions=${QUESTIONS:-5000}
 asked=${ASKED:-2000}
 [ -d "$model" ] && name=$(cd "$model" && pwd -P) || name=$model
 out=results/studies/${name##*/}
-batch=48  # questions a step
+batch=28  # questions a step
 rows=() label='' last=final_checkpoints  # what a training ends with
 . runs/lib/stage.sh
 if [ "$study" = rates ] && [ "$processes" -gt 2 ]; then  # each has a paragraph a step, at least: 7 questions
@@ -88,7 +88,7 @@ case $study in
   rates)
     tune "recipe"  # 8e-4
     for rate in 2e-4 4e-4 2e-3; do tune "rate $rate" --learning_rate $rate; done
-    for batch in 28 14; do tune "$batch a step"; done
+    for batch in 48 14; do tune "$batch a step"; done
     ;;
   adapters)
     tune "recipe"

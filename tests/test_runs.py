@@ -150,7 +150,7 @@ def test_run(name: str, files: Any, trainings: Any, run_script: Any, tmp_path: P
     ("study", "trained"),
     [
         ("learning_curve", ["recipe", "all parameters"]),
-        ("rates", ["recipe", "rate 2e-4", "rate 4e-4", "rate 2e-3", "28 a step", "14 a step"]),
+        ("rates", ["recipe", "rate 2e-4", "rate 4e-4", "rate 2e-3", "48 a step", "14 a step"]),
         ("adapters", ["recipe", "rank 8", "rank 128", "attention alone", "from the reply",
                       "from the start"]),
         ("prompts", ["recipe", "question first", "question twice", "no system text"]),
@@ -169,7 +169,7 @@ def test_studies(study: str, trained: list[str], run_script: Any, tmp_path: Path
     model = "SmolLM2-135M-Instruct"
     assert folders == [f"results/studies/{model}/{count}/{name}" for count, name in names]
     for count, name, call in zip(asked, trained, trainings, strict=True):
-        batch = {"28 a step": 28, "14 a step": 14}.get(name, 48)  # questions
+        batch = {"48 a step": 48, "14 a step": 14}.get(name, 28)  # questions
         assert call[call.index("--max_steps") + 1] == str(-(-int(count) // batch))
         assert call[call.index("--per_device_train_batch_size") + 1] == str(batch)
     first, *others = json.loads((tmp_path / f"results_published/study_{study}.json").read_text())
