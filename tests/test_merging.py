@@ -432,7 +432,7 @@ def test_a_base_whose_sampling_flags_do_not_fit_can_be_saved(tmp_path: Path) -> 
 
 
 def test_a_base_that_was_saved_in_4_bits_is_not_merged_into(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
     args = ModelArguments(model_name=model_folder(tmp_path, **sizes), dtype="float32")
     base = modeling.load_model(args, quantize=True)
     base.save_pretrained(tmp_path / "bits")
