@@ -178,10 +178,8 @@ def _check_settings(args: argparse.Namespace, goes_on: bool) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in others}
     for name in ("adapter_name", "model_name"):
         settings[f"weights of {name}"] = weights_digest(settings[name])
-    path, tuned = (
-        config_path(args.output),
-        Path(args.adapter_name or args.model_name, THRESHOLD_FILE),
-    )
+    path = config_path(args.output)
+    tuned = Path(args.adapter_name or args.model_name, THRESHOLD_FILE)
     with one_line_errors(path):
         content = tuned.read_bytes() if tuned.is_file() else b""
         settings["tuned threshold"] = hashlib.sha256(content).hexdigest()[:16]
