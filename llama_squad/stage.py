@@ -3,6 +3,7 @@
 ``run_stage(main)`` is all that a script has under its ``__main__`` guard. It loads nothing slow.
 """
 
+import atexit
 import contextlib
 import logging
 import os
@@ -42,7 +43,8 @@ def run_stage(main: Callable[[], object]) -> None:
     Call it under the ``__main__`` guard only: it takes over the process's SIGINT and progress bars.
     A library may catch the interrupt, or turn it into another error; it counts all the same. The
     process then ends without waiting for its threads, such as those that wait for a server. A
-    second Ctrl-C ends it at once.
+    second Ctrl-C ends it at once. One that comes while the interpreter shuts down changes nothing:
+    the work is done, and the status stays 0.
     """
     interrupted = False
 
@@ -54,6 +56,9 @@ def run_stage(main: Callable[[], object]) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, note)
+    # Python ends by giving SIGINT back to the system, which would kill what is done. First to be
+    # registered, so last to run, and threads have been waited for by then.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     sys.unraisablehook = _end_if_interrupted(sys.unraisablehook)
     try:
         _quiet_libraries()
