@@ -2,8 +2,8 @@
 
 Reads the base model or an adapter, the dataset folder for random questions, and what is to be
 reviewed (the page also works without either); appends verdicts to ``--feedback``, and writes
-nothing else. Answers are held to spans, as in ``test_llama_squad.py``; the model also speaks
-freely, greedily and one token at a time.
+nothing else. Answers are found by span decoding, as in ``test_llama_squad.py``; the model also
+speaks freely, greedily and one token at a time.
 
     python app.py --adapter_name=results/final_checkpoints
     python app.py --adapter_name=results/final_checkpoints --review results/results.csv

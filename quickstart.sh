@@ -24,7 +24,7 @@ step python test_llama_squad.py --config $config --decoding free --output $out/t
 step python test_llama_squad.py --config $config --output $out/tuned_spans.csv --overwrite \
   --adapter_name=$out/final_checkpoints --num_beams 4
 step python summarize_results.py "base model=$out/base.csv" "tuned=$out/tuned.csv" \
-  "tuned, held to spans=$out/tuned_spans.csv"
+  "tuned, span decoding=$out/tuned_spans.csv"
 
 cat <<TXT
 

@@ -10,7 +10,7 @@ of a reviewer who never errs):
 
 and the loop goes on from the weak adapter with them, as in docs/feedback.md: ``--feedback`` and
 ``--replay``, ``--from_adapter``, the same number of steps for each. With 0 verdicts it goes on with
-the old questions alone. Figures are exact match on the quickstart's test split, held to spans.
+the old questions alone. Figures are exact match on the quickstart's test split, span decoding.
 
     OMP_NUM_THREADS=1 python benchmarks/active_learning.py --json active_learning.json
 
@@ -164,7 +164,7 @@ class Seed:
         )  # fmt: skip
 
     def _answer(self, data: str, adapter: str, n_best: int = 1) -> list[Row]:
-        """Answer the test split of a dataset, held to spans; return the rows."""
+        """Answer the test split of a dataset, span decoding; return the rows."""
         output = self._at(f"{adapter}_on_{data}.csv")
         if data != "pool":  # those of the pool, and the weak adapter, are kept with --work
             Path(output).unlink(missing_ok=True)

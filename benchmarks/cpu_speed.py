@@ -1,15 +1,15 @@
 """What makes a real model faster on a CPU, each against its absence: the same work, in turns.
 
 Training: a step's row of real paragraphs, forward and backward, of an adapter that acts from the
-question on (``--alora_from``): attention over the whole row, in blocks, by plain products
+question on (``--alora_from``): attention over the whole row, in blocks, by explicit matrix products
 (``llama_squad/attention.py``), the base's tokens first (``llama_squad/supervised.py``), LoRA's
-layers as one step of the graph (``llama_squad/lora.py``), and cross entropy a few tokens at a time.
+layers as one autograd function (``llama_squad/lora.py``), and cross entropy a few tokens at a time.
 Evaluation: whole paragraphs answered in batches, without all of the following, then with one more
 each: finished rows dropped, tokens run ahead (``decoding/lookahead.py``), the adapter without
 PEFT's detours (``decoding/adapters.py``), the output layer on a CPU's units for bfloat16
 (``head.py``), and attention that copies no keys. Every way takes its turn in each
 round, so that other work on the machine falls on all alike; what is printed is the median of the
-rounds, in seconds of processor time, and how many answers differ.
+rounds, in seconds of CPU time, and how many answers differ.
 
     python benchmarks/cpu_speed.py --model MODEL --adapter DIR
 """
@@ -106,7 +106,7 @@ def training(args: argparse.Namespace, settings: ModelArguments, dataset: Any) -
     ways = {
         "torch's attention over the whole row": lambda: step("blocks", "base first", *new),
         "in blocks": lambda: step("products", "base first", *new),
-        "by plain products": lambda: step("base first", *new),
+        "by explicit matrix products": lambda: step("base first", *new),
         "the base's tokens first": lambda: step(*new),
         "LoRA's layers as one step": lambda: step("loss"),
         "cross entropy in parts": step,

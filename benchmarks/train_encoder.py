@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     done = (trainer.state.global_step - before) / trainer.state.max_steps
     questions = done * args.epochs * len(records)
     print(
-        f"{questions:,.0f} questions in {seconds:,.0f} s of processor time, "
+        f"{questions:,.0f} questions in {seconds:,.0f} s of CPU time, "
         f"{questions / seconds:.1f} a second, {torch.get_num_threads()} threads"
     )
     print(f"Wrote {args.output_dir}")

@@ -1,4 +1,4 @@
-"""LoRA's linear layers on a CPU, as one step of the graph each.
+"""LoRA's linear layers on a CPU, as one autograd function each.
 
 PEFT's layer is a dozen steps: the input is cast to the adapter's float32 and back for the product,
 masked, scaled, added, and each is undone for the gradient. Such passes over activations cost a CPU

@@ -22,8 +22,8 @@ OFFICIAL_COLUMNS = (
 )
 
 APART_COLUMNS = ("HasAns_span_exact", "HasAns_span_f1", "na_prob_auroc", "na_prob_ece")
-"""Reading: the best spans of questions with an answer, had none abstained; and abstaining: how well
-na_prob tells the two kinds apart, and how far it is from how often there is no answer."""
+"""Reading: the best spans of questions with an answer, with abstention disabled; and abstaining:
+how well na_prob tells the two kinds apart, and how far it is from how often there is no answer."""
 
 _COUNTS = ("became right", "became wrong")
 

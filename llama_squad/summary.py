@@ -132,7 +132,7 @@ def summarize(rows: Iterable[Row]) -> dict[str, Any]:
         the official figures of ``evaluate_predictions`` over the rows' own gold answers, best_*
         only where all rows tell their best span (``best_answer``) and have a na_prob; so too
         "HasAns_span_exact" and "HasAns_span_f1", the scores of the best spans where there is an
-        answer, had none abstained, "na_prob_auroc" (``ScoreTable.auroc``) and "na_prob_ece"
+        answer, with abstention disabled, "na_prob_auroc" (``ScoreTable.auroc``) and "na_prob_ece"
         (``llama_squad.calibration``); and
         "intervals": figure → [low, high] at 95 %, Wilson's for proportions and the normal one for
         F1 (see ``llama_squad.intervals``).

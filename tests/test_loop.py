@@ -30,7 +30,7 @@ def run(script: str, *flags: str) -> None:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The quickstart's dataset, its adapter, and its answers held to spans."""
+    """The quickstart's dataset, its adapter, and its answers by span decoding."""
 
     data: str
     adapter: str
@@ -158,7 +158,7 @@ def export(page: Any, url: str, folder: Path) -> list[Record]:
 
 @pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER)
 def test_once_around_the_loop(tuned: Tuned, tmp_path: Path) -> None:
-    """Ask, correct, restart, export, rebuild, train 20 steps: it has learned, and unlearned none."""
+    """Ask, correct, restart, export, rebuild, train 20 steps: it has learned, and forgotten none."""
     records = {row["id"]: row for row in load_squad(tuned.data)["test"]}
     rows = read_results(tuned.spans)
     errors = {r["id"]: records[r["id"]] for r in rows if not r["Exact match"]}

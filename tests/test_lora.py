@@ -1,4 +1,4 @@
-"""LoRA's layers as one step of the graph, and the cross entropy in parts: as PEFT and torch."""
+"""LoRA's layers as one autograd function, and the cross entropy in parts: as PEFT and torch."""
 
 from typing import Any
 

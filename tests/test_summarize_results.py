@@ -88,7 +88,7 @@ def test_the_bare_command_reads_the_default_file(capsys: pytest.CaptureFixture[s
 def test_the_table_fits_80_columns_whatever_the_names(capsys: pytest.CaptureFixture[str]) -> None:
     write_results("tuned.csv", TUNED)
     names = [
-        "tuned, held to spans",
+        "tuned, span decoding",
         "x" * 50,
         "Llama 2 7b chat, fine-tuned single-turn, 8.0 epochs",
     ]

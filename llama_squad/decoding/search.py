@@ -162,7 +162,7 @@ class BestFirstSearch:
 
 
 class BeamSearch:
-    """Beam search in lockstep, with a length penalty, for one question in free decoding.
+    """Synchronous beam search, with a length penalty, for one question in free decoding.
 
     A complete reply counts log P / tokens ** ``length_penalty``. That does not fall as a reply
     grows, so the search ends as ``generate`` ends it (early_stopping=False): when no open reply, at
