@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from llama_squad.arguments import EvalArguments, ModelArguments, resolve_decoding
-from llama_squad.checks import check_eval_flags, check_evaluation
+from llama_squad.checks import check_evaluation
 from llama_squad.config import parse_stage
 from llama_squad.predictors.loading import adapter_settings, load_predictor
 from llama_squad.stage import if_interrupted, next_command, run_stage
@@ -34,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             "test", types, argv, saved=adapter_settings, description=__doc__, check=check
         )
         args = resolve_decoding(args)
-        check_eval_flags(args, model_args)
         again = "the same command without --overwrite" if args.overwrite else "the same command"
         with if_interrupted(f"the rows so far are kept in {args.output}: {again} goes on"):
             run(args, model_args)

@@ -24,7 +24,7 @@ from llama_squad.answers import extract_answer
 from llama_squad.arguments import ModelArguments
 from llama_squad.data import load_squad, sample_paragraphs
 from llama_squad.evaluation import result_row
-from llama_squad.metrics import evaluate_predictions
+from llama_squad.metrics import score_predictions
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
 
@@ -46,27 +46,9 @@ def parse() -> argparse.Namespace:
 
 def official(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Return the official scores of some answers."""
-    references = [
-        {
-            "title": "",
-            "paragraphs": [
-                {
-                    "context": p.record["context"],
-                    "qas": [
-                        {
-                            "id": p.record["id"],
-                            "question": p.record["question"],
-                            "answers": [{"text": text} for text in p.record["answers"]["text"]],
-                            "is_impossible": not p.record["answers"]["text"],
-                        }
-                    ],
-                }
-                for p in predictions
-            ],
-        }
-    ]
+    golds = {p.record["id"]: p.record["answers"]["text"] for p in predictions}
     texts = {p.record["id"]: extract_answer(p.reply.completion).official for p in predictions}
-    return evaluate_predictions(references, texts)
+    return score_predictions(golds, texts)
 
 
 def report(found: dict[int, list[Prediction]], seconds: dict[int, float]) -> None:

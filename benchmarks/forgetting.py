@@ -32,14 +32,16 @@ from typing import Any
 from forgetting_figures import Figures, compare_chat, compare_rows, compare_windows
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+from llama_squad.activation import adapter_off
 from llama_squad.arguments import ModelArguments
-from llama_squad.chat_check import ChatReply, chat
+from llama_squad.chat_check import ChatReply, judge, speak
 from llama_squad.config import load_run_config, provenance, write_json
 from llama_squad.encoding import ChatEncoder
 from llama_squad.plots import plot_forgetting
 from llama_squad.result_reader import read_results
+from llama_squad.results import config_path
 from llama_squad.rows import Row
-from llama_squad.weights import weights_digest
+from llama_squad.weights import weights_digest, whole_model
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "base"
@@ -173,7 +175,7 @@ class Study:
         yield "task", compare_rows(*(self._answers(each) for each in (BASE, name)))
         model: list[Any] = []  # loaded when it is needed, once
         base = model if name == BASE else []
-        yield "chat", compare_chat(self._chat(BASE, base), self._chat(name, model))
+        yield "chat", compare_chat(self._chat(BASE, base, base), self._chat(name, model, base))
         windows = self._wikitext(BASE, base), self._wikitext(name, model)
         yield "wikitext", compare_windows(*windows, WINDOW - 1)
         if self._args.eval_python and adapter:
@@ -209,12 +211,12 @@ class Study:
 
     def _answers(self, name: str) -> list[Row]:
         """Return the answered dev questions; test_llama_squad.py answers what is missing."""
-        if name in self._args.results:
-            return read_results(self._args.results[name])
-        file = self._args.work / name / "results.csv"
         adapter = self._args.adapter.get(name)
+        if name in self._args.results:
+            return read_results(self._given(name, adapter))
+        file = self._args.work / name / "results.csv"
         own = {"free", "--decoding=free", "--tune_threshold"} & {*self._args.test_options}
-        threshold = [] if own else ["--na_prob_thresh", "0.5"]  # whatever an adapter keeps
+        threshold = [] if own else ["--na_prob_thresh", "0.5"]  # not the one kept with an adapter
         mark, content = self._kept(
             name, "task", options=[*threshold, *self._args.test_options],
             questions=self._args.questions, dataset=str(Path(self._args.dataset_name).resolve()),
@@ -231,8 +233,23 @@ class Study:
             write_json(mark, content | {"command": command})
         return read_results(file)
 
-    def _chat(self, name: str, loaded: list[Any]) -> list[ChatReply]:
+    def _given(self, name: str, adapter: str | None) -> Path:
+        """Return the result file that the command line gives; it must be of the same weights."""
+        path = Path(self._args.results[name])
+        note = config_path(path)
+        made = json.loads(note.read_text("utf-8")) if note.is_file() else {}
+        weights = {"model_digest": self._base_digest, "adapter_digest": weights_digest(adapter)}
+        for key, digest in weights.items():
+            if digest and made.get(key, digest) != digest:
+                raise ValueError(
+                    f"{path} was made by other weights ({key} {made[key]}, not {digest}): leave "
+                    f"--results {name} out, or name the file of these"
+                )
+        return path
+
+    def _chat(self, name: str, loaded: list[Any], base: list[Any]) -> list[ChatReply]:
         """Return the replies to the chat prompts; those that are missing are made."""
+        adapter = self._args.adapter.get(name)
         limit, size = self._args.reply_tokens, self._args.batch_size
         path, content = self._kept(
             name, "chat", prompts=self._prompts, reply_tokens=limit, batch_size=size
@@ -241,8 +258,11 @@ class Study:
         while len(replies) < len(self._prompts):
             batch = self._prompts[len(replies) : len(replies) + size]
             model, encoder = self.load(name, loaded)
-            said = chat(model, encoder, batch, max_new_tokens=limit, batch_size=size)
-            replies += map(dataclasses.asdict, said)
+            ids = speak(model, encoder, batch, max_new_tokens=limit, batch_size=size)
+            # a whole model has no adapter to be switched off: its base is loaded beside it
+            judging = self.load(BASE, base)[0] if whole_model(adapter) else model
+            with adapter_off(judging):
+                replies += map(dataclasses.asdict, judge(judging, encoder, batch, ids))
             write_json(path, content)
             print(f"{name}: {len(replies)} of {len(self._prompts)} replies", flush=True)
         return [ChatReply(**reply) for reply in replies]
@@ -319,7 +339,9 @@ def trained_with(adapter: str) -> Figures:
     """Return the settings that tell the study's trainings apart; {} where they are not known."""
     saved = load_run_config(adapter)
     known = {**saved.get("trainer", {}), **saved.get("train", {})}
-    names = ("learning_rate", "max_steps", "per_device_train_batch_size", "lora_r", "alora_from",
+    whole = known.get("full_parameters")
+    names = ("learning_rate", "max_steps", "per_device_train_batch_size",
+             *(("full_parameters",) if whole else ("lora_r", "alora_from")),
              "loss_on", "chat_share", "chat_kl")  # fmt: skip
     return {name: known[name] for name in names if name in known}
 

@@ -8,6 +8,7 @@ each with a beginning of its own. So the forward pass is told token by token, an
 PEFT's plain LoRA: since B(A(m x)) = m B(A(x)) for m in {0, 1}, it is their input that is masked.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -94,3 +95,8 @@ def keep_last(width: int, count: int, device: torch.device) -> torch.Tensor:
 def activation_of(model: Any) -> Activation | None:
     """Return what switches a model's adapter on; None where that acts on all tokens, or is none."""
     return getattr(model, "adapter_activation", None)
+
+
+def adapter_off(model: Any, off: bool = True) -> AbstractContextManager[Any]:
+    """Return what switches a model's adapter off for a ``with`` block, where it has one."""
+    return model.disable_adapter() if off and hasattr(model, "peft_config") else nullcontext()

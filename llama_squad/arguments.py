@@ -357,6 +357,9 @@ class AppArguments:
     filler: int = _option(0, "Words of filler before the answer (the adapter knows).")
     quantize: bool = _option(False, "Load the model in 4 bits.")
     max_new_tokens: int = _option(512, "Length limit of a reply, in tokens.")
+    chat_adapter: bool = _option(
+        False, "Leave the adapter on in chat, too (default: it answers questions; its base chats)."
+    )
     feedback: str = _option("data/feedback.jsonl", "File that verdicts are appended to.")
     review: str | None = _option(
         None,

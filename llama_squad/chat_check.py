@@ -11,7 +11,6 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 
 from llama_squad.answers import extract_answer
 from llama_squad.encoding import ChatEncoder
-from llama_squad.intervals import wilson_interval
+from llama_squad.intervals import standard_error, wilson_interval
 
 CHAT_PROMPTS = Path(__file__).with_name("chat_prompts.txt")
 
@@ -87,37 +86,6 @@ def _repetition(words: Sequence[str]) -> float:
     return 1 - len(grams) / grams.total() if grams else 0.0
 
 
-def chat(
-    model: Any,
-    encoder: ChatEncoder,
-    prompts: Sequence[str],
-    *,
-    base: Any = None,
-    max_new_tokens: int = 128,
-    batch_size: int = 8,
-    progress: Callable[[int], object] = lambda done: None,
-) -> list[ChatReply]:
-    """Let a model answer prompts greedily, and judge each reply.
-
-    Args:
-        model: a causal language model, or a PEFT model; in evaluation mode.
-        encoder: the tokenizer's, with the chat template.
-        prompts: what the user says, each in a conversation of its own.
-        base: the model whose perplexity is the yardstick (default: ``model``, its adapter off).
-        max_new_tokens: length limit of a reply.
-        batch_size: prompts at once.
-        progress: told the number of prompts that are new since the last call.
-    """
-    spoken = speak(
-        model, encoder, prompts,
-        max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
-    )  # fmt: skip
-    if base is not None:
-        return judge(base, encoder, prompts, spoken)
-    with adapter_off(model):
-        return judge(model, encoder, prompts, spoken)
-
-
 def speak(
     model: Any,
     encoder: ChatEncoder,
@@ -127,7 +95,15 @@ def speak(
     batch_size: int = 8,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[list[int]]:
-    """Return the ids of a model's greedy replies, one per prompt; arguments as ``chat`` has them.
+    """Let a model answer prompts greedily; return the ids of its replies, one per prompt.
+
+    Args:
+        model: a causal language model, or a PEFT model; in evaluation mode.
+        encoder: the tokenizer's, with the chat template.
+        prompts: what the user says, each in a conversation of its own.
+        max_new_tokens: length limit of a reply.
+        batch_size: prompts at once.
+        progress: told the number of prompts that are new since the last call.
 
     Apart from ``judge``, so that a tuned model and its base need not be in memory together.
     """
@@ -154,11 +130,6 @@ def judge(
             ChatReply(prompt, text, *classify_reply(text), _perplexity(base, ids, reply))
         )
     return replies
-
-
-def adapter_off(model: Any) -> AbstractContextManager[None]:
-    """Switch a PEFT model's adapter off for a while; any other model stays as it is."""
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
 def _encode(encoder: ChatEncoder, prompts: Sequence[str]) -> list[list[int]]:
@@ -258,7 +229,7 @@ def render_chat(base: Sequence[ChatReply], tuned: Sequence[ChatReply]) -> str:
         for before, after in zip(base, tuned, strict=True)
     ]
     mean = statistics.fmean(differences)
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(base) > 1 else 0.0
+    error = standard_error(differences) if len(base) > 1 else 0.0
     lines.append(
         f"\nProse, tuned against base: {100 * mean:+.1f} ± {100 * error:.1f} points (paired "
         f"standard error, {len(base)} prompts). Words and perplexity (under the base) are medians."

@@ -120,17 +120,17 @@ def check_adapter_flags(args: TrainArguments, given: Sequence[str]) -> None:
             )
     if not args.full_parameters:
         check_activated(args)
-    if args.full_parameters:
-        clashing = [
-            f"--{name}"
-            for name in names
-            if name in _OF_ADAPTERS and getattr(args, name, None) is not False
-        ]
-        if clashing:
-            raise ValueError(
-                "--full_parameters trains every weight, without LoRA or 4 bits, so "
-                f"{', '.join(clashing)} would do nothing: leave out one or the other"
-            )
+        return
+    clashing = [
+        f"--{name}"
+        for name in names
+        if name in _OF_ADAPTERS and getattr(args, name, None) is not False
+    ]
+    if clashing:
+        raise ValueError(
+            "--full_parameters trains every weight, without LoRA or 4 bits, so "
+            f"{', '.join(clashing)} would do nothing: leave out one or the other"
+        )
 
 
 def check_activated(args: TrainArguments) -> None:

@@ -7,7 +7,6 @@ gradients are those of the separate examples; see docs/how-it-works.md. The enco
 """
 
 import itertools
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +19,6 @@ from llama_squad.activation import ADAPTER_MASK
 from llama_squad.encoding import IGNORE, ChatEncoder, Encoded
 from llama_squad.prompts import Message
 from llama_squad.tree import Tree, batch_rows
-
-_ENCODERS: weakref.WeakKeyDictionary[Any, tuple[str, ChatEncoder]]
-_ENCODERS = weakref.WeakKeyDictionary()
 
 
 def encode_messages(
@@ -37,11 +33,7 @@ def encode_messages(
         its first token through the one that ends the turn. None where the conversation is longer
         than ``max_length`` tokens: a label is never cut, the example is left out.
     """
-    cached = _ENCODERS.get(tokenizer)
-    if cached is None or cached[0] != tokenizer.chat_template:
-        cached = (tokenizer.chat_template, ChatEncoder(tokenizer))
-        _ENCODERS[tokenizer] = cached
-    encoded = cached[1].encode([messages])[0]
+    encoded = ChatEncoder(tokenizer).encode([messages])[0]
     fits = max_length is None or len(encoded["input_ids"]) <= max_length
     return encoded if fits else None
 

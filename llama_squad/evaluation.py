@@ -43,7 +43,7 @@ from llama_squad.rows import Row, make_row
 from llama_squad.weights import weights_digest, whole_model
 
 # What may change between two runs of one result file.
-_VOLATILE = ("output", "overwrite", "batch_size", "batch_sizes", "predictions_dir", "audit",
+_VOLATILE = ("output", "overwrite", "batch_size", "batch_sizes", "predictions_dir",
              "tune_threshold", "tune_for", "calibrate", "no_answer_share",
              "concurrency", "timeout", "max_tokens_name", "versions", "commit")  # fmt: skip
 

@@ -111,13 +111,8 @@ def unknown_flags(words: Sequence[str], later: Collection[str]) -> Iterator[str]
             yield word
 
 
-_MOVED = {"audit": "python benchmarks/audit.py --questions N"}
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint that names the known name closest to ``name``, or nothing."""
-    if name.lstrip("-") in _MOVED:
-        return f" (it has moved: {_MOVED[name.lstrip('-')]})"
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 

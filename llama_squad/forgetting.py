@@ -267,6 +267,7 @@ def compare_chat(args: argparse.Namespace, sides: Sides, chat: Chat, key: Mappin
         ValueError: a model cannot be loaded.
     """
     from llama_squad import chat_check
+    from llama_squad.activation import adapter_off
 
     whole_key = {**key, "prompts": chat.prompts}
     file = args.output_path / f"chat-base-{digest_of(whole_key)}.json"
@@ -279,7 +280,7 @@ def compare_chat(args: argparse.Namespace, sides: Sides, chat: Chat, key: Mappin
         del model
         gc.collect()  # so that its memory is free for the base
         model = _load(args, sides.base)
-    with chat_check.adapter_off(model):
+    with adapter_off(model):
         after = chat_check.judge(model, *chat, spoken)
         if not before:
             before = chat_check.judge(model, *chat, _speak(sides.base, model, chat))

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import ssl
-import statistics
 import subprocess
 import sys
 import urllib.error
@@ -17,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama_squad.intervals import standard_error
 from llama_squad.report import shared_metrics
 
 Question = tuple[str, str, str]
@@ -171,7 +171,7 @@ def paired_errors(base: Run, tuned: Run) -> dict[tuple[str, str], float]:
             reported = metrics[key], tuned.results.get(task, {}).get(key)
             changes = _changes(reported, (before, after))
             if changes:
-                errors[task, key] = statistics.stdev(changes) / len(changes) ** 0.5
+                errors[task, key] = standard_error(changes)
     return errors
 
 

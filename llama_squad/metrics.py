@@ -211,7 +211,7 @@ class ScoreTable:
         self.weights = share / (len(self) - having), (len(self) - share) / having
 
     def curve(self, index: int) -> Iterator[tuple[float, float]]:
-        """Yield the points of ``threshold_curve``; predictions of one na_prob in their order."""
+        """Yield (threshold, score in %) by na_prob; predictions of one na_prob in their order."""
         without, having = self.weights
         correct = without * (len(self) - sum(self.has_answer))
         scores = self.f1 if index else self.exact

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 from llama_squad import modeling, weights
+from llama_squad.activation import adapter_off
 from llama_squad.answers import extract_answer
 from llama_squad.arguments import EvalArguments, ModelArguments, resolve_decoding
 from llama_squad.calibration import Abstention
@@ -96,9 +97,11 @@ class Reader:
         max_new_tokens: int = 256,
         span_boundaries: Literal["word", "any"] = "word",
     ) -> None:
-        # a merged model with a threshold that was tuned for it is taken for one, too
-        tuned = Path(name, THRESHOLD_FILE).is_file()
-        adapter = name if tuned or weights.find_file(name, "adapter_config.json") else None
+        adapter = name if weights.find_file(name, "adapter_config.json") else None
+        # a whole model with a threshold that was tuned for it, or before another base, is taken
+        # for one, too: it then takes the base's place, as --adapter_name does
+        if model_name or Path(name, THRESHOLD_FILE).is_file():
+            adapter = name
         settings = weights.saved_settings(adapter, None if adapter else name)
         base = model_name or (settings["model_name"] if adapter else name)
         model_args = ModelArguments(model_name=base, dtype=dtype)
@@ -142,7 +145,7 @@ class Reader:
             num_beams=args.num_beams, max_new_tokens=args.max_new_tokens,
             n_best=max(1, args.n_best), span_boundaries=args.span_boundaries, **abstention.options,
         )  # fmt: skip
-        self._encoder = encoder
+        self._model, self._encoder = model, encoder
         limit = args.max_new_tokens
         self._speaker = Generator(model, encoder, decoding="free", max_new_tokens=limit)
 
@@ -186,8 +189,12 @@ class Reader:
                 found[prediction.record["id"]] = _reading(prediction)
         return [found[index] for index in range(len(records))]
 
-    def chat(self, messages: Sequence[Message]) -> str:
-        """Return the model's own, free reply to a conversation that ends with a user turn.
+    def chat(self, messages: Sequence[Message], adapter: bool = False) -> str:
+        """Return a free reply to a conversation that ends with a user turn.
+
+        Args:
+            messages: user and assistant in turn, after a system prompt or without.
+            adapter: the adapter is left on; without, its base speaks, whatever was trained.
 
         Raises:
             ValueError: it ends otherwise, or is longer than the model reads.
@@ -201,7 +208,8 @@ class Reader:
             raise ValueError(
                 f"the conversation is {len(prompt):,} tokens long, which leaves no room for a reply"
             )
-        return self._speaker.reply([Paragraph("", [prompt])])[0][0].completion.strip()
+        with adapter_off(self._model, not adapter):
+            return self._speaker.reply([Paragraph("", [prompt])])[0][0].completion.strip()
 
 
 def _reading(prediction: Prediction) -> Reading:

@@ -244,7 +244,15 @@ def _check_settings(path: Path, settings: Any, volatile: Collection[str]) -> Non
             f"{path} holds results, but their settings cannot be read from "
             f"{config_path(path)} ({error}): {cure}"
         ) from error
-    if different := differences(saved, settings, volatile):
+    # the same weights may be named otherwise, as by an absolute path
+    same = [
+        f"{what}_name"
+        for what in ("model", "adapter")
+        if isinstance(saved, dict)
+        and saved.get(f"{what}_digest")
+        and saved[f"{what}_digest"] == settings.get(f"{what}_digest")
+    ]
+    if different := differences(saved, settings, {*volatile, *same}):
         raise ValueError(f"{path} was made with other settings ({'; '.join(different)}): {cure}")
 
 

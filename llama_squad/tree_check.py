@@ -116,14 +116,9 @@ class RowProbe:
         """Run it; see ``Probe``."""
         batch = {key: value.clone() for key, value in self._batch.items()}
         first, last = self._leaves[0], self._leaves[-1]
-        if change == "sister":
-            batch["input_ids"][0, first.start : first.stop] = other_tokens(
-                batch["input_ids"][0, first.start : first.stop]
-            )
-        elif change == "stem":
-            batch["input_ids"][0, : first.start] = other_tokens(
-                batch["input_ids"][0, : first.start]
-            )
+        changed = {"sister": slice(first.start, first.stop), "stem": slice(first.start)}.get(change)
+        if changed is not None:
+            batch["input_ids"][0, changed] = other_tokens(batch["input_ids"][0, changed])
         elif change == "positions" and "position_ids" in batch:
             moved = batch["position_ids"][0, last.start : last.stop]
             moved += move_back(int(moved[0]))

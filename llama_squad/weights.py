@@ -86,6 +86,10 @@ def lora_settings(adapter_name: str) -> dict[str, Any]:
     """
     from peft import LoraConfig, PeftConfig
 
+    if is_model(Path(adapter_name)) and not is_adapter(adapter_name):
+        raise ValueError(
+            f"{adapter_name} is a whole model, and no adapter: give it by --model_name"
+        )
     base = base_of(adapter_name)
     config = PeftConfig.from_pretrained(adapter_name)
     if not isinstance(config, LoraConfig):

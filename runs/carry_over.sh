@@ -12,7 +12,16 @@ cd "$(dirname "$0")/.."
 adapter=${1:-}
 config=${CONFIG:-configs/smollm2_135m.yaml}
 questions=${QUESTIONS:-2000}
-name=${NAME:-$([ -z "$adapter" ] && echo base || basename "$(dirname "$adapter")")}
+of_adapter() { # the folder that its training was given, or the name on the Hub
+  local path=${1//\//_}
+  [ ! -d "$1" ] || path=$(cd "$1" && pwd -P)
+  case $path in
+    */final_checkpoints) path=${path%/*} ;;
+    */final_merged_checkpoint) path=${path%/*}_merged ;;
+  esac
+  echo "${path##*/}"
+}
+name=${NAME:-$([ -z "$adapter" ] && echo base || of_adapter "$adapter")}
 files=data/carry_over
 out=results/carry_over_$name
 
@@ -42,7 +51,7 @@ evaluate() { # NAME FILE
     --dataset_name "$files/$1"
   python test_llama_squad.py --config "$config" ${adapter:+--adapter_name="$adapter"} \
     --dataset_name "$files/$1" --sample paragraphs --num_samples "$questions" --na_prob_thresh 0.5 \
-    --output "$out/$1.csv"  # whatever is kept with the adapter
+    --output "$out/$1.csv"  # not the one kept with the adapter
   tables+=("$1=$out/$1.csv")
 }
 evaluate dev dev-v2.0.json

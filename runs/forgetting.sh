@@ -20,8 +20,6 @@ questions=${QUESTIONS:-2000}
 asked=${ASKED:-2000}  # dev questions that each adapter answers
 [ -d "$model" ] && name=$(cd "$model" && pwd -P) || name=$model
 out=results/forgetting/${name##*/}/$questions
-steps=$(((questions + 31) / 32))
-chat_steps=$(((questions * 10 / 9 + 31) / 32))  # a tenth of what they hold is chat
 data=${DATA:-../shared/data/benchmarks}
 adapters=()
 
@@ -29,14 +27,18 @@ adapters=()
   echo "forgetting.sh: no folder $data: set DATA (docs/stages.md says what it holds)" >&2
   exit 1
 }
+PROCESSES=1 . runs/lib/stage.sh
+plan "$questions" 28
+# 4 paragraphs hold 27.4 questions; where a tenth is chat, 6 paragraphs or chats hold 23.4 of SQuAD's
+chat_steps=$(((questions * 10 + 233) / 234))
 
 tune() {
   local name=$1
   shift
   [ -d "$out/$name/final_checkpoints" ] ||
-    python train_llama_squad.py --config $config --model_name "$model" --dataset_name "$dataset" \
-      --output_dir "$out/$name" --resume_from_checkpoint auto --per_device_train_batch_size 32 \
-      --max_steps $steps --warmup_steps 10 --eval_strategy no --alora_from start "$@"
+    stage train_llama_squad.py --config $config --model_name "$model" --dataset_name "$dataset" \
+      --output_dir "$out/$name" --resume_from_checkpoint auto "${planned[@]}" --eval_strategy no \
+      --alora_from start "$@"
   adapters+=(--adapter "$name=$out/$name/final_checkpoints")
 }
 
@@ -52,7 +54,8 @@ tune "2e-7" --learning_rate 2e-7
 tune "8e-4, chat" --learning_rate 8e-4 --chat_share 0.1 --max_steps $chat_steps
 tune "8e-4, chat, KL" --learning_rate 8e-4 --chat_share 0.1 --chat_kl 1 --max_steps $chat_steps
 # all tokens' logits at once would take gigabytes
-whole=(--loss_on all --per_device_train_batch_size 4 --gradient_accumulation_steps 8)
+whole=(--loss_on all --per_device_train_batch_size 4 --gradient_accumulation_steps 7
+  --max_steps $(((questions + 27) / 28)))
 tune "8e-4, loss on all" --learning_rate 8e-4 "${whole[@]}"
 tune "2e-4, loss on all" --learning_rate 2e-4 "${whole[@]}"
 

@@ -15,21 +15,13 @@ cd "$(dirname "$0")/.."
 config=configs/smollm2_135m.yaml
 base=results/smollm2_135m
 out=$base${QUESTIONS:+_$QUESTIONS}
-[[ ${QUESTIONS:-1} =~ ^[1-9][0-9]*$ ]] || {
-  echo "smollm2_135m.sh: QUESTIONS=$QUESTIONS is no number of questions" >&2
-  exit 2
-}
 read -ra sample <<< "${SAMPLE:-}"
 . runs/lib/stage.sh
 flags=(--config $config ${MODEL:+"--model_name=$MODEL"})
 
 evaluate() { stage test_llama_squad.py "${flags[@]}" ${sample[@]+"${sample[@]}"} "$@"; }
 tuned=--adapter_name=$out/final_checkpoints
-# A step holds 4 paragraphs, of 6.85 questions on average, or one for each process.
-own=$(((8 + processes) / (2 * processes)))
-[ "$own" -gt 0 ] || own=1
-paragraphs=$((own * processes))
-steps=$(((${QUESTIONS:-20000} * 20 + 137 * paragraphs - 1) / (137 * paragraphs)))
+plan "${QUESTIONS:-20000}" 28
 
 echo "Two cores with AMX (Intel Xeon) take, by what was measured on one (benchmarks/RESULTS.md): training on 20,000" \
   "questions half an hour, each evaluation a quarter, but that of the untuned model's free replies, which are long, 70 minutes;" \
@@ -40,8 +32,8 @@ build data/squad_v2
 evaluate --output $base/base_spans.csv
 [ -d $out/final_checkpoints ] ||
   stage train_llama_squad.py "${flags[@]}" --output_dir "$out" --resume_from_checkpoint auto \
-    --per_device_train_batch_size $((7 * own)) --max_steps $steps --warmup_steps $((steps / 20 + 1))
-evaluate $tuned --na_prob_thresh 0.5 --output $out/tuned_spans.csv  # whatever is kept with the adapter
+    "${planned[@]}"
+evaluate $tuned --na_prob_thresh 0.5 --output $out/tuned_spans.csv  # not the one kept with the adapter
 evaluate $tuned --decoding free --output $out/tuned_free.csv
 evaluate $tuned --tune_threshold --no_answer_share 0.5 --output $out/tuned_threshold.csv
 evaluate --decoding free --batch_size 128 --output $base/base_free.csv

@@ -15,7 +15,7 @@
 # own; PROCESSES as for smollm2_135m.sh (rates: 2 at most). The same command resumes where it was stopped,
 # and what studies share is trained and asked once, in results/studies/MODEL/QUESTIONS: run one at a time,
 # and remove that for another DATASET, another ASKED or another model of the same name, and data/studies for
-# another DATASET. Figures: results_published/study_NAME.json.
+# another DATASET. Figures: results_published/study_NAME_MODEL_QUESTIONS.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,10 +27,6 @@ case $study in
     exit 2
     ;;
 esac
-[[ ${QUESTIONS:-1} =~ ^[1-9][0-9]*$ ]] || {
-  echo "studies.sh: QUESTIONS=$QUESTIONS is no number of questions" >&2
-  exit 2
-}
 config=configs/smollm2_135m.yaml
 model=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 dataset=${DATASET:-data/squad_v2}
@@ -38,6 +34,8 @@ questions=${QUESTIONS:-5000}
 asked=${ASKED:-2000}
 [ -d "$model" ] && name=$(cd "$model" && pwd -P) || name=$model
 out=results/studies/${name##*/}
+figures=results_published/study_${study}_${name##*/}
+[ "$study" = learning_curve ] || figures+=_$questions  # the curve has numbers of its own
 batch=28  # questions a step
 rows=() label='' last=final_checkpoints  # what a training ends with
 . runs/lib/stage.sh
@@ -47,11 +45,11 @@ if [ "$study" = rates ] && [ "$processes" -gt 2 ]; then  # each has a paragraph 
 fi
 
 train() { # NAME FLAGS
-  local steps=$(((questions + batch - 1) / batch))
+  plan "$questions" $batch
   [ -d "$out/$questions/$1/$last" ] ||
     stage train_llama_squad.py --config $config --model_name "$model" --dataset_name "$dataset" \
-      --output_dir "$out/$questions/$1" --resume_from_checkpoint auto --eval_strategy no --max_steps $steps \
-      --warmup_steps $((steps / 20 + 1)) --per_device_train_batch_size $((batch / processes)) "${@:2}"
+      --output_dir "$out/$questions/$1" --resume_from_checkpoint auto --eval_strategy no \
+      "${planned[@]}" "${@:2}"
 }
 
 ask() { # NAME FLAGS
@@ -80,9 +78,12 @@ build "$dataset"
 case $study in
   learning_curve)
     ask base
-    for questions in ${CURVE:-1000 5000 20000 60000}; do label="$questions questions" tune "recipe"; done
+    for questions in ${CURVE:-1000 5000 20000 60000}; do
+      number CURVE "$questions"
+      label="$questions questions" tune "recipe"
+    done
     questions=20000
-    train "all parameters" --full_parameters --learning_rate 5e-5
+    train "all parameters" --full_parameters --learning_rate 1e-4
     ask_whole "all parameters" "$out/$questions/all parameters/final_checkpoints"
     ;;
   rates)
@@ -133,4 +134,4 @@ esac
 
 python summarize_results.py "${rows[@]}" --paired
 python summarize_results.py "${rows[@]}" --paired --format json \
-  --output "results_published/study_$study.json" > /dev/null
+  --output "$figures.json" > /dev/null

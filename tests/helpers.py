@@ -37,7 +37,7 @@ from transformers import (
 from llama_squad.answers import format_answer
 from llama_squad.arguments import CreateArguments
 from llama_squad.collator import SquadDataCollator
-from llama_squad.data import write_dataset
+from llama_squad.data import read_files, write_dataset
 from llama_squad.encoding import ChatEncoder
 from llama_squad.prompts import Record, build_messages
 from llama_squad.supervised import answer_logits
@@ -143,24 +143,9 @@ _WORDS = (
 """Where Llama 3 cuts a text into words; Qwen does the same, but for each digit alone."""
 
 
-def read_quickstart(split: str = "train") -> list[dict[str, Any]]:
+def read_quickstart(split: str = "train") -> list[Record]:
     """Return the records of the quickstart's world: whole paragraphs of it, one after the other."""
-    world = json.loads((ROOT / "quickstart" / "data" / f"{split}.json").read_text("utf-8"))
-    return [
-        {
-            "id": question["id"],
-            "title": article["title"],
-            "context": paragraph["context"],
-            "question": question["question"],
-            "answers": {
-                key: [answer[key] for answer in question["answers"]]
-                for key in ("text", "answer_start")
-            },
-        }
-        for article in world["data"]
-        for paragraph in article["paragraphs"]
-        for question in paragraph["qas"]
-    ]
+    return read_files([str(ROOT / "quickstart" / "data" / f"{split}.json")])
 
 
 @functools.cache

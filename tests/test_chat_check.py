@@ -11,10 +11,11 @@ from llama_squad.answers import format_answer
 from llama_squad.chat_check import (
     CHAT_PROMPTS,
     ChatReply,
-    chat,
     classify_reply,
+    judge,
     read_prompts,
     render_chat,
+    speak,
     summarize_chat,
 )
 from llama_squad.encoding import ChatEncoder
@@ -74,8 +75,12 @@ def test_greedy_replies_and_their_perplexity() -> None:
     tokenizer, model = tiny_tokenizer(), tiny_model().eval()
     encoder = ChatEncoder(tokenizer)
     prompts = ["Who met Kalomir?", "Hello"]
-    together = chat(model, encoder, prompts, max_new_tokens=6)
-    alone = [chat(model, encoder, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+
+    def chat(prompts: list[str]) -> list[ChatReply]:
+        return judge(model, encoder, prompts, speak(model, encoder, prompts, max_new_tokens=6))
+
+    together = chat(prompts)
+    alone = [chat([prompt])[0] for prompt in prompts]
     assert [reply.text for reply in together] == [reply.text for reply in alone]
 
     ids = encoder.encode_prompts([[{"role": "user", "content": prompts[0]}]], final=False)[0]

@@ -37,6 +37,14 @@ def encode(tokenizer: Any, messages: list[Message]) -> Encoded:
     return encoded
 
 
+def test_a_tokenizer_that_has_learned_a_control_token_since() -> None:
+    tokenizer = tiny_tokenizer()
+    encode(tokenizer, chat("Who?", "Ada"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|x|>"]})
+    ids = encode(tokenizer, chat("Who is <|x|>?", "Ada"))["input_ids"]
+    assert tokenizer.convert_tokens_to_ids("<|x|>") not in ids
+
+
 def test_exactly_these_ids_and_labels() -> None:
     encoded = encode(word_tokenizer(), chat("Who ?", "Ada"))
     #        <s> <h> user </h> \n\n Who _  ?  eot <h> asst </h> \n\n Ada eot

@@ -157,7 +157,6 @@ def test_missing_file(capsys: pytest.CaptureFixture[str]) -> None:
 def test_nearest() -> None:
     assert nearest("lerning_rate", ["learning_rate", "seed"]) == " (did you mean learning_rate?)"
     assert nearest("zzz", ["learning_rate"]) == ""
-    assert "benchmarks/audit.py" in nearest("--audit", ["--seed"])
 
 
 def test_run_config_round_trip(tmp_path: Path) -> None:

@@ -485,6 +485,13 @@ def test_na_prob_is_calibrated_with_its_threshold(
     assert "calibration" not in json.loads((adapter / THRESHOLD_FILE).read_text())
 
 
+def test_the_same_weights_may_be_named_otherwise(adapter: Any, run: Any, tmp_path: Path) -> None:
+    """By an absolute path, with a slash at the end, or where they were moved to."""
+    run("--num_samples=2", f"--adapter_name={adapter}")
+    shutil.copytree(adapter, tmp_path / "moved")
+    run("--num_samples=2", f"--adapter_name={tmp_path}/moved/", model=False)
+
+
 def store(adapter: Any, run: Any, **changes: Any) -> None:
     """Change what is kept with the adapter, once a threshold is tuned."""
     path = adapter / THRESHOLD_FILE

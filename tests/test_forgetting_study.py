@@ -12,11 +12,12 @@ import peft
 import pytest
 import torch
 from forgetting_figures import compare_chat
-from helpers import dataset_folder, make_records, model_folder, tiny_model
+from helpers import dataset_folder, make_records, model_folder, tiny_model, tiny_tokenizer
 
 from llama_squad import chat_check
 from llama_squad.chat_check import ChatReply
 from llama_squad.config import write_json
+from llama_squad.encoding import ChatEncoder
 from llama_squad.plots import plot_forgetting
 from llama_squad.result_reader import read_results
 
@@ -161,11 +162,34 @@ def test_the_study(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     check_chat_at_rest(models["acts from the question"])
 
 
+def test_a_whole_model_is_judged_by_its_base(study: Any, tmp_path: Path) -> None:
+    """All parameters were trained: it has no adapter to be switched off."""
+    folder = tmp_path / "whole"
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=1.0)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    settings = {"full_parameters": True, "alora_from": "question", "chat_share": 0.1}
+    write_json(folder / "llama_squad.json", {"train": settings, "trainer": {}})
+    found = study("--adapter", f"whole={folder}")["models"]["whole"]
+    assert found["trained_with"] == {"full_parameters": True, "chat_share": 0.1}
+    kept = json.loads(Path("results/forgetting/whole/chat.json").read_text())["replies"]
+    encoder, prompts = ChatEncoder(tiny_tokenizer()), [kept[0]["prompt"]]
+    said = chat_check.speak(model.eval(), encoder, prompts, max_new_tokens=6)
+    by_base, by_itself = (
+        chat_check.judge(each, encoder, prompts, said)[0] for each in (tiny_model().eval(), model)
+    )
+    assert kept[0]["text"] == by_base.text
+    assert kept[0]["perplexity"] == pytest.approx(by_base.perplexity, rel=1e-3)
+    assert by_itself.perplexity != pytest.approx(by_base.perplexity, rel=0.1)
+
+
 def test_a_study_goes_on_where_it_stopped(
     study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    made = forgetting.chat
+    made = forgetting.speak
 
     def stopped(model: Any, encoder: Any, prompts: Any, **options: Any) -> Any:
         asked.append(len(prompts))
@@ -173,7 +197,7 @@ def test_a_study_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         return made(model, encoder, prompts, **options)
 
-    monkeypatch.setattr(forgetting, "chat", stopped)
+    monkeypatch.setattr(forgetting, "speak", stopped)
     with pytest.raises(KeyboardInterrupt):
         study()
     assert len(study()["models"]["base"]["chat"]["prose_interval"]) == 2
@@ -214,6 +238,10 @@ def test_given_results_must_answer_the_same(study: Any, tmp_path: Path) -> None:
     found = study(*flags)["models"]["plain"]["task"]
     assert found["paired"]["f1"] == {"difference": 0.0, "standard_error": 0.0}
     assert len(study.calls) == 1
+    write_json(Path("given.csv.config.json"), {"adapter_digest": "another"})
+    with pytest.raises(SystemExit, match="given.csv was made by other weights .adapter_digest"):
+        study(*flags)
+    Path("given.csv.config.json").unlink()
     other = read_results("given.csv")[0]["id"]
     Path("given.csv").write_text(text.replace(f'"{other}"', '"another"'))
     with pytest.raises(SystemExit, match="have not answered the same questions"):

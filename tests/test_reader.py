@@ -6,18 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Page, make_records, model_folder
+import torch
+from helpers import Page, make_records, model_folder, tiny_tokenizer
+from test_forgetting_study import adapter_folder
 
 import llama_squad
 from llama_squad import __main__ as shell
 from llama_squad import modeling, thresholds
-from llama_squad.arguments import EvalArguments, ModelArguments, resolve_decoding
+from llama_squad.arguments import AppArguments, EvalArguments, ModelArguments, resolve_decoding
 from llama_squad.calibration import Abstention, Calibration
 from llama_squad.config import write_json
+from llama_squad.decoding.chat import ChatSession
+from llama_squad.encoding import ChatEncoder
 from llama_squad.feedback import queue
 from llama_squad.folders import THRESHOLD_FILE
 from llama_squad.predictors.base import group_paragraphs
 from llama_squad.predictors.local import LocalModel
+from llama_squad.prompts import Message
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -89,6 +94,36 @@ def test_chat(reader: Any) -> None:
         reader.chat([{"role": "user", "content": "Hello " * 600}])
     with pytest.raises(ValueError, match="must end with a user turn"):
         reader.chat([{"role": "assistant", "content": "Hello"}])
+
+
+def test_the_base_chats_unless_asked_otherwise(folder: str, tmp_path: Path) -> None:
+    """A specialist that still talks, whatever the training was: on the page, too."""
+    tuned = adapter_folder(folder, tmp_path / "adapter")
+    options: dict[str, Any] = {"dtype": "float32", "max_new_tokens": 12}
+    reader = llama_squad.Reader(tuned, **options)
+    messages: list[Message] = [{"role": "user", "content": "Hello, who are you?"}]
+    base = llama_squad.Reader(folder, **options).chat(messages)
+    assert reader.chat(messages) == base
+    with_adapter = reader.chat(messages, adapter=True)
+    assert with_adapter != base
+    model = modeling.load_model(ModelArguments(model_name=folder, dtype="float32"), False, tuned,
+                                merge=False).eval()  # fmt: skip
+    for chat_adapter, said in ((False, base), (True, with_adapter)):
+        args = AppArguments(max_new_tokens=12, system_prompt="", chat_adapter=chat_adapter)
+        session = ChatSession(model, ChatEncoder(tiny_tokenizer()), args)
+        *_, talk = session.converse([], [messages[0]["content"]])
+        assert talk[-1]["content"] == said
+
+
+def test_a_whole_model_takes_the_place_of_a_base(folder: str, tmp_path: Path) -> None:
+    """As --adapter_name in the stages: all parameters were trained."""
+    torch.manual_seed(7)
+    whole = model_folder(tmp_path, max_position_embeddings=512, initializer_range=0.3)
+    options: dict[str, Any] = {"dtype": "float32", "na_prob_thresh": 1.0}
+    question, context = RECORDS[0]["question"], RECORDS[0]["context"]
+    alone = llama_squad.Reader(whole, **options)(question, context)
+    assert llama_squad.Reader(whole, model_name=folder, **options)(question, context) == alone
+    assert llama_squad.Reader(folder, **options)(question, context).score != alone.score
 
 
 def run(capsys: pytest.CaptureFixture[str], *flags: str) -> list[dict[str, Any]]:

@@ -207,6 +207,11 @@ def test_files_of_ones_own_with_answers_and_without(tmp_path: Path) -> None:
     assert [r.get("answers", {"text": None})["text"] for r in records] == [
         [context.split()[0]], None, [],
     ]  # fmt: skip
+    table = tmp_path / "own.csv"  # a cell of a table is there, and empty
+    table.write_text(f'context,question,is_impossible\n"{context}",When?,\n"{context}",Why?,true\n')
+    assert [r.get("answers") for r in queue.records_of_file(table)] == [
+        None, {"text": [], "answer_start": []},
+    ]  # fmt: skip
     path.write_text("\n".join(map(json.dumps, [*rows, rows[0]])))
     with pytest.raises(ValueError, match=r"own.jsonl, line 4: id 'a' is there twice"):
         queue.records_of_file(path)

@@ -7,6 +7,7 @@ so nothing is imported twice, and everything else is as a user would run it.
 
 import importlib
 import json
+import math
 import os
 import shutil
 import socketserver
@@ -169,10 +170,11 @@ def test_studies(study: str, trained: list[str], run_script: Any, tmp_path: Path
     model = "SmolLM2-135M-Instruct"
     assert folders == [f"results/studies/{model}/{count}/{name}" for count, name in names]
     for count, name, call in zip(asked, trained, trainings, strict=True):
-        batch = {"48 a step": 48, "14 a step": 14}.get(name, 28)  # questions
-        assert call[call.index("--max_steps") + 1] == str(-(-int(count) // batch))
-        assert call[call.index("--per_device_train_batch_size") + 1] == str(batch)
-    first, *others = json.loads((tmp_path / f"results_published/study_{study}.json").read_text())
+        paragraphs = {"48 a step": 7, "14 a step": 2}.get(name, 4)  # of 6.85 questions
+        assert call[call.index("--max_steps") + 1] == str(math.ceil(int(count) / 6.85 / paragraphs))
+        assert call[call.index("--per_device_train_batch_size") + 1] == str(7 * paragraphs)
+    of = f"{study}_{model}" if study == "learning_curve" else f"{study}_{model}_144"
+    first, *others = json.loads((tmp_path / f"results_published/study_{of}.json").read_text())
     assert others and all(row["paired"]["to"] == first["name"] for row in others)
     assert all(row["n"] == row["paired"]["n"] == 6 for row in others)
 
@@ -203,15 +205,16 @@ def test_forgetting(run_script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     measured: list[list[str]] = []
     monkeypatch.setattr(forgetting, "main", measured.append)  # see test_forgetting_study.py
     monkeypatch.setattr(chat_share, "REPLY_TOKENS", 4)
-    calls = run_script("forgetting.sh", EVAL_PYTHON="a python", QUESTIONS="64", DATA=str(tmp_path))
+    calls = run_script("forgetting.sh", EVAL_PYTHON="a python", QUESTIONS="100", DATA=str(tmp_path))
     trained = [call for call in calls if call[0] == "train_llama_squad.py"]
     assert len(trained) == 11
-    for call in trained:  # 32 at a step, of which a tenth are no questions where there is chat
+    for call in trained:  # 27.4 a step; 23.4, where a tenth of its 26 is chat; 28, alone
         last = len(call) - call[::-1].index("--max_steps")
-        assert call[last] == ("3" if "--chat_share" in call else "2")
+        a_step = 23.4 if "--chat_share" in call else 28 if "all" in call else 27.4
+        assert call[last] == str(math.ceil(100 / a_step))
     (command,) = measured
     out = str(Path(command[command.index("--work") + 1]))
-    assert out.endswith("/64")
+    assert out.endswith("/100")
     assert command[-2:] == ["--plot", f"{out}/forgetting.svg"]
     names = {word for word in command if word.endswith("/final_checkpoints")}
     assert len(names) == 11
@@ -348,8 +351,58 @@ def test_a_study_that_is_not_there_is_refused(words: tuple[str, ...], tmp_path: 
 def test_a_number_of_questions_that_is_none_is_refused(questions: str, tmp_path: Path) -> None:
     stubs = {"python": "echo python was called >&2"}
     done = run_stubbed("studies.sh", tmp_path, stubs, "rates", QUESTIONS=questions)
-    said = f"studies.sh: QUESTIONS={questions} is no number of questions\n"
+    said = f"studies.sh: QUESTIONS={questions} is no number above 0, in digits\n"
     assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_numbers_of_questions_and_processes(tmp_path: Path) -> None:
+    """Whatever the processes, a study's rows are of as many questions; and no number is no run."""
+    say = f'echo "$*" >> {tmp_path}/calls'
+    stubs = {"torchrun": say, "python": f'[ "$1" = -c ] || {say}'}
+    for name, more, fault in (
+        ("smollm2_135m.sh", {"PROCESSES": "0"}, "PROCESSES=0"),
+        ("studies.sh", {"CURVE": "100 010", "PROCESSES": "1"}, "CURVE=010"),
+        ("forgetting.sh", {"QUESTIONS": "010", "DATA": str(tmp_path)}, "QUESTIONS=010"),
+    ):
+        done = run_stubbed(name, tmp_path / name, stubs, "learning_curve", **more)
+        said = f"{name}: {fault} is no number above 0, in digits\n"
+        assert (done.returncode, done.stderr) == (2, said)
+    (tmp_path / "calls").unlink()
+    for processes in (1, 3, 8):
+        run_stubbed("studies.sh", tmp_path / str(processes), stubs, "adapters", QUESTIONS="20000",
+                    PROCESSES=str(processes))  # fmt: skip
+        lines = (tmp_path / "calls").read_text().splitlines()
+        training = next(line for line in lines if "train_llama_squad.py" in line).split()
+        (tmp_path / "calls").unlink()
+        per_process = int(training[training.index("--per_device_train_batch_size") + 1])
+        steps = int(training[training.index("--max_steps") + 1])
+        paragraphs = round(per_process / 6.85) * processes * steps
+        assert 20_000 <= 6.85 * paragraphs < 20_000 + 6.85 * 8
+
+
+def test_what_is_carried_over_is_named_by_its_training(tmp_path: Path) -> None:
+    stubs = {"python": f'echo "$*" >> {tmp_path}/calls', "curl": "exit 6"}
+    for at, (adapter, name) in enumerate(
+        [
+            ("results/smollm2/final_checkpoints", "smollm2"),
+            ("results/smollm2/final_checkpoints/", "smollm2"),
+            ("results/smollm2/final_merged_checkpoint", "smollm2_merged"),
+            ("results/other", "other"),
+            ("user/adapter", "user_adapter"),
+        ]
+    ):
+        folder = tmp_path / str(at)
+        if adapter.startswith("results/"):
+            (folder / adapter).mkdir(parents=True)
+        files = folder / "data" / "carry_over"
+        files.mkdir(parents=True)
+        for file in ("dev-v2.0", "new_wiki_v1.0", "reddit_v1.0", "xquad.en", "disfl_qa_dev",
+                     "disfl_qa_test"):  # fmt: skip
+            (files / f"{file}.json").touch()
+        done = run_stubbed("carry_over.sh", folder, stubs, adapter)
+        assert done.returncode == 0, done.stderr
+        last = (tmp_path / "calls").read_text().splitlines()[-1]
+        assert f"--output results_published/carry_over_{name}.json" in last
 
 
 def test_steps_that_processes_cannot_share_are_refused(tmp_path: Path) -> None:
@@ -366,7 +419,7 @@ def test_steps_that_processes_cannot_share_are_refused(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
     (training,) = [call for call in calls if "/14 a step --" in call]
-    assert training.endswith("--per_device_train_batch_size 7")
+    assert "--per_device_train_batch_size 7 " in training
 
 
 def test_studies_of_a_folder_are_kept_by_its_name(tmp_path: Path) -> None:

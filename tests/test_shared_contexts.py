@@ -443,6 +443,9 @@ def test_paragraphs_of_one_question_on_several_processes(paragraphs: int, proces
         plan_rows(encoded, max_length=max(encoded["length"]), **asked)
     with pytest.raises(ValueError, match="fewer training questions than processes"):
         plan_rows(encoded, max_length=4000, **asked | {"processes": paragraphs + 1})
+    with pytest.raises(ValueError, match="fewer training questions than processes"):  # none shares
+        too_many = {"processes": paragraphs + 1, "longest_shared": 1}
+        plan_rows(encoded, max_length=4000, **asked | too_many)
 
 
 def test_validation_goes_on_where_the_architecture_cannot_answer(

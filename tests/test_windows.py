@@ -129,3 +129,14 @@ def test_replies_end_where_the_positions_do() -> None:
     (ids,) = encoder().encode_prompts([build_messages(record, system_prompt="", answer=False)])
     (prediction,) = model.answer([[record]])
     assert len(prediction.reply.token_ids) <= 512 - len(ids)
+
+
+def test_filler_takes_room_as_well() -> None:
+    """The prompt is short, in bytes too; what comes before the reply is not."""
+    record = {"id": "1", "context": "Ka lo.", "question": "Which?", "answers": {"text": []}}
+    filled = ChatEncoder(tiny_tokenizer(), filler=400)
+    model = LocalModel(
+        tiny_model(max_position_embeddings=512), filled, system_prompt="", max_new_tokens=8
+    )
+    (found,) = model.answer([[record]])
+    assert "512" in found.failure

@@ -119,7 +119,7 @@ class DecodingBatch:
         acts = min(paragraph.adapter_from, default=None)
         branches: list[Branch] = []
         if cut > STEM_ALONE:
-            stem = tree.prefill([paragraph.prompts[0][:cut]], acts)[0]
+            stem = tree.prefill(paragraph.prompts[0][:cut], acts)
         else:
             stem = Branch(None, paragraph.prompts[0][:cut], wanted=0, adapter_from=acts)
             branches.append(stem)

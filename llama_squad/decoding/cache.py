@@ -90,23 +90,15 @@ class TokenTree:
         self._depths = np.zeros((0, 0), dtype=np.int64)  # of the cache's columns, a row each
 
     @torch.inference_mode()
-    def prefill(self, stems: Sequence[list[int]], adapter_from: int | None = None) -> list[Branch]:
-        """Run each row's stem; nothing is wanted of its logits."""
-        self._length = max(map(len, stems))
-        ids = np.zeros((len(stems), self._length), dtype=np.int64)
-        for row, stem in zip(ids, stems, strict=True):
-            row[: len(stem)] = stem
-        self._depths = np.tile(np.arange(self._length), (len(stems), 1))
-        # Causal order keeps the pads, which come last, from being seen: no mask is needed.
-        if self._length:
+    def prefill(self, stem: list[int], adapter_from: int | None = None) -> Branch:
+        """Run the stem of a single row; nothing is wanted of its logits."""
+        self._length = len(stem)
+        self._depths = np.arange(self._length)[None]
+        if stem:
             adapted = None if adapter_from is None else self._depths >= adapter_from
-            self._forward(ids, logits_to_keep=1, adapted=adapted)
-        return [
-            Branch(
-                None, stem, adapter_from=adapter_from, columns=np.arange(len(stem)), depth=len(stem)
-            )
-            for stem in stems
-        ]
+            self._forward(np.array([stem], np.int64), logits_to_keep=1, adapted=adapted)
+        columns = np.arange(self._length)
+        return Branch(None, stem, adapter_from=adapter_from, columns=columns, depth=self._length)
 
     @torch.inference_mode()
     def extend(self, rows: Sequence[Sequence[Branch]]) -> torch.Tensor:
@@ -285,7 +277,7 @@ class _CacheProbe:
         if change == "positions":
             tree = _MovedTree(self._model)
             tree.moved = len(own)
-        root = tree.prefill([stem])[0]
+        root = tree.prefill(stem)
         branches = [Branch(root, tokens, self._wanted) for tokens in (sister, own)]
         return list(tree.extend([branches]).split(self._wanted))
 
@@ -299,14 +291,13 @@ class _MovedTree(TokenTree):
         self,
         ids: np.ndarray,
         positions: np.ndarray | None = None,
-        visible: np.ndarray | None = None,
-        logits_to_keep: int = 0,
-        adapted: np.ndarray | None = None,
+        *args: Any,
+        **more: Any,
     ) -> torch.Tensor:
         if positions is not None:
             positions = positions.copy()
             positions[:, -self.moved :] += move_back(int(positions[0, -self.moved]))
-        return super()._forward(ids, positions, visible, logits_to_keep, adapted)
+        return super()._forward(ids, positions, *args, **more)
 
 
 _CHECKED: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()

@@ -6,13 +6,13 @@ Replies are greedy and free; ``llama_squad.decoding.generator`` is what evaluate
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from llama_squad.activation import ADAPTER_MASK, activation_of, keep_last
+from llama_squad.activation import ADAPTER_MASK, activation_of, adapter_off, keep_last
 from llama_squad.arguments import AppArguments
 from llama_squad.decoding.generator import stop_ids
 from llama_squad.encoding import ChatEncoder
@@ -20,11 +20,6 @@ from llama_squad.prompts import Message, adapter_start, build_messages
 
 FRAME = 0.05
 """Seconds between two updates of a reply on the page: each costs about as much as a token."""
-
-
-def adapter_off(model: Any, off: bool = True) -> AbstractContextManager[Any]:
-    """Return what switches a model's adapter off for a ``with`` block, where it has one."""
-    return model.disable_adapter() if off and hasattr(model, "peft_config") else nullcontext()
 
 
 class ChatSession:
@@ -74,9 +69,11 @@ class ChatSession:
             turns: what the user says next, one after the other.
             record: the context and question that the turns put, as in training: the last reply
                 comes after the reasoning tokens, if the model has any, and an activated adapter
-                acts. In free chat neither is so.
+                acts. In free chat neither is so, and the base model speaks unless
+                ``--chat_adapter``.
             base: the base model speaks: its adapter is switched off.
         """
+        base = base or (record is None and not self.args.chat_adapter)
         for left, turn in zip(reversed(range(len(turns))), turns, strict=True):
             messages = [*messages, {"role": "user", "content": turn}]
             yield messages

@@ -4,6 +4,7 @@ Worth a look is what the model answers otherwise than the dataset, then what it 
 na_prob near the threshold, or two spans nearly as likely.
 """
 
+import dataclasses
 import math
 import threading
 import time
@@ -224,11 +225,11 @@ def records_of_file(path: str | Path) -> list[Record]:
     for row in read_rows(path, answered=False):
         values = dict(row.values)
         labelled = any(values.get(name) is not None for name in ("answers", "answer"))
-        known = labelled or values.get("is_impossible") is not None
+        known = labelled or values.get("is_impossible") not in (None, "")
         filled = values if known else values | {"is_impossible": True}
         try:
-            record, _ = read_record(type(row)(row.place, filled, row.article, row.fault),
-                                    path.name, titles, mend=False)  # fmt: skip
+            filled_row = dataclasses.replace(row, values=filled)
+            record, _ = read_record(filled_row, path.name, titles, mend=False)
         except Fault as fault:
             raise ValueError(f"{path.name}, {row.place}: {fault}") from fault
         if not known:

@@ -16,6 +16,7 @@ from llama_squad.metrics import is_exact_match
 from llama_squad.page import talk
 from llama_squad.page.conversation import EMPTY, PRIVATE, VISITORS, Conversation
 from llama_squad.page.desk import Desk, check_length, decide
+from llama_squad.page.sources import record_of
 from llama_squad.page.style import card, percent
 from llama_squad.page.text import bars_element, bars_value, mark, text_element, text_value
 from llama_squad.reader import Reading
@@ -107,7 +108,7 @@ def draw(desk: Desk) -> dict[str, Any]:
     if split is None:
         raise ValueError(f"{name} holds no question: build it anew")
     row = split[random.randrange(len(split))]
-    return {key: row[key] for key in ("id", "title", "context", "question", "answers")}
+    return record_of(row)
 
 
 # The tab -------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+from llama_squad.activation import adapter_off
 from llama_squad.arguments import AppArguments, EvalArguments, ModelArguments, resolve_decoding
 from llama_squad.calibration import Calibration
-from llama_squad.decoding.chat import ChatSession, adapter_off
+from llama_squad.decoding.chat import ChatSession
 from llama_squad.prompts import Message, build_messages
 from llama_squad.reader import Reading, SpanAnswer
 

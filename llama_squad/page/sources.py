@@ -73,7 +73,7 @@ class Sources:
         split = name.partition(" ")[0]
         if split not in dataset:
             raise ValueError(f"{self.desk.args.dataset_name} has no {split} split: choose another")
-        return self._unread(map(_record, dataset[split]))
+        return self._unread(map(record_of, dataset[split]))
 
     def _of_file(self, path: Path) -> ReviewQueue:
         if path.suffix.lower() == ".csv" and _is_result_file(path):
@@ -118,11 +118,11 @@ def _records_of(path: Path, dataset_name: str) -> dict[str, dict[str, Any]]:
     records: dict[str, dict[str, Any]] = {}
     for split in load_squad(dataset_name).values():
         places = [n for n, id_ in enumerate(split["id"]) if id_ in wanted]
-        records |= {row["id"]: _record(row) for row in split.select(places)}
+        records |= {row["id"]: record_of(row) for row in split.select(places)}
     return records
 
 
-def _record(row: Mapping[str, Any]) -> dict[str, Any]:
+def record_of(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in ("id", "title", "context", "question", "answers")}
 
 

@@ -293,5 +293,5 @@ def _retry_after(error: Any) -> float:
     return 0.0
 
 
-def one_line(text: Any, length: int = 500) -> str:
-    return " ".join(str(text).split())[:length].rstrip(".")
+def one_line(text: Any) -> str:
+    return " ".join(str(text).split())[:500].rstrip(".")

@@ -189,8 +189,9 @@ class LocalModel:
         """
         conversations = [self._messages(record) for record in group]
         turns = TURN_TOKENS * sum(m["role"] == "assistant" for m in conversations[0])
+        before = len(self._encoder.filler_ids) + len(self._encoder.reasoning_ids)
         sizes = [
-            turns + sum(len(m["content"].encode()) + TEMPLATE_TOKENS for m in messages)
+            turns + before + sum(len(m["content"].encode()) + TEMPLATE_TOKENS for m in messages)
             for messages in conversations
         ]
         if max(sizes) <= room:

@@ -13,9 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llama_squad.activation import adapter_off
 from llama_squad.answers import NO_ANSWER
 from llama_squad.arguments import ModelArguments, TrainArguments
-from llama_squad.chat_check import adapter_off, answer_greedily, classify_reply, read_prompts
+from llama_squad.chat_check import answer_greedily, classify_reply, read_prompts
 from llama_squad.config import write_json
 from llama_squad.decoding.spans import reply_ids
 from llama_squad.encoding import IGNORE, ChatEncoder, Encoded

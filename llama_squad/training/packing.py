@@ -149,6 +149,8 @@ def plan_rows(
     """
     paragraphs = group_paragraphs(encoded, max_length)
     questions, lengths = sum(len(p.examples) for p in paragraphs), encoded["length"]
+    if questions < processes:
+        raise ValueError("fewer training questions than processes: start fewer processes")
     wanted = max(1, round(questions_per_step * len(paragraphs) / questions / processes))
     fitting = max(1, int(row_tokens * len(paragraphs) / sum(p.tokens for p in paragraphs)))
     rows_per_step = -(-wanted // fitting)
@@ -159,15 +161,13 @@ def plan_rows(
     plain: list[list[tuple[int, ...]]] = [[(i,)] for p in alone for i in p.examples]
     rows = _divisible(rows, processes, most, lengths, len(plain)) if sharing else []
     if plain:
-        rows += plain
-        rng.shuffle(rows)
-    held = len(paragraphs) / len(rows)
+        rng.shuffle(rows := rows + plain)
     # an epoch ends a step, however few rows it has
     in_step = min(rows_per_step, len(rows) // processes)
     return Plan(
         rows=rows,
         rows_per_step=rows_per_step,
-        paragraphs_per_step=round(in_step * held * processes),
+        paragraphs_per_step=round(in_step * len(paragraphs) / len(rows) * processes),
         questions_per_step=questions / len(rows) * in_step * processes,
         steps=len(rows) / processes / in_step,
         tokens=_tokens(encoded, sharing, len(rows) - len(plain), plain),
@@ -244,12 +244,9 @@ def _divisible(
     Where none can be split, some are put together.
 
     Raises:
-        ValueError: there are fewer questions than processes, or rows of one question each cannot be
-            put together within ``max_length``.
+        ValueError: rows of one question each cannot be put together within ``max_length``.
     """
     rows = list(rows)
-    if sum(len(paragraph) for row in rows for paragraph in row) + others < processes:
-        raise ValueError("fewer training questions than processes: start fewer processes")
     index = 0
     while (len(rows) + others) % processes and index < len(rows):
         paragraphs = rows[index]

@@ -35,10 +35,8 @@ from llama_squad.tree_check import RowProbe, why_not_shared
 
 def add_lora(model: Any, args: TrainArguments, reasoning_token: int | None = None) -> Any:
     """Put a LoRA adapter on the model; with a reasoning token its embedding is trained too."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model
 
-    if getattr(model, "is_loaded_in_4bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     modules: str | list[str] = args.lora_target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -62,16 +60,6 @@ def add_lora(model: Any, args: TrainArguments, reasoning_token: int | None = Non
     if args.alora_from != "start":
         activate(model, args.alora_from)
     return model
-
-
-def resume_lora(model: Any, args: TrainArguments, base_name: str) -> Any:
-    """Put the adapter to go on from on its base. Raises ValueError: it does not fit."""
-    from peft import prepare_model_for_kbit_training
-
-    if getattr(model, "is_loaded_in_4bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    assert args.from_adapter
-    return modeling.attach_adapter(model, args.from_adapter, base_name, trainable=True)
 
 
 def check_shared_contexts(
@@ -98,8 +86,13 @@ def prepare_model(args: TrainArguments, model_args: ModelArguments, encoder: Cha
             model_args = dataclasses.replace(model_args, dtype="float32")
         return modeling.load_model(model_args, sharded=is_sharded())
     model = modeling.load_model(model_args, quantize=args.quantize, sharded=is_sharded())
+    if getattr(model, "is_loaded_in_4bit", False):
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if args.from_adapter:
-        model = resume_lora(model, args, model_args.model_name)
+        base_name = model_args.model_name
+        model = modeling.attach_adapter(model, args.from_adapter, base_name, trainable=True)
     else:
         model = add_lora(model, args, encoder.reasoning_ids[0] if encoder.reasoning_ids else None)
     quicken(model)
