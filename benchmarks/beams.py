@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from tuned_model import load_tuned
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from llama_squad import modeling
 from llama_squad.answers import extract_answer
-from llama_squad.arguments import ModelArguments
 from llama_squad.data import load_squad, sample_paragraphs
 from llama_squad.evaluation import result_row
 from llama_squad.metrics import score_predictions
@@ -74,13 +73,11 @@ def report(found: dict[int, list[Prediction]], seconds: dict[int, float]) -> Non
 def main() -> None:
     """Run the benchmark."""
     args = parse()
-    model_args = ModelArguments(model_name=args.model, dtype=args.dtype)
-    encoder = modeling.load_encoder(model_args, 0, args.adapter)
-    weights = modeling.load_model(model_args, False, args.adapter).eval()
+    weights, encoder, prompt = load_tuned(args.model, args.adapter, args.dtype)
     split = load_squad(args.dataset_name)[args.split]
     records = list(sample_paragraphs(split, args.num_samples, seed=0))
     models = {
-        beams: LocalModel(weights, encoder, decoding=args.decoding, num_beams=beams)
+        beams: LocalModel(weights, encoder, decoding=args.decoding, num_beams=beams, **prompt)
         for beams in args.num_beams
     }
     found: dict[int, list[Prediction]] = {beams: [] for beams in models}

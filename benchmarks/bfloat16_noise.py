@@ -29,11 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+from tuned_model import load_tuned
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from llama_squad import modeling
 from llama_squad.answers import extract_answer
-from llama_squad.arguments import ModelArguments
 from llama_squad.data import load_squad, sample_paragraphs
 from llama_squad.predictors.base import batch_paragraphs
 from llama_squad.predictors.local import LocalModel
@@ -113,12 +112,10 @@ def compare(name: str, runs: Sequence[dict[str, dict[str, Any]]]) -> None:
 def main() -> None:
     """Run the benchmark."""
     args = parse()
-    model_args = ModelArguments(model_name=args.model, dtype=args.dtype)
-    encoder = modeling.load_encoder(model_args, 0, args.adapter)
-    weights = modeling.load_model(model_args, False, args.adapter).eval()
+    weights, encoder, prompt = load_tuned(args.model, args.adapter, args.dtype)
     if args.emulate:
         emulate(weights)
-    model = LocalModel(weights, encoder, decoding="span", num_beams=args.num_beams)
+    model = LocalModel(weights, encoder, decoding="span", num_beams=args.num_beams, **prompt)
     split = load_squad(args.dataset_name)[args.split]
     records = list(sample_paragraphs(split, args.num_samples, seed=0))
     batches = [list(batch_paragraphs(records, size)) for size in args.batch_sizes]

@@ -27,6 +27,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from tuned_model import load_tuned
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama_squad import attention, head, lora, modeling, supervised
@@ -179,11 +180,10 @@ def without(*parts: str) -> Iterator[None]:
         yield
 
 
-def evaluation(args: argparse.Namespace, settings: ModelArguments, dataset: Any) -> None:
+def evaluation(args: argparse.Namespace, dataset: Any) -> None:
     """Time span decoding."""
-    encoder = modeling.load_encoder(settings)
-    model = modeling.load_model(settings, adapter_name=args.adapter).eval()
-    local = LocalModel(model, encoder, num_beams=args.num_beams)
+    model, encoder, prompt = load_tuned(args.model, args.adapter, args.dtype)
+    local = LocalModel(model, encoder, num_beams=args.num_beams, **prompt)
     questions = sample_paragraphs(dataset["test"], args.questions, 1).to_list()
 
     def answer(*parts: str) -> list[str]:
@@ -224,7 +224,7 @@ def main() -> None:
     dataset = load_squad(args.dataset_name)
     training(args, settings, dataset)
     if args.questions:
-        evaluation(args, settings, dataset)
+        evaluation(args, dataset)
 
 
 if __name__ == "__main__":

@@ -204,6 +204,7 @@ class Study:
 
         arguments = ModelArguments(model_name=self._args.base, dtype=self._args.dtype)
         if not loaded:
+            modeling.choose_device()
             adapter = self._args.adapter.get(name)
             model = modeling.load_model(arguments, adapter_name=adapter, merge=False).eval()
             loaded += [model, modeling.load_encoder(arguments)]

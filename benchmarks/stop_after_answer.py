@@ -12,10 +12,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from tuned_model import load_tuned
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from llama_squad import modeling
 from llama_squad.answers import extract_answer
-from llama_squad.arguments import ModelArguments
 from llama_squad.data import load_squad, sample_paragraphs
 from llama_squad.metrics import Outcome, strict_counts, strict_outcome
 from llama_squad.predictors.base import Prediction, batch_paragraphs
@@ -38,16 +38,14 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Answer both ways and compare."""
     args = parse()
-    settings = ModelArguments(model_name=args.model, dtype=args.dtype)
-    encoder = modeling.load_encoder(settings, adapter_name=args.adapter)
-    model = modeling.load_model(settings, adapter_name=args.adapter).eval()
+    model, encoder, prompt = load_tuned(args.model, args.adapter, args.dtype)
     split = load_squad(args.dataset_name)["test"]
     records = sample_paragraphs(split, args.questions, 1).to_list()
     found: dict[bool, list[Prediction]] = {}
     for stop in (False, True):
         local = LocalModel(
             model, encoder, decoding="free", max_new_tokens=args.max_new_tokens,
-            stop_after_answer=stop,
+            stop_after_answer=stop, **prompt,
         )  # fmt: skip
         start = time.process_time()
         batches = batch_paragraphs(records, args.batch_size)

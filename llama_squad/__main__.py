@@ -202,9 +202,11 @@ def _answer(
     args: argparse.Namespace, questions: Sequence[dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Answer the questions, write each as it is known, and return the answers by id."""
+    from llama_squad.modeling import choose_device
     from llama_squad.predictors.base import batch_paragraphs
     from llama_squad.reader import Reader, as_json
 
+    choose_device()
     reader = Reader(
         args.adapter_name or args.model_name,
         model_name=args.model_name if args.adapter_name else None,

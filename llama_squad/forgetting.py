@@ -268,7 +268,9 @@ def compare_chat(args: argparse.Namespace, sides: Sides, chat: Chat, key: Mappin
     """
     from llama_squad import chat_check
     from llama_squad.activation import adapter_off
+    from llama_squad.modeling import choose_device
 
+    choose_device()
     whole_key = {**key, "prompts": chat.prompts}
     file = args.output_path / f"chat-base-{digest_of(whole_key)}.json"
     before = _read_replies(file)
