@@ -116,7 +116,8 @@ class Reader:
         )  # fmt: skip
         abstention = load_abstention(args, model_args)
         encoder = modeling.load_encoder(model_args, args.reasoning_tokens, adapter, args.filler)
-        model = modeling.load_model(model_args, quantize, adapter).eval()
+        # apart, so that it can be switched off in chat
+        model = modeling.load_model(model_args, quantize, adapter, merge=False).eval()
         self._set_up(model, encoder, args, abstention)
 
     @classmethod

@@ -170,10 +170,10 @@ def test_a_whole_model_is_judged_by_its_base(study: Any, tmp_path: Path) -> None
         model.lm_head.weight.normal_(std=1.0)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    settings = {"full_parameters": True, "alora_from": "question", "chat_share": 0.1}
+    settings = {"full_parameters": True, "alora_from": "question", "reasoning_tokens": 0}
     write_json(folder / "llama_squad.json", {"train": settings, "trainer": {}})
     found = study("--adapter", f"whole={folder}")["models"]["whole"]
-    assert found["trained_with"] == {"full_parameters": True, "chat_share": 0.1}
+    assert found["trained_with"] == {"full_parameters": True}
     kept = json.loads(Path("results/forgetting/whole/chat.json").read_text())["replies"]
     encoder, prompts = ChatEncoder(tiny_tokenizer()), [kept[0]["prompt"]]
     said = chat_check.speak(model.eval(), encoder, prompts, max_new_tokens=6)
