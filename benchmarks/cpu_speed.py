@@ -109,7 +109,7 @@ def training(args: argparse.Namespace, settings: ModelArguments, dataset: Any) -
         "in blocks": lambda: step("products", "base first", *new),
         "by explicit matrix products": lambda: step("base first", *new),
         "the base's tokens first": lambda: step(*new),
-        "LoRA's layers as one step": lambda: step("loss"),
+        "LoRA's layers as one autograd function": lambda: step("loss"),
         "cross entropy in parts": step,
     }
     seconds, losses = take_turns(ways, args.rounds)

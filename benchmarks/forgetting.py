@@ -29,13 +29,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from forgetting_figures import Figures, compare_chat, compare_rows, compare_windows
+from forgetting_figures import (
+    Figures,
+    compare_chat,
+    compare_rows,
+    compare_windows,
+    trained_with,
+)  # fmt: skip
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from llama_squad.activation import adapter_off
 from llama_squad.arguments import ModelArguments
 from llama_squad.chat_check import ChatReply, judge, speak
-from llama_squad.config import load_run_config, provenance, write_json
+from llama_squad.config import provenance, write_json
 from llama_squad.encoding import ChatEncoder
 from llama_squad.plots import plot_forgetting
 from llama_squad.result_reader import read_results
@@ -235,15 +241,19 @@ class Study:
         return read_results(file)
 
     def _given(self, name: str, adapter: str | None) -> Path:
-        """Return the result file that the command line gives; it must be of the same weights."""
+        """Return the result file that the command line gives; it must be of the same weights.
+
+        A whole model may have been given by either flag.
+        """
         path = Path(self._args.results[name])
         note = config_path(path)
-        made = json.loads(note.read_text("utf-8")) if note.is_file() else {}
-        weights = {"model_digest": self._base_digest, "adapter_digest": weights_digest(adapter)}
-        for key, digest in weights.items():
-            if digest and made.get(key, digest) != digest:
+        if note.is_file():
+            made = json.loads(note.read_text("utf-8"))
+            found = made.get("model_digest"), made.get("adapter_digest")
+            right = self._base_digest, weights_digest(adapter)
+            if found != right and not (whole_model(adapter) and right[1] in found):
                 raise ValueError(
-                    f"{path} was made by other weights ({key} {made[key]}, not {digest}): leave "
+                    f"{path} was made by other weights ({found}, not {right}): leave "
                     f"--results {name} out, or name the file of these"
                 )
         return path
@@ -252,9 +262,10 @@ class Study:
         """Return the replies to the chat prompts; those that are missing are made."""
         adapter = self._args.adapter.get(name)
         limit, size = self._args.reply_tokens, self._args.batch_size
+        by = {"judged_by": self._base_digest} if whole_model(adapter) else {}
         path, content = self._kept(
-            name, "chat", prompts=self._prompts, reply_tokens=limit, batch_size=size
-        )
+            name, "chat", prompts=self._prompts, reply_tokens=limit, batch_size=size, **by
+        )  # fmt: skip
         replies = content.setdefault("replies", [])
         while len(replies) < len(self._prompts):
             batch = self._prompts[len(replies) : len(replies) + size]
@@ -334,17 +345,6 @@ def score_windows(model: Any, ids: Sequence[int]) -> list[float]:
             loss = torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum")
             scores.append(-loss.item())
     return scores
-
-
-def trained_with(adapter: str) -> Figures:
-    """Return the settings that tell the study's trainings apart; {} where they are not known."""
-    saved = load_run_config(adapter)
-    known = {**saved.get("trainer", {}), **saved.get("train", {})}
-    whole = known.get("full_parameters")
-    names = ("learning_rate", "max_steps", "per_device_train_batch_size",
-             *(("full_parameters",) if whole else ("lora_r", "alora_from")),
-             "loss_on", "chat_share", "chat_kl")  # fmt: skip
-    return {name: known[name] for name in names if name in known}
 
 
 if __name__ == "__main__":

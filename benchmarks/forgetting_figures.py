@@ -1,4 +1,4 @@
-"""Figures of one adapter against its base, for forgetting.py: differences and their errors."""
+"""Figures of one adapter against its base, for forgetting.py, and what it was trained with."""
 
 import math
 import statistics
@@ -9,6 +9,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from llama_squad.chat_check import ChatReply, summarize_chat
+from llama_squad.config import load_run_config
 from llama_squad.harness import Run, paired_errors
 from llama_squad.intervals import standard_error
 from llama_squad.metrics import score_answer
@@ -104,3 +105,14 @@ def compare_windows(base: Sequence[float], tuned: Sequence[float], tokens: int) 
             "standard_error": paired_errors(*runs).get(("t", "p,"), 0.0),
         },
     }
+
+
+def trained_with(adapter: str) -> Figures:
+    """Return the settings that tell the study's trainings apart; {} where they are not known."""
+    saved = load_run_config(adapter)
+    known = {**saved.get("trainer", {}), **saved.get("train", {})}
+    whole = known.get("full_parameters")
+    names = ("learning_rate", "max_steps", "per_device_train_batch_size",
+             *(("full_parameters",) if whole else ("lora_r", "alora_from")),
+             "loss_on", "chat_share", "chat_kl")  # fmt: skip
+    return {name: known[name] for name in names if name in known}

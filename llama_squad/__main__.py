@@ -211,7 +211,7 @@ def _answer(
         args.adapter_name or args.model_name,
         model_name=args.model_name if args.adapter_name else None,
         num_beams=args.num_beams, n_best=args.n_best, na_prob_thresh=args.na_prob_thresh,
-        quantize=args.quantize, dtype=args.dtype,
+        quantize=args.quantize, dtype=args.dtype, merge=True,
     )  # fmt: skip
     done: dict[str, dict[str, Any]] = {}
     for batch in batch_paragraphs(questions, 32):

@@ -358,7 +358,9 @@ class AppArguments:
     quantize: bool = _option(False, "Load the model in 4 bits.")
     max_new_tokens: int = _option(512, "Length limit of a reply, in tokens.")
     chat_adapter: bool = _option(
-        False, "Leave the adapter on in chat, too (default: it answers questions; its base chats)."
+        False,
+        "Leave the adapter on in chat, too (default: the base chats). One that acts from the "
+        "question on takes no part in chat.",
     )
     feedback: str = _option("data/feedback.jsonl", "File that verdicts are appended to.")
     review: str | None = _option(

@@ -4,7 +4,7 @@ A row of training holds several paragraphs, and a paragraph's questions do not s
 ``sdpa`` computes every query against every key before it applies the mask: half of a training
 step of a small model (``benchmarks/RESULTS.md``). Here a row's queries are cut where the mask
 allows it, and each block is run against the keys alone that it sees. The result is the same sum
-without its zeros. Where gradients are taken, a block is three plain products (``Products``).
+without its zeros. Where gradients are taken, a block is three matrix products (``Products``).
 Uses torch and transformers only; ``tree.make_masks`` marks the masks.
 """
 

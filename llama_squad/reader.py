@@ -10,6 +10,7 @@ Uses predictors and decoding; knows nothing of datasets or result files.
 """
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ class Reader:
         name: an adapter, a merged model or a chat model: a folder, or a name on the Hub. An adapter
             brings its base and the prompt it was trained on; a folder the threshold and calibration
             that were tuned for it.
-        model_name: another base for the adapter.
+        model_name: another base for the adapter; a whole model takes its place.
         num_beams: as ``--num_beams``; 4 by default.
         n_best: how many spans to give of each question.
         na_prob_thresh: no answer where ``na_prob`` is above it; the tuned one or 0.5 by default.
@@ -79,6 +80,8 @@ class Reader:
         dtype: type of the weights: "auto", "float32", "bfloat16" or "float16".
         max_new_tokens: length limit of a span, and of a reply in ``chat``.
         span_boundaries: as ``--span_boundaries``.
+        merge: an adapter is merged into weights of float32: faster, but ``chat`` cannot switch it
+            off then.
 
     Raises:
         ValueError: it cannot be loaded.
@@ -96,14 +99,14 @@ class Reader:
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         max_new_tokens: int = 256,
         span_boundaries: Literal["word", "any"] = "word",
+        merge: bool = False,
     ) -> None:
-        adapter = name if weights.find_file(name, "adapter_config.json") else None
-        # a whole model with a threshold that was tuned for it, or before another base, is taken
-        # for one, too: it then takes the base's place, as --adapter_name does
-        if model_name or Path(name, THRESHOLD_FILE).is_file():
-            adapter = name
+        # a merged model with a threshold that was tuned for it is taken for one, too
+        tuned = Path(name, THRESHOLD_FILE).is_file()
+        is_adapter = bool(weights.find_file(name, "adapter_config.json"))
+        adapter = name if tuned or is_adapter else None
         settings = weights.saved_settings(adapter, None if adapter else name)
-        base = model_name or (settings["model_name"] if adapter else name)
+        base = (is_adapter and model_name) or (settings["model_name"] if adapter else name)
         model_args = ModelArguments(model_name=base, dtype=dtype)
         keys = ("prompt", "system_prompt", "reasoning_tokens", "filler")
         brought = {key: settings[key] for key in keys if key in settings}
@@ -116,8 +119,7 @@ class Reader:
         )  # fmt: skip
         abstention = load_abstention(args, model_args)
         encoder = modeling.load_encoder(model_args, args.reasoning_tokens, adapter, args.filler)
-        # apart, so that it can be switched off in chat
-        model = modeling.load_model(model_args, quantize, adapter, merge=False).eval()
+        model = modeling.load_model(model_args, quantize, adapter, merge=merge).eval()
         self._set_up(model, encoder, args, abstention)
 
     @classmethod
@@ -147,6 +149,7 @@ class Reader:
             n_best=max(1, args.n_best), span_boundaries=args.span_boundaries, **abstention.options,
         )  # fmt: skip
         self._model, self._encoder = model, encoder
+        self._lock = threading.Lock()  # an adapter is switched off for all threads
         limit = args.max_new_tokens
         self._speaker = Generator(model, encoder, decoding="free", max_new_tokens=limit)
 
@@ -186,8 +189,9 @@ class Reader:
         asked = [{**record, "id": index} for index, record in enumerate(records)]
         found: dict[int, Reading] = {}
         for batch in batch_paragraphs(asked, self._local.batch_size):
-            for prediction in self._local.answer(batch):
-                found[prediction.record["id"]] = _reading(prediction)
+            with self._lock:
+                answered = self._local.answer(batch)
+            found |= {each.record["id"]: _reading(each) for each in answered}
         return [found[index] for index in range(len(records))]
 
     def chat(self, messages: Sequence[Message], adapter: bool = False) -> str:
@@ -195,7 +199,8 @@ class Reader:
 
         Args:
             messages: user and assistant in turn, after a system prompt or without.
-            adapter: the adapter is left on; without, its base speaks, whatever was trained.
+            adapter: the adapter is left on; without, its base speaks, whatever was trained. One
+                that acts from the question on takes no part in either case.
 
         Raises:
             ValueError: it ends otherwise, or is longer than the model reads.
@@ -209,7 +214,7 @@ class Reader:
             raise ValueError(
                 f"the conversation is {len(prompt):,} tokens long, which leaves no room for a reply"
             )
-        with adapter_off(self._model, not adapter):
+        with self._lock, adapter_off(self._model, not adapter):
             return self._speaker.reply([Paragraph("", [prompt])])[0][0].completion.strip()
 
 

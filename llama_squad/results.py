@@ -244,16 +244,21 @@ def _check_settings(path: Path, settings: Any, volatile: Collection[str]) -> Non
             f"{path} holds results, but their settings cannot be read from "
             f"{config_path(path)} ({error}): {cure}"
         ) from error
-    # the same weights may be named otherwise, as by an absolute path
+    # one folder may be named otherwise, as by an absolute path
     same = [
-        f"{what}_name"
-        for what in ("model", "adapter")
-        if isinstance(saved, dict)
-        and saved.get(f"{what}_digest")
-        and saved[f"{what}_digest"] == settings.get(f"{what}_digest")
+        name
+        for name in ("model_name", "adapter_name")
+        if isinstance(saved, dict) and _is_one_folder(saved.get(name), settings.get(name))
     ]
     if different := differences(saved, settings, {*volatile, *same}):
         raise ValueError(f"{path} was made with other settings ({'; '.join(different)}): {cure}")
+
+
+def _is_one_folder(name: Any, other: Any) -> bool:
+    try:
+        return Path(name).samefile(other)
+    except (OSError, TypeError):  # not there, or no name
+        return False
 
 
 def _plain(settings: Mapping[str, Any]) -> Any:

@@ -18,6 +18,7 @@ of_adapter() { # the folder that its training was given, or the name on the Hub
   case $path in
     */final_checkpoints) path=${path%/*} ;;
     */final_merged_checkpoint) path=${path%/*}_merged ;;
+    */checkpoint-*) path=${path%/*}_${path##*/} ;;
   esac
   echo "${path##*/}"
 }

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Task gained against chat kept: SmolLM2-135M-Instruct tuned in eleven ways, each on the same number
-# of questions; then what each has learned and forgotten, as figures and as a picture. No GPU needed.
+# of questions; then what each has learned and forgotten, as figures and as a picture. No GPU needed;
+# one process. DATA_FLAGS: for create_squad_dataset.py.
 #
 #   ./runs/forgetting.sh
 #   MODEL=DIR DATASET=DIR QUESTIONS=2000 DATA=DIR EVAL_PYTHON=python ./runs/forgetting.sh
@@ -42,7 +43,7 @@ tune() {
   adapters+=(--adapter "$name=$out/$name/final_checkpoints")
 }
 
-[ -d "$dataset" ] || python create_squad_dataset.py --config $config --dataset_name "$dataset"
+build "$dataset"
 
 tune "8e-4, from the question" --learning_rate 8e-4 --alora_from question
 tune "8e-4, from the reply" --learning_rate 8e-4 --alora_from reply

@@ -4,6 +4,7 @@ Most tests talk to a scripted model, whose replies are known; a tiny random Llam
 trained here stands for the real ones.
 """
 
+import dataclasses
 import html
 import json
 import math
@@ -399,6 +400,12 @@ def test_base_and_tuned_share_their_weights(tmp_path: Path, quantize: bool) -> N
     assert "of the base model" in cards
     *_, (talks, _) = talk.chat(both, "Why?", talks, "base")
     assert [len(t) for t in talks] == [2, 4]
+    *_, (chatted, _) = talk.chat(both, "Why?", talks, "tuned")  # by the base, unless asked
+    *_, (expected, _) = talk.chat(alone, "Why?", [talks[0], []], "tuned")
+    assert chatted[0] == expected[0]
+    both.session.args = dataclasses.replace(both.args, chat_adapter=True)
+    *_, (left_on, _) = talk.chat(both, "Why?", talks, "tuned")
+    assert left_on[0] != expected[0]
 
 
 # The server ----------------------------------------------------------------------------------

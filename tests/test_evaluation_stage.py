@@ -486,10 +486,13 @@ def test_na_prob_is_calibrated_with_its_threshold(
 
 
 def test_the_same_weights_may_be_named_otherwise(adapter: Any, run: Any, tmp_path: Path) -> None:
-    """By an absolute path, with a slash at the end, or where they were moved to."""
+    """With a slash at the end, or by a link; a copy may have been changed."""
     run("--num_samples=2", f"--adapter_name={adapter}")
-    shutil.copytree(adapter, tmp_path / "moved")
-    run("--num_samples=2", f"--adapter_name={tmp_path}/moved/", model=False)
+    (tmp_path / "link").symlink_to(adapter)
+    run("--num_samples=2", f"--adapter_name={tmp_path}/link/", model=False)
+    shutil.copytree(adapter, tmp_path / "copy")
+    with pytest.raises(SystemExit, match="other settings .adapter_name"):
+        run("--num_samples=2", f"--adapter_name={tmp_path}/copy", model=False)
 
 
 def store(adapter: Any, run: Any, **changes: Any) -> None:

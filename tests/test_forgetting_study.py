@@ -238,9 +238,13 @@ def test_given_results_must_answer_the_same(study: Any, tmp_path: Path) -> None:
     found = study(*flags)["models"]["plain"]["task"]
     assert found["paired"]["f1"] == {"difference": 0.0, "standard_error": 0.0}
     assert len(study.calls) == 1
-    write_json(Path("given.csv.config.json"), {"adapter_digest": "another"})
-    with pytest.raises(SystemExit, match="given.csv was made by other weights .adapter_digest"):
-        study(*flags)
+    note = json.loads(Path("results/forgetting/base/results.csv.config.json").read_text())
+    write_json(Path("given.csv.config.json"), note)
+    for of in ("plain", "base"):  # the note is the base's first
+        if of == "base":
+            write_json(Path("given.csv.config.json"), note | {"adapter_digest": "another"})
+        with pytest.raises(SystemExit, match="given.csv was made by other weights"):
+            study("--adapter", f"plain={plain}", "--results", f"{of}=given.csv")
     Path("given.csv.config.json").unlink()
     other = read_results("given.csv")[0]["id"]
     Path("given.csv").write_text(text.replace(f'"{other}"', '"another"'))

@@ -151,7 +151,7 @@ def test_run(name: str, files: Any, trainings: Any, run_script: Any, tmp_path: P
     ("study", "trained"),
     [
         ("learning_curve", ["recipe", "all parameters"]),
-        ("rates", ["recipe", "rate 2e-4", "rate 4e-4", "rate 2e-3", "48 a step", "14 a step"]),
+        ("rates", ["recipe", "rate 2e-4", "rate 4e-4", "rate 2e-3", "56 a step", "14 a step"]),
         ("adapters", ["recipe", "rank 8", "rank 128", "attention alone", "from the reply",
                       "from the start"]),
         ("prompts", ["recipe", "question first", "question twice", "no system text"]),
@@ -170,10 +170,10 @@ def test_studies(study: str, trained: list[str], run_script: Any, tmp_path: Path
     model = "SmolLM2-135M-Instruct"
     assert folders == [f"results/studies/{model}/{count}/{name}" for count, name in names]
     for count, name, call in zip(asked, trained, trainings, strict=True):
-        paragraphs = {"48 a step": 7, "14 a step": 2}.get(name, 4)  # of 6.85 questions
+        paragraphs = {"56 a step": 8, "14 a step": 2}.get(name, 4)  # of 6.85 questions
         assert call[call.index("--max_steps") + 1] == str(math.ceil(int(count) / 6.85 / paragraphs))
         assert call[call.index("--per_device_train_batch_size") + 1] == str(7 * paragraphs)
-    of = f"{study}_{model}" if study == "learning_curve" else f"{study}_{model}_144"
+    of = f"{study}_{model}_{'96' if study == 'learning_curve' else '144'}"
     first, *others = json.loads((tmp_path / f"results_published/study_{of}.json").read_text())
     assert others and all(row["paired"]["to"] == first["name"] for row in others)
     assert all(row["n"] == row["paired"]["n"] == 6 for row in others)
@@ -205,16 +205,18 @@ def test_forgetting(run_script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     measured: list[list[str]] = []
     monkeypatch.setattr(forgetting, "main", measured.append)  # see test_forgetting_study.py
     monkeypatch.setattr(chat_share, "REPLY_TOKENS", 4)
-    calls = run_script("forgetting.sh", EVAL_PYTHON="a python", QUESTIONS="100", DATA=str(tmp_path))
+    calls = run_script("forgetting.sh", EVAL_PYTHON="a python", QUESTIONS="112", DATA=str(tmp_path))
     trained = [call for call in calls if call[0] == "train_llama_squad.py"]
     assert len(trained) == 11
     for call in trained:  # 27.4 a step; 23.4, where a tenth of its 26 is chat; 28, alone
         last = len(call) - call[::-1].index("--max_steps")
         a_step = 23.4 if "--chat_share" in call else 28 if "all" in call else 27.4
-        assert call[last] == str(math.ceil(100 / a_step))
+        assert call[last] == str(math.ceil(112 / a_step))
+        last = len(call) - call[::-1].index("--per_device_train_batch_size")
+        assert call[last] == ("4" if "all" in call else "28")
     (command,) = measured
     out = str(Path(command[command.index("--work") + 1]))
-    assert out.endswith("/100")
+    assert out.endswith("/112")
     assert command[-2:] == ["--plot", f"{out}/forgetting.svg"]
     names = {word for word in command if word.endswith("/final_checkpoints")}
     assert len(names) == 11
@@ -367,7 +369,7 @@ def test_numbers_of_questions_and_processes(tmp_path: Path) -> None:
         done = run_stubbed(name, tmp_path / name, stubs, "learning_curve", **more)
         said = f"{name}: {fault} is no number above 0, in digits\n"
         assert (done.returncode, done.stderr) == (2, said)
-    (tmp_path / "calls").unlink()
+    assert not (tmp_path / "calls").exists()  # before anything is trained
     for processes in (1, 3, 8):
         run_stubbed("studies.sh", tmp_path / str(processes), stubs, "adapters", QUESTIONS="20000",
                     PROCESSES=str(processes))  # fmt: skip
@@ -388,6 +390,7 @@ def test_what_is_carried_over_is_named_by_its_training(tmp_path: Path) -> None:
             ("results/smollm2/final_checkpoints/", "smollm2"),
             ("results/smollm2/final_merged_checkpoint", "smollm2_merged"),
             ("results/other", "other"),
+            ("results/smollm2/checkpoint-200", "smollm2_checkpoint-200"),
             ("user/adapter", "user_adapter"),
         ]
     ):

@@ -368,6 +368,10 @@ def test_training_goes_on_from_an_adapter(tmp_path: Path) -> None:
         (["--full_parameters"], "leave out --full_parameters"),
         (["--output_dir", str(first.parent)], "would replace by its own result"),
         (["--from_adapter", "results/none"], "no folder results/none"),
+        (
+            ["--from_adapter", flags[flags.index("--model_name") + 1]],
+            "is a whole model, and no adapter: give it by --model_name",
+        ),
     ):
         with pytest.raises(SystemExit) as ended:
             train_llama_squad.main([*on, *more])

@@ -16,6 +16,9 @@ PRIVATE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visib
 EMPTY: tuple[Any, ...] = ([[], []], [], [], "")
 """Values of ``Conversation.parts`` where nothing is said yet."""
 
+WHO_CHATS = "The tuned model replies to the question. What is said after it, the base replies to."
+"""Said where the adapter is not left on in chat."""
+
 
 class Conversation:
     """The conversation's parts, and what happens when they are used. Build it in ``gr.Blocks``.
@@ -39,6 +42,7 @@ class Conversation:
             [("the tuned model", "tuned"), ("its base: adapter off", "base"),
              ("both, side by side", "both")],
             value="tuned", label="Who speaks", visible=self.desk.has_adapter,
+            info=None if self.desk.args.chat_adapter else WHO_CHATS,
         )  # fmt: skip
         self.speak = gr.Button("Let the model speak freely", size="md")
         first = "The tuned model" if self.desk.has_adapter else "Conversation"

@@ -144,6 +144,8 @@ def speak(
 def chat(desk: Desk, said: str, talks: Sequence[Talk], who: str) -> Iterator[Update]:
     """Stream one more turn of the conversations with whoever speaks.
 
+    Unless ``--chat_adapter`` the base replies in either, as ``ChatSession.converse`` has it.
+
     Raises:
         ValueError: nothing was said, or there is no room for it.
     """
