@@ -246,9 +246,8 @@ class Study:
         A whole model may have been given by either flag.
         """
         path = Path(self._args.results[name])
-        note = config_path(path)
-        if note.is_file():
-            made = json.loads(note.read_text("utf-8"))
+        if config_path(path).is_file():
+            made = json.loads(config_path(path).read_text("utf-8"))
             found = made.get("model_digest"), made.get("adapter_digest")
             right = self._base_digest, weights_digest(adapter)
             if found != right and not (whole_model(adapter) and right[1] in found):

@@ -342,7 +342,7 @@ def test_training_goes_on_from_an_adapter(tmp_path: Path) -> None:
     held = ["--no_quantize", "--dtype", "bfloat16"]
     train_llama_squad.main([*flags, *held, "--lora_r", "3", "--learning_rate", "1e-3"])
     first = tmp_path / "results" / "final_checkpoints"
-    flags = without_lora(flags)
+    base, flags = flags[1], without_lora(flags)
     on = [*flags, "--from_adapter", str(first), "--output_dir", str(tmp_path / "on")]
     before = tensors(first)
     train_llama_squad.main([*on, "--learning_rate", "0"])
@@ -368,10 +368,7 @@ def test_training_goes_on_from_an_adapter(tmp_path: Path) -> None:
         (["--full_parameters"], "leave out --full_parameters"),
         (["--output_dir", str(first.parent)], "would replace by its own result"),
         (["--from_adapter", "results/none"], "no folder results/none"),
-        (
-            ["--from_adapter", flags[flags.index("--model_name") + 1]],
-            "is a whole model, and no adapter: give it by --model_name",
-        ),
+        (["--from_adapter", base], "is a whole model, and no adapter: give it by --model_name"),
     ):
         with pytest.raises(SystemExit) as ended:
             train_llama_squad.main([*on, *more])
