@@ -337,7 +337,9 @@ def test_merge_and_push(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_an_adapter(tmp_path: Path) -> None:
+def test_training_goes_on_from_an_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = stage_flags(tmp_path)
     held = ["--no_quantize", "--dtype", "bfloat16"]
     train_llama_squad.main([*flags, *held, "--lora_r", "3", "--learning_rate", "1e-3"])
@@ -372,7 +374,7 @@ def test_training_goes_on_from_an_adapter(tmp_path: Path) -> None:
     ):
         with pytest.raises(SystemExit) as ended:
             train_llama_squad.main([*on, *more])
-        assert message in str(ended.value)
+        assert message in f"{ended.value}{capsys.readouterr().err}"
 
 
 def test_an_adapter_goes_on_with_its_own_prompt(
