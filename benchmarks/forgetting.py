@@ -35,7 +35,7 @@ from forgetting_figures import (
     compare_rows,
     compare_windows,
     trained_with,
-)  # fmt: skip
+)
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from llama_squad.activation import adapter_off

@@ -97,6 +97,8 @@ def speak(
 ) -> list[list[int]]:
     """Let a model answer prompts greedily; return the ids of its replies, one per prompt.
 
+    Apart from ``judge``, so that a tuned model and its base need not be in memory together.
+
     Args:
         model: a causal language model, or a PEFT model; in evaluation mode.
         encoder: the tokenizer's, with the chat template.
@@ -104,8 +106,6 @@ def speak(
         max_new_tokens: length limit of a reply.
         batch_size: prompts at once.
         progress: told the number of prompts that are new since the last call.
-
-    Apart from ``judge``, so that a tuned model and its base need not be in memory together.
     """
     encoded = _encode(encoder, prompts)
     spoken: list[list[int]] = []

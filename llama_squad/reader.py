@@ -209,12 +209,13 @@ class Reader:
             raise ValueError("the conversation must end with a user turn")
         from llama_squad.decoding.replies import Paragraph
 
-        prompt = self._encoder.encode_prompts([messages], final=False)[0]
-        if self._speaker.room(len(prompt)) < 1:
-            raise ValueError(
-                f"the conversation is {len(prompt):,} tokens long, which leaves no room for a reply"
-            )
         with self._lock, adapter_off(self._model, not adapter):
+            prompt = self._encoder.encode_prompts([messages], final=False)[0]
+            if self._speaker.room(len(prompt)) < 1:
+                raise ValueError(
+                    f"the conversation is {len(prompt):,} tokens long, which leaves no room for a "
+                    "reply"
+                )
             return self._speaker.reply([Paragraph("", [prompt])])[0][0].completion.strip()
 
 
