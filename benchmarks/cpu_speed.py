@@ -4,22 +4,25 @@ Training: a step's row of real paragraphs, forward and backward, of an adapter t
 question on (``--alora_from``): attention over the whole row, in blocks, by explicit matrix products
 (``llama_squad/attention.py``), the base's tokens first (``llama_squad/supervised.py``), LoRA's
 layers as one autograd function (``llama_squad/lora.py``), and cross entropy a few tokens at a time.
-Evaluation: whole paragraphs answered in batches, without all of the following, then with one more
-each: finished rows dropped, tokens run ahead (``decoding/lookahead.py``), the adapter without
-PEFT's detours (``decoding/adapters.py``), the output layer on a CPU's units for bfloat16
-(``head.py``), and attention that copies no keys. Every way takes its turn in each
-round, so that other work on the machine falls on all alike; what is printed is the median of the
-rounds, in seconds of CPU time, and how many answers differ.
+Evaluation: whole paragraphs answered in batches, and some questions by themselves, without all of
+the following, then with one more each: finished rows dropped, tokens run ahead
+(``decoding/lookahead.py``), the adapter without PEFT's detours (``decoding/layers.py``), the output
+layer's weights kept for a CPU's units (``head.py``), attention that copies no keys, and by
+explicit matrix products, weights packed once (``products.py``), and what all prompts begin with run
+once (``decoding/kept.py``). Every way takes its turn in each round, so that other work on the
+machine falls on all alike; what is printed is the median of the rounds, in seconds of CPU time, and
+how many answers differ.
 
     python benchmarks/cpu_speed.py --model MODEL --adapter DIR
 """
 
 import argparse
 import contextlib
+import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama_squad import attention, head, lora, modeling, supervised
 from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.data import load_squad, sample_paragraphs
-from llama_squad.decoding import batch, generator, lookahead
+from llama_squad.decoding import batch, layers, lookahead
 from llama_squad.predictors.base import batch_paragraphs
 from llama_squad.predictors.local import LocalModel
 from llama_squad.prompts import adapter_start
@@ -148,69 +151,73 @@ def plain_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
     return sdpa_attention_forward(*args, **kwargs)[0]
 
 
+PARTS: dict[str, tuple[Any, str, Any]] = {
+    "blocks": (attention, "BLOCK_TOKENS", 10**9),
+    "products": (attention.Products, "apply", torchs_own),
+    "one step": (lora, "is_plain", lambda *_: False),
+    "loss": (supervised.CrossEntropy, "apply", plain_loss),
+    "base first": (supervised, "runs_base_first", lambda *_: False),
+    "rows": (batch, "KEPT_ROWS", -1.0),
+    "lookahead": (lookahead, "PASS_TOKENS", 0),
+    "adapter": (layers, "plain_adapter", lambda _: None),
+    "head": (head, "_is_kept", lambda _: False),
+    "attention": (attention, "_sdpa", plain_attention),
+    "explicit": (attention, "_by_products", lambda _: False),
+    "packed": (layers, "is_packable", lambda _: False),
+    "prefix": (LocalModel, "_prefix", []),
+}
+"""What is switched off, each by what takes the place of what."""
+
+
 @contextlib.contextmanager
 def without(*parts: str) -> Iterator[None]:
     """Switch parts of training and of decoding off."""
     with contextlib.ExitStack() as stack:
-        if "blocks" in parts:
-            stack.enter_context(mock.patch.object(attention, "BLOCK_TOKENS", 10**9))
-        if "products" in parts:
-            stack.enter_context(mock.patch.object(attention.Products, "apply", torchs_own))
-        if "one step" in parts:
-            stack.enter_context(mock.patch.object(lora, "is_plain", lambda *_: False))
-        if "loss" in parts:
-            stack.enter_context(mock.patch.object(supervised.CrossEntropy, "apply", plain_loss))
-        if "base first" in parts:
-            stack.enter_context(mock.patch.object(supervised, "runs_base_first", lambda *_: False))
-        if "lookahead" in parts:
-            stack.enter_context(mock.patch.object(lookahead, "PASS_TOKENS", 0))
-        if "adapter" in parts:
-            stack.enter_context(
-                mock.patch.object(generator, "lean_adapters", lambda _: contextlib.nullcontext())
-            )
-        if "head" in parts:
-            product: Any = head._Product
-            stack.enter_context(
-                mock.patch.object(product, "_is_exact_in_bfloat16", lambda *_: False)
-            )
-        if "attention" in parts:
-            stack.enter_context(mock.patch.object(attention, "_sdpa", plain_attention))
-        if "rows" in parts:
-            stack.enter_context(mock.patch.object(batch, "KEPT_ROWS", -1.0))
+        for part in parts:
+            stack.enter_context(mock.patch.object(*PARTS[part]))
         yield
 
 
 def evaluation(args: argparse.Namespace, dataset: Any) -> None:
-    """Time span decoding."""
+    """Time span decoding: of paragraphs, and of their first questions alone."""
     model, encoder, prompt = load_tuned(args.model, args.adapter, args.dtype)
-    local = LocalModel(model, encoder, num_beams=args.num_beams, **prompt)
     questions = sample_paragraphs(dataset["test"], args.questions, 1).to_list()
+    together = list(batch_paragraphs(questions, args.batch_size))
+    alone = [[group[:1]] for part in together for group in part]
+    made: dict[tuple[str, ...], LocalModel] = {}
 
-    def answer(*parts: str) -> list[str]:
+    def answer(batches: Sequence[Any], *parts: str) -> list[str]:
         with without(*parts):
-            return [
-                prediction.reply.completion
-                for part in batch_paragraphs(questions, args.batch_size)
-                for prediction in local.answer(part)
-            ]
+            if parts not in made:  # what each keeps is its own
+                made[parts] = LocalModel(model, encoder, num_beams=args.num_beams, **prompt)
+            found = [prediction for part in batches for prediction in made[parts].answer(part)]
+        return [prediction.reply.completion for prediction in found]
 
-    new = "adapter", "head", "attention"
-    ways = {
-        "none of it": lambda: answer("lookahead", "rows", *new),
-        "finished rows dropped": lambda: answer("lookahead", *new),
-        "tokens run ahead": lambda: answer(*new),
-        "the adapter without PEFT's detours": lambda: answer(*new[1:]),
-        "the output layer in bfloat16": lambda: answer(*new[2:]),
-        "attention without copies": answer,
+    added = {
+        "none of it": "rows",
+        "finished rows dropped": "lookahead",
+        "tokens run ahead": "adapter",
+        "the adapter without PEFT's detours": "head",
+        "the output layer's weights kept": "attention",
+        "attention without copies": "explicit",
+        "attention by explicit products": "packed",
+        "weights packed once": "prefix",
+        "what all prompts begin with run once": "",
     }
-    seconds, answers = take_turns(ways, args.rounds)
-    first = answers["none of it"]
-    notes = {
-        name: f"{seconds[name] / len(first):.3f} s per question, "
-        f"{sum(a != b for a, b in zip(first, found, strict=True))} answers differ"
-        for name, found in answers.items()
-    }
-    report(f"{len(first)} questions, {args.num_beams} beams", seconds, notes)
+    lacking = list(added.values())
+    for title, batches in {"by paragraph": together, "one at a time": alone}.items():
+        ways: dict[str, Callable[[], Any]] = {
+            name: functools.partial(answer, batches, *filter(None, lacking[index:]))
+            for index, name in enumerate(added)
+        }
+        seconds, answers = take_turns(ways, args.rounds)
+        first = answers["none of it"]
+        notes = {
+            name: f"{seconds[name] / len(first):.3f} s per question, "
+            f"{sum(a != b for a, b in zip(first, found, strict=True))} answers differ"
+            for name, found in answers.items()
+        }
+        report(f"{len(first)} questions {title}, {args.num_beams} beams", seconds, notes)
 
 
 def main() -> None:

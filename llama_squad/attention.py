@@ -4,8 +4,9 @@ A row of training holds several paragraphs, and a paragraph's questions do not s
 ``sdpa`` computes every query against every key before it applies the mask: half of a training
 step of a small model (``benchmarks/RESULTS.md``). Here a row's queries are cut where the mask
 allows it, and each block is run against the keys alone that it sees. The result is the same sum
-without its zeros. Where gradients are taken, a block is three matrix products (``Products``).
-Uses torch and transformers only; ``tree.make_masks`` marks the masks.
+without its zeros. Where gradients are taken (``Products``), and in bfloat16, where torch's own
+takes twice as long on most CPUs, a block is two matrix products and a softmax.
+``tree.make_masks`` marks the masks.
 """
 
 from typing import Any
@@ -16,8 +17,13 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llama_squad.products import sums_in_float32
+
 BLOCK_TOKENS = 256
 """Queries of a block, at most: a paragraph with its questions has 285 tokens on average."""
+
+SMALL_BLOCK = 64
+"""The same where no gradient is taken in bfloat16: the scores of a block stay in a core's cache."""
 
 _BLOCKS = "llama_squad_blocks"
 _NUMBERS = "llama_squad_numbers"
@@ -26,14 +32,18 @@ Block = tuple[slice, torch.Tensor | slice, torch.Tensor]
 """Queries, keys, and the mask of both."""
 
 
-def mark_blocks(visible: torch.Tensor, block_tokens: int | None = None) -> torch.Tensor:
+def mark_blocks(
+    visible: torch.Tensor, block_tokens: int | None = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Return a mask which ``sdpa`` attention takes in blocks, where it is on a CPU and long.
 
     Args:
         visible: bool, of shape (rows, 1, queries, keys).
-        block_tokens: queries of a block, at most; ``BLOCK_TOKENS`` where None.
+        block_tokens: queries of a block, at most; where None, what is best here.
+        dtype: of the queries and keys.
     """
-    limit = block_tokens or BLOCK_TOKENS
+    small = not torch.is_grad_enabled() and _by_products(dtype)
+    limit = block_tokens or (SMALL_BLOCK if small else BLOCK_TOKENS)
     if visible.device.type == "cpu" and visible.shape[2] > limit:
         setattr(visible, _BLOCKS, _blocks(visible, limit))
     return visible
@@ -143,14 +153,22 @@ def _sdpa(
         or kwargs.get("dropout")
     ):
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
-    rows, heads, queries, _ = query.shape
-    found = F.scaled_dot_product_attention(
-        _heads_together(query, key.shape[1]).unflatten(0, (rows, -1)),
-        key,
-        value,
-        attn_mask=_added(mask, heads // key.shape[1], query.dtype),
-        scale=kwargs.get("scaling"),
-    )
+    rows, heads, queries, width = query.shape
+    together = _heads_together(query, key.shape[1])
+    alike = query.dtype == key.dtype == value.dtype
+    # of more queries the scores are large, which torch's own never holds as a whole
+    if alike and queries <= SMALL_BLOCK and _by_products(query.dtype):
+        scaling = _scaling(width, kwargs.get("scaling"))
+        shares = _shares(together, key.flatten(0, 1), mask, scaling)
+        found = torch.bmm(shares, value.flatten(0, 1)).unflatten(0, (rows, -1))
+    else:
+        found = F.scaled_dot_product_attention(
+            together.unflatten(0, (rows, -1)),
+            key,
+            value,
+            attn_mask=_added(mask, heads // key.shape[1], query.dtype),
+            scale=kwargs.get("scaling"),
+        )
     # some models take a view of it
     return found.view(len(found), heads, queries, -1).transpose(1, 2).contiguous()
 
@@ -186,7 +204,7 @@ class Products(torch.autograd.Function):
     ) -> torch.Tensor:
         """Return what is attended to, of shape (rows, queries, heads, width)."""
         rows, heads, queries, width = query.shape
-        ctx.scaling = width**-0.5 if scaling is None else scaling
+        ctx.scaling = _scaling(width, scaling)
         ctx.blocks = blocks
         found = query.new_empty(rows, queries, heads, value.shape[-1])
         kept = []
@@ -234,14 +252,27 @@ def _heads_together(x: torch.Tensor, key_heads: int) -> torch.Tensor:
     return x.reshape(rows * key_heads, heads // key_heads * tokens, width)
 
 
+def _by_products(dtype: torch.dtype) -> bool:
+    """Tell whether products are faster than torch's own attention, on a CPU and without gradients.
+
+    With AMX torch's own was as fast (``benchmarks/RESULTS.md``).
+    """
+    return dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+
+
+def _scaling(width: int, scaling: float | None) -> float:
+    return width**-0.5 if scaling is None else scaling
+
+
 def _shares(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """Return how much of each key a query takes, in the type of the query."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = torch.bmm(query.to(wide) * scaling, key.to(wide).mT)
-    scores.view(mask.shape[0], -1, *mask.shape[2:]).add_(_added(mask, 1, wide))
-    return scores.softmax(-1).to(query.dtype)
+    with sums_in_float32(query.dtype):
+        scores = torch.bmm(query.to(wide), key.to(wide).mT)
+    scores.mul_(scaling).view(mask.shape[0], -1, *mask.shape[2:]).add_(_added(mask, 1, wide))
+    return torch.softmax(scores, -1, out=scores).to(query.dtype)  # in place: memory is slow
 
 
 ALL_ATTENTION_FUNCTIONS["sdpa"] = attend

@@ -1,7 +1,6 @@
 """Logits in float32 of a model that computes in 16 bits."""
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -10,29 +9,37 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from llama_squad.products import (
+    is_packable,
+    pack,
+    packed_linear,
+    sums_in_float32,
+)
+
 HEAD_ROWS = 8192
 """So many rows of a 16-bit head are turned to float32 at once, where it is not kept."""
 
-_PRECISION = threading.Lock()
-"""Held while torch's own is another: two threads at once would leave it so."""
-
 
 @contextlib.contextmanager
-def exact_head(model: PreTrainedModel) -> Iterator[None]:
+def exact_head(model: PreTrainedModel, product: "Product | None" = None) -> Iterator[None]:
     """Let a model with 16-bit weights, or under autocast, give its logits in float32.
 
     A logit of 20 is rounded to the next 0.125 in bfloat16: that is the coarsest rounding of all,
     and it falls on what is compared. Heads of other kinds (quantised, adapted) stay as they are.
     The weights must not change in the body; one within another is the outer one.
+
+    Args:
+        model: whose output layer is replaced in the body of ``with``.
+        product: of it, where one was made before and the weights are still the same.
     """
     head = cast(Any, model.get_output_embeddings())
     # where a model is spread over GPUs, accelerate's hook stands before it
     name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
     own = head.__dict__.get(name)
-    if not _is_plain(head) or isinstance(own, _Product):
+    if not _is_plain(head) or isinstance(own, Product):
         yield
         return
-    setattr(head, name, _Product(head))
+    setattr(head, name, product or Product(head))
     try:
         yield
     finally:
@@ -40,12 +47,6 @@ def exact_head(model: PreTrainedModel) -> Iterator[None]:
             delattr(head, name)
         else:
             setattr(head, name, own)
-
-
-def kept_bytes(model: PreTrainedModel) -> int:
-    """Return how many bytes ``exact_head`` keeps: a large head in float32, on a CPU."""
-    head = cast(Any, model.get_output_embeddings())
-    return 4 * head.weight.numel() if _is_plain(head) and _is_kept(head.weight) else 0
 
 
 def _is_plain(head: Any) -> bool:
@@ -66,11 +67,16 @@ def _sums_wide(weight: torch.Tensor) -> bool:
     return weight.is_cuda and torch.version.hip is None
 
 
-class _Product:
-    """The product of a head, in float32."""
+class Product:
+    """The product of a head, in float32; a large one's weights are kept so, on a CPU.
+
+    Args:
+        head: the output layer of a model. Its weights must not change.
+    """
 
     def __init__(self, head: nn.Linear) -> None:
         self._head = head
+        self._packs = is_packable(torch.float32) and not torch.cpu._is_amx_tile_supported()
         self._wide: torch.Tensor | None = None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -84,11 +90,10 @@ class _Product:
         if weight.dtype == torch.float32:
             return F.linear(hidden.float(), weight, bias)
         wide = hidden.float().flatten(0, -2)  # of more dimensions, torch would copy the weights
-        if _is_kept(weight) and hidden.dtype == weight.dtype:
-            if self._wide is None:
-                self._wide = weight.float()
-            logits = _bfloat16_product(wide, self._wide)
-        elif _sums_wide(weight) and hidden.dtype == weight.dtype and not torch.is_grad_enabled():
+        plain = hidden.dtype == weight.dtype and not torch.is_grad_enabled()
+        if plain and (kept := self.keep()) is not None:
+            logits = self._by_kept(wide, kept)
+        elif plain and _sums_wide(weight):
             logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)
         else:
             parts = [F.linear(wide, rows.float()) for rows in weight.split(HEAD_ROWS)]
@@ -96,17 +101,15 @@ class _Product:
         logits = logits.unflatten(0, hidden.shape[:-1])
         return logits if bias is None else logits + bias.float()
 
+    def keep(self) -> torch.Tensor | None:
+        """Make what is kept, where anything is."""
+        if self._wide is None and _is_plain(self._head) and _is_kept(self._head.weight):
+            wide = self._head.weight.detach().float()
+            self._wide = pack(wide) if self._packs else wide
+        return self._wide
 
-def _bfloat16_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the product of float32 factors whose values are all of bfloat16, on a CPU.
-
-    Its units for bfloat16 (AMX) sum in float32, too, and several times as fast.
-    """
-    matmul = cast(Any, torch.backends.mkldnn).matmul
-    with _PRECISION:
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "bf16"
-        try:
-            return F.linear(x, weight)
-        finally:
-            matmul.fp32_precision = before
+    def _by_kept(self, hidden: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        if self._packs:
+            return packed_linear(hidden, kept)
+        with sums_in_float32(self._head.weight.dtype):
+            return F.linear(hidden, kept)

@@ -151,7 +151,9 @@ class Reader:
         self._model, self._encoder = model, encoder
         self._lock = threading.Lock()  # an adapter is switched off for all threads
         limit = args.max_new_tokens
-        self._speaker = Generator(model, encoder, decoding="free", max_new_tokens=limit)
+        self._speaker = Generator(
+            model, encoder, decoding="free", max_new_tokens=limit, kept=self._local.kept
+        )
 
     @overload
     def __call__(self, question: str, context: str) -> Reading: ...

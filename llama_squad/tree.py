@@ -257,7 +257,7 @@ def _added_to_scores(model: Any, visible: torch.Tensor) -> torch.Tensor:
 
 
 MASK_FORMS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
-    "sdpa": lambda model, visible: mark_blocks(visible),
+    "sdpa": lambda model, visible: mark_blocks(visible, dtype=model.dtype),
     "eager": _added_to_scores,
 }
 """Attention, by the name that transformers has for it → the form in which it takes a mask, made of

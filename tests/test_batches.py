@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +21,10 @@ from llama_squad.decoding.generator import Generator, free_memory
 from llama_squad.decoding.replies import Paragraph, Reply, Span
 from llama_squad.encoding import ChatEncoder
 from llama_squad.evaluation import begun_with, evaluate
-from llama_squad.head import HEAD_ROWS, _bfloat16_product, exact_head
+from llama_squad.head import HEAD_ROWS, exact_head
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
+from llama_squad.products import sums_in_float32
 from llama_squad.results import config_path
 from llama_squad.tree import gather_hidden, kept_logits
 
@@ -57,7 +59,7 @@ def test_prompts_are_run_in_the_same_shapes_alone_and_beside_others(
     forward = type(model).forward
 
     def watched(self: Any, **kwargs: Any) -> Any:
-        if kwargs["past_key_values"].get_seq_length() == 0:
+        if kwargs["past_key_values"].get_seq_length() == len(local._prefix):
             shapes.append((kwargs["input_ids"].shape, kwargs["attention_mask"].shape))
         return forward(self, **kwargs)
 
@@ -140,21 +142,20 @@ def test_logits_under_autocast_are_float32(dtype: torch.dtype, rows: int) -> Non
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("rows", [600, HEAD_ROWS + 1])
-def test_memory_of_a_head_that_is_kept_is_counted(dtype: torch.dtype, rows: int) -> None:
-    """All that a pass leaves behind is what was reckoned with."""
-    model = tiny_model(dtype=dtype, vocab_size=rows)
-    with exact_head(model), torch.inference_mode():
-        assert model(torch.arange(5, 25)[None]).logits.dtype == torch.float32
-        made = vars(model.lm_head.forward).get("_wide")
-    kept = 0 if made is None else made.nbytes
-    assert kept == (rows * 32 * 4 if dtype == torch.bfloat16 and rows > HEAD_ROWS else 0)
-    generator = Generator(model, ChatEncoder(tiny_tokenizer()))
-    paragraph = Paragraph("", [[0] * 400, [1] * 400])
-    needed = generator.memory_needed([paragraph])
-    model.set_output_embeddings(torch.nn.Identity())
-    assert needed - generator.memory_needed([paragraph]) == kept
+def test_what_is_kept_is_made_before_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch is parted by what is free beside it."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(dtype=torch.bfloat16, vocab_size=HEAD_ROWS + len(tokenizer))
+    generator = Generator(model, ChatEncoder(tokenizer))
+    made = []
+
+    def free(_: Any) -> float:
+        made.append(generator.kept._head._wide is not None)
+        return math.inf
+
+    monkeypatch.setattr("llama_squad.decoding.generator.free_memory", free)
+    generator.reply([Paragraph("a", [[5, 6, 7], [5, 6, 8]])])
+    assert made == [False, True]
 
 
 def test_logits_of_a_large_head_are_float32() -> None:
@@ -187,7 +188,12 @@ def test_two_threads_leave_torchs_precision_as_it_was(monkeypatch: pytest.Monkey
         return x
 
     monkeypatch.setattr(F, "linear", linear)
-    one, two = (threading.Thread(target=_bfloat16_product, args=(x, x)) for _ in range(2))
+
+    def product() -> None:
+        with sums_in_float32(torch.bfloat16):
+            F.linear(x, x)
+
+    one, two = (threading.Thread(target=product) for _ in range(2))
     one.start()
     begun.wait()
     two.start()

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from llama_squad.decoding.cache import Branch, TokenTree
 from llama_squad.decoding.constraints import Constraint, Grammar
+from llama_squad.decoding.kept import Kept
 from llama_squad.decoding.lookahead import attach, guess, guesses
 from llama_squad.decoding.replies import Paragraph, Reply
 from llama_squad.decoding.scores import complete, likeliest, log_norms, token_scores
@@ -45,6 +46,7 @@ class DecodingOptions:
     length_penalty: float
     stops: int
     """How many tokens end a reply."""
+    kept: Kept
 
     @property
     def positions(self) -> int | None:
@@ -118,10 +120,15 @@ class DecodingBatch:
         cut = min([cut, *(hidden.start for hidden in paragraph.hidden)])
         acts = min(paragraph.adapter_from, default=None)
         branches: list[Branch] = []
-        if cut > STEM_ALONE:
-            stem = tree.prefill(paragraph.prompts[0][:cut], acts)
+        stem = None
+        known = min(paragraph.prefix, cut, cut if acts is None else acts)
+        if known:
+            stem = self._options.kept.begin(tree, paragraph.prompts[0][:known])
+        own = paragraph.prompts[0][known:cut]
+        if len(own) > STEM_ALONE:
+            stem = tree.prefill(own, acts)
         else:
-            stem = Branch(None, paragraph.prompts[0][:cut], wanted=0, adapter_from=acts)
+            stem = Branch(stem, own, wanted=0, adapter_from=acts)
             branches.append(stem)
         questions = self._questions(paragraph, stem, cut)
         alternative, opening = list(self._constraint.alternative), list(self._constraint.opening)

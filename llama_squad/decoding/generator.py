@@ -16,6 +16,7 @@ calls of a single reply where the model is sure.
 ``llama_squad.decoding.constraints`` holds both.
 """
 
+import dataclasses
 import math
 import operator
 import threading
@@ -28,15 +29,14 @@ from transformers import PreTrainedModel
 
 from llama_squad.answers import NO_ANSWER
 from llama_squad.calibration import Abstention, Calibration
-from llama_squad.decoding.adapters import copied_bytes, lean_adapters
 from llama_squad.decoding.batch import DecodingBatch, DecodingOptions
 from llama_squad.decoding.boundaries import Boundaries
 from llama_squad.decoding.cache import check_tree
 from llama_squad.decoding.constraints import CONSTRAINTS, Constraint
+from llama_squad.decoding.kept import Kept
 from llama_squad.decoding.replies import Paragraph, Reply
 from llama_squad.decoding.spans import reply_ids
 from llama_squad.encoding import ChatEncoder
-from llama_squad.head import exact_head, kept_bytes
 from llama_squad.tree import common_prefix, is_out_of_memory
 
 SEARCHED_TOKENS = 16
@@ -67,6 +67,9 @@ class Generator:
             digit; "any": every substring is a span.
         stop_after_answer: a reply ends with the fence of its answer (free decoding). Of one beam
             it is the same reply up to there; of several the search compares shorter ones.
+        kept: what another generator of the same model keeps.
+
+    What is made of the model's weights is kept: they must not change while a generator is used.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Generator:
         length_penalty: float = 0.0,
         span_boundaries: Boundaries = "word",
         stop_after_answer: bool = False,
+        kept: Kept | None = None,
     ) -> None:
         stops = stop_ids(model, encoder)
         if isinstance(decoding, str):
@@ -92,9 +96,10 @@ class Generator:
                 stop_after_answer=stop_after_answer,
             )  # fmt: skip
         self.model, self.constraint = model, decoding
+        self.kept = kept or Kept(model)
         self.options = DecodingOptions(
             model, decoding, num_beams, 1 if decoding.ranked else n_best, max_new_tokens,
-            length_penalty, len(stops),
+            length_penalty, len(stops), self.kept,
         )  # fmt: skip
         self._too_much = math.inf  # the estimated bytes of what memory did not hold
 
@@ -110,15 +115,15 @@ class Generator:
         """
         with _LOCKS.setdefault(self.model, threading.Lock()):
             check_tree(self.model, paragraphs[0].prompts[0])
-            return self._reply(paragraphs)
+            with self.kept.in_place(free_memory(self.model) / 2):
+                return self._reply(paragraphs)
 
     def _reply(self, paragraphs: Sequence[Paragraph]) -> list[list[Reply]]:
         halves = _halve(paragraphs)
         needed = self.memory_needed(paragraphs)
         if needed < min(self._too_much, free_memory(self.model)) or not halves:
             try:
-                with exact_head(self.model), lean_adapters(self.model):
-                    return DecodingBatch(self.options, paragraphs).replies()
+                return DecodingBatch(self.options, paragraphs).replies()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -157,7 +162,7 @@ class Generator:
         return min(power, MOST_QUESTIONS)
 
     def memory_needed(self, paragraphs: Sequence[Paragraph]) -> float:
-        """Estimate the bytes of a batch: keys and values, a pass's tensors, copies of weights."""
+        """Estimate the bytes of a batch: keys and values, and a pass's tensors."""
         config = self.model.config.get_text_config()
         size = self.model.dtype.itemsize
         attention_heads = config.num_attention_heads
@@ -173,8 +178,7 @@ class Generator:
         activations = length * (8 * config.hidden_size * size + length * 4)
         questions = sum(len(p.prompts) for p in paragraphs)
         logits = 8 * questions * config.vocab_size * (size + 8)
-        copies = kept_bytes(self.model) + copied_bytes(self.model)
-        return len(paragraphs) * cache + activations + logits + copies
+        return len(paragraphs) * cache + activations + logits
 
 
 def free_memory(model: PreTrainedModel) -> float:
@@ -217,11 +221,11 @@ def _halve(paragraphs: Sequence[Paragraph]) -> list[list[Paragraph]]:
     middle = len(paragraph.prompts) // 2
     return [
         [
-            Paragraph(
-                paragraph.context,
-                paragraph.prompts[part],
-                paragraph.adapter_from[part],
-                paragraph.hidden[part],
+            dataclasses.replace(
+                paragraph,
+                prompts=paragraph.prompts[part],
+                adapter_from=paragraph.adapter_from[part],
+                hidden=paragraph.hidden[part],
             )
         ]
         for part in (slice(middle), slice(middle, None))

@@ -59,3 +59,5 @@ class Paragraph:
     none of them."""
     hidden: Sequence[range] = ()
     """Which tokens of each prompt are filler; empty where there is none."""
+    prefix: int = 0
+    """So many tokens other paragraphs' prompts begin with, too: they are run once for all."""

@@ -3,6 +3,7 @@
 A context beyond the model's positions is read in windows.
 """
 
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from llama_squad.activation import activation_of
 from llama_squad.decoding.generator import Generator
+from llama_squad.decoding.kept import Kept
 from llama_squad.decoding.replies import Paragraph, Reply
 from llama_squad.decoding.windows import cut_windows, merge_windows
 from llama_squad.encoding import ChatEncoder
@@ -25,6 +27,7 @@ from llama_squad.prompts import (
     adapter_start,
     build_messages,
 )
+from llama_squad.tree import common_prefix
 
 TURN_TOKENS = 256
 """Length limit of a reply before the last one of a multi-turn prompt."""
@@ -57,7 +60,7 @@ class LocalModel:
     """A causal language model that answers records.
 
     Args:
-        model: on its device, in evaluation mode.
+        model: on its device, in evaluation mode. Its weights must not change, see ``Generator``.
         encoder: the tokenizer's, with the chat template and the reasoning tokens.
         prompt: a key of ``PROMPTS``.
         system_prompt: "" for none.
@@ -81,7 +84,14 @@ class LocalModel:
         self._generator = Generator(model, encoder, **options)
         self._max_new_tokens: int = self._generator.options.max_new_tokens
         self._n_best: int = self._generator.options.n_best
-        self._turns = Generator(model, encoder, decoding="free", max_new_tokens=TURN_TOKENS)
+        self._turns = Generator(
+            model, encoder, decoding="free", max_new_tokens=TURN_TOKENS, kept=self.kept
+        )
+
+    @property
+    def kept(self) -> Kept:
+        """What its generators keep."""
+        return self._generator.kept
 
     @property
     def batch_size(self) -> int:
@@ -201,6 +211,15 @@ class LocalModel:
     def _messages(self, record: Record) -> list[Message]:
         return build_messages(record, self._prompt, self._system_prompt, answer=False)
 
+    @functools.cached_property
+    def _prefix(self) -> list[int]:
+        """The tokens that all prompts begin with, whatever the text and the question are."""
+        marks = "a", "1", '"', "\ue000"
+        prompts = self._encoder.encode_prompts(
+            [self._messages({"context": mark, "question": mark}) for mark in marks]
+        )
+        return prompts[0][: common_prefix(prompts)]
+
     def _talk(
         self, batch: Sequence[Sequence[Record]], conversations: Sequence[Sequence[list[Message]]]
     ) -> None:
@@ -232,5 +251,7 @@ class LocalModel:
                 prompts, starts = [ids for ids, _ in encoded], [start for _, start in encoded]
             filler = self._encoder.filler_ids if final else []
             hidden = [self._encoder.filler_of(ids) for ids in prompts] if filler else []
-            paragraphs.append(Paragraph(records[0]["context"], prompts, starts, hidden))
+            prefix = self._prefix
+            known = len(prefix) if all(ids[: len(prefix)] == prefix for ids in prompts) else 0
+            paragraphs.append(Paragraph(records[0]["context"], prompts, starts, hidden, known))
         return paragraphs

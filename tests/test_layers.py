@@ -11,9 +11,9 @@ from helpers import make_records, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 
 from llama_squad.activation import ADAPTER_MASK, activate
-from llama_squad.decoding import adapters, generator
-from llama_squad.decoding.adapters import lean_adapters
+from llama_squad.decoding import layers
 from llama_squad.decoding.cache import Branch, TokenTree
+from llama_squad.decoding.layers import LeanLayers
 from llama_squad.encoding import ChatEncoder
 from llama_squad.predictors.local import LocalModel
 
@@ -40,7 +40,7 @@ def _adapted(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
 def _logits(model: Any, lean: bool, **more: Any) -> torch.Tensor:
     if not lean:
         return model(IDS, **more).logits
-    with lean_adapters(model):
+    with LeanLayers(model).in_place():
         return model(IDS, **more).logits
 
 
@@ -53,17 +53,6 @@ def test_the_same_logits_where_the_adapter_acts_on_some_tokens(mask: torch.Tenso
     base = _logits(model, True)
     assert torch.equal(base, _logits(model, False))  # a pass without a mask is the base's
     assert torch.equal(base, found) != bool(mask.any())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_of_copies_is_counted(dtype: torch.dtype) -> None:
-    model = _adapted(dtype)  # the adapter is in float32, whatever the base is
-    held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    with lean_adapters(model):
-        forwards = [vars(layer).get("forward") for layer in model.modules()]
-        copies = [x for f in forwards if f for x in (f._first, f._second)]
-    made = sum(x.nbytes for x in copies if x.untyped_storage().data_ptr() not in held)
-    assert made > 0 and adapters.copied_bytes(model) == made
 
 
 def test_the_same_logits_where_it_acts_on_all() -> None:
@@ -92,7 +81,7 @@ def test_replies_and_their_scores_are_those_of_pefts_layers() -> None:
     activate(model, "question")
     batch = [make_records(1, [3])]
     ours = LocalModel(model, ChatEncoder(tiny_tokenizer())).answer(batch)
-    with mock.patch.object(generator, "lean_adapters", mock.MagicMock()):
+    with mock.patch.object(LeanLayers, "in_place", mock.MagicMock()):
         theirs = LocalModel(model, ChatEncoder(tiny_tokenizer())).answer(batch)
     for a, b in zip(ours, theirs, strict=True):
         assert a.reply.completion == b.reply.completion
@@ -109,7 +98,7 @@ def test_a_tree_grows_under_it() -> None:
             stem = Branch(None, [5, 6, 7], wanted=0, adapter_from=2)
             branches = [stem, Branch(stem, [8, 9]), Branch(stem, [10, 11, 12])]
             if lean:
-                with lean_adapters(model):
+                with LeanLayers(model).in_place():
                     found.append(tree.extend([branches]))
             else:
                 found.append(tree.extend([branches]))
@@ -120,7 +109,7 @@ def test_tokens_that_no_mask_is_of_are_refused() -> None:
     model = _adapted()
     activate(model, "question")
     layer = model.model.model.layers[0].self_attn.q_proj
-    with torch.inference_mode(), lean_adapters(model):
+    with torch.inference_mode(), LeanLayers(model).in_place():
         model(IDS, **{ADAPTER_MASK: MASKS["the last"]})
         with pytest.raises(ValueError, match="rows of tokens"):
             layer(torch.zeros(10, 32))
@@ -154,7 +143,7 @@ def test_threads_that_share_a_model_take_turns(monkeypatch: pytest.MonkeyPatch) 
 
 def test_no_layer_stays_lean_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _adapted()
-    real, made = adapters._Sum, list[Any]()
+    real, made = layers._Sum, list[Any]()
 
     def full(*args: Any) -> Any:
         if len(made) == 3:
@@ -162,8 +151,8 @@ def test_no_layer_stays_lean_where_memory_runs_out(monkeypatch: pytest.MonkeyPat
         made.append(real(*args))
         return made[-1]
 
-    monkeypatch.setattr(adapters, "_Sum", full)
-    with pytest.raises(MemoryError), lean_adapters(model):
+    monkeypatch.setattr(layers, "_Sum", full)
+    with pytest.raises(MemoryError), LeanLayers(model).in_place():
         pass
     assert made and not any("forward" in layer.__dict__ for layer in model.modules())
 
@@ -185,6 +174,6 @@ def test_the_places_of_another_gpu_are_brought_to_the_layers(
     model = _adapted()
     activate(model, "question")
     expected = _logits(model, True, **{ADAPTER_MASK: MASKS["some"]})
-    places = adapters._places
-    monkeypatch.setattr(adapters, "_places", lambda mask: _Elsewhere(places(mask)))
+    places = layers._places
+    monkeypatch.setattr(layers, "_places", lambda mask: _Elsewhere(places(mask)))
     assert torch.equal(_logits(model, True, **{ADAPTER_MASK: MASKS["some"]}), expected)

@@ -1,0 +1,197 @@
+"""What decoding keeps between replies: packed weights, the head in float32, what prompts share."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import make_records, tiny_model, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
+from test_tree import tree_model
+
+from llama_squad.activation import activate
+from llama_squad.decoding import batch as batches
+from llama_squad.decoding import layers
+from llama_squad.decoding.cache import TokenTree
+from llama_squad.decoding.layers import LeanLayers
+from llama_squad.encoding import ChatEncoder
+from llama_squad.head import HEAD_ROWS, exact_head
+from llama_squad.predictors.local import LocalModel
+from llama_squad.products import is_packable, pack, packed_linear
+
+RECORDS = make_records(3, [2, 1])
+BATCH = [RECORDS[:2], RECORDS[2:3], RECORDS[3:]]
+
+
+def _adapted(**options: Any) -> Any:
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    model: Any = get_peft_model(tiny_model(**options), config)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    return model.eval()
+
+
+def _replies(local: LocalModel) -> list[Any]:
+    return [prediction.reply for prediction in local.answer(BATCH)]
+
+
+def _without_prefix(model: Any, **options: Any) -> list[Any]:
+    with mock.patch.object(LocalModel, "_prefix", []):
+        return _replies(LocalModel(model, ChatEncoder(tiny_tokenizer()), **options))
+
+
+def _same(found: list[Any], expected: list[Any]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert ours.score == pytest.approx(theirs.score, abs=1e-4)
+
+
+def _asked(local: LocalModel) -> list[Any]:
+    return [[local._messages(record) for record in group] for group in BATCH]
+
+
+# What prompts share -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alone", [1024, 4])  # the rest of a context with its questions, or alone
+@pytest.mark.parametrize("prompt", ["single_turn", "multi_turn", "question_first"])
+@pytest.mark.parametrize("where", ["start", "question", "reply"])
+def test_replies_are_those_of_whole_prompts(
+    prompt: str, where: Any, alone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "STEM_ALONE", alone)
+    model = _adapted()
+    if where != "start":
+        activate(model, where)
+    local = LocalModel(model, ChatEncoder(tiny_tokenizer()), prompt=prompt)
+    _same(_replies(local), _without_prefix(model, prompt=prompt))
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "gemma3_text"])
+@pytest.mark.parametrize("alone", [1024, 4])
+def test_layers_that_see_a_window(
+    architecture: str, alone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "STEM_ALONE", alone)
+    model = tree_model(architecture, sliding_window=120).eval()
+    local = LocalModel(model, ChatEncoder(tiny_tokenizer()))
+    replies = _replies(local)
+    prompts = [len(ids) for part in local._paragraphs(BATCH, _asked(local)) for ids in part.prompts]
+    assert min(prompts) > 120
+    assert local._prefix
+    _same(replies, _without_prefix(model))
+
+
+def test_it_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    local = LocalModel(model, ChatEncoder(tiny_tokenizer()))
+    run, prefill = [], TokenTree.prefill
+
+    def watched(self: Any, stem: list[int], *args: Any) -> Any:
+        run.extend(stem)
+        return prefill(self, stem, *args)
+
+    local.answer(BATCH[:1])  # which checks the tree, once
+    monkeypatch.setattr(TokenTree, "prefill", watched)
+    for _ in range(2):
+        local.answer(BATCH)
+    assert run == []
+    again = LocalModel(model, ChatEncoder(tiny_tokenizer()))
+    for _ in range(2):
+        again.answer(BATCH)
+    assert run == again._prefix
+    assert len(run) > 20
+
+
+def test_prompts_that_begin_otherwise_are_run_whole() -> None:
+    model = tiny_model()
+    local = LocalModel(model, ChatEncoder(tiny_tokenizer()))
+    local.__dict__["_prefix"] = [*local._prefix[:-1], 7]
+    _same(_replies(local), _without_prefix(model))
+
+
+def test_an_adapter_that_is_switched_off_and_on() -> None:
+    """The keys of what prompts share are the adapter's or the base's, and never of both."""
+    model = _adapted()
+    local = LocalModel(model, ChatEncoder(tiny_tokenizer()))
+    tuned = _replies(local)
+    with model.disable_adapter():
+        base = _replies(local)
+    assert _replies(local) == tuned
+    _same(base, _replies(LocalModel(tiny_model(), ChatEncoder(tiny_tokenizer()))))
+    assert [reply.score for reply in base] != [reply.score for reply in tuned]
+
+
+# Packed weights ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 5, 64, 300])
+def test_packed_weights_give_the_same_product(dtype: torch.dtype, tokens: int) -> None:
+    if not is_packable(dtype):
+        pytest.skip(f"this CPU multiplies no faster by packed weights of {dtype}")
+    torch.manual_seed(0)
+    weight, bias, x = (torch.randn(*s).to(dtype) for s in ((96, 64), (96,), (2, tokens, 64)))
+    for added in (bias, None):
+        found = packed_linear(x, pack(weight), added)
+        torch.testing.assert_close(found, F.linear(x, weight, added))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_replies_by_packed_weights(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, encoder = _adapted(dtype=dtype), ChatEncoder(tiny_tokenizer())
+    plain = LocalModel(model, encoder).answer(BATCH)  # small ones are not packed
+    monkeypatch.setattr(layers, "LEAST_ENTRIES", 1)
+    local = LocalModel(model, encoder)
+    found = local.answer(BATCH)
+    packed = local.kept._layers._packed
+    assert packed is not None
+    assert len(packed) == (7 * model.config.num_hidden_layers if is_packable(dtype) else 0)
+    for ours, theirs in zip(found, plain, strict=True):
+        assert ours.reply.token_ids == theirs.reply.token_ids
+        assert ours.reply.score == pytest.approx(theirs.reply.score, abs=1e-4)
+
+
+def test_weights_that_find_no_room_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "LEAST_ENTRIES", 1)
+    monkeypatch.setattr(layers, "is_packable", lambda _: True)
+    model = tiny_model()
+    needed = sum(p.nbytes for n, p in model.named_parameters() if "proj" in n)
+    for room, packs in ((needed - 1, False), (needed, True)):
+        lean = LeanLayers(model)
+        with lean.in_place(room):
+            assert ("forward" in vars(model.model.layers[0].mlp.up_proj)) == packs
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_gradients_and_autocast_take_the_layers_own_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layers, "LEAST_ENTRIES", 1)
+    monkeypatch.setattr(layers, "is_packable", lambda _: True)
+    model = tiny_model()
+    ids = torch.arange(5, 25)[None]
+    with LeanLayers(model).in_place():
+        model(ids, labels=ids).loss.backward()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found = model(ids).logits
+    assert model.model.layers[0].mlp.up_proj.weight.grad.norm() > 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(found, model(ids).logits)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_heads_logits_are_exact_either_way(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama_squad.head.is_packable", lambda _: packs)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    model = tiny_model(dtype=torch.bfloat16, vocab_size=HEAD_ROWS + 1)
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        hidden = model.model(ids).last_hidden_state
+        with exact_head(model):
+            logits = model(ids).logits
+    expected = F.linear(hidden.double(), model.lm_head.weight.double())
+    torch.testing.assert_close(logits, expected.float(), rtol=1e-6, atol=1e-6)
