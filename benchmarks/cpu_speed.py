@@ -205,7 +205,8 @@ def evaluation(args: argparse.Namespace, dataset: Any) -> None:
         "what all prompts begin with run once": "",
     }
     lacking = list(added.values())
-    for title, batches in {"by paragraph": together, "one at a time": alone}.items():
+    batches: Sequence[Any]
+    for title, batches in (("by paragraph", together), ("one at a time", alone)):
         ways: dict[str, Callable[[], Any]] = {
             name: functools.partial(answer, batches, *filter(None, lacking[index:]))
             for index, name in enumerate(added)

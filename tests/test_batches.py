@@ -93,6 +93,7 @@ def test_free_memory_is_that_of_the_model_s_own_gpus(monkeypatch: pytest.MonkeyP
     asked: list[Any] = []
     free = {0: (100, 1000), 1: (40, 1000)}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: asked.append(gpu) or free[gpu])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda gpu: 20 * gpu)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda gpu: 10 * gpu)
 

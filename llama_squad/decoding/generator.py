@@ -186,7 +186,8 @@ def free_memory(model: PreTrainedModel) -> float:
 
     A model that is spread over several may take what is free on the fullest.
     """
-    gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    weights = model.parameters() if torch.cuda.is_available() else ()
+    gpus = {weight.device for weight in weights if weight.is_cuda}
     if gpus:
         return 0.9 * min(
             torch.cuda.mem_get_info(gpu)[0]
