@@ -22,6 +22,7 @@ from tuned_model import load_tuned
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama_squad.answers import extract_answer
 from llama_squad.data import load_squad, sample_paragraphs
+from llama_squad.decoding.kept import Kept
 from llama_squad.evaluation import result_row
 from llama_squad.metrics import score_predictions
 from llama_squad.predictors.base import Prediction, batch_paragraphs
@@ -76,8 +77,11 @@ def main() -> None:
     weights, encoder, prompt = load_tuned(args.model, args.adapter, args.dtype)
     split = load_squad(args.dataset_name)[args.split]
     records = list(sample_paragraphs(split, args.num_samples, seed=0))
+    kept = Kept(weights)
     models = {
-        beams: LocalModel(weights, encoder, decoding=args.decoding, num_beams=beams, **prompt)
+        beams: LocalModel(
+            weights, encoder, decoding=args.decoding, num_beams=beams, kept=kept, **prompt
+        )
         for beams in args.num_beams
     }
     found: dict[int, list[Prediction]] = {beams: [] for beams in models}

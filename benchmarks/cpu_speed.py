@@ -2,8 +2,9 @@
 
 Training: a step's row of real paragraphs, forward and backward, of an adapter that acts from the
 question on (``--alora_from``): attention over the whole row, in blocks, by explicit matrix products
-(``llama_squad/attention.py``), the base's tokens first (``llama_squad/supervised.py``), LoRA's
-layers as one autograd function (``llama_squad/lora.py``), and cross entropy a few tokens at a time.
+(``llama_squad/attention.py``), those of the scores on a CPU's units for bfloat16 (``products.py``),
+the base's tokens first (``llama_squad/supervised.py``), LoRA's layers as one autograd function
+(``llama_squad/lora.py``), and cross entropy a few tokens at a time.
 Evaluation: whole paragraphs answered in batches, and some questions by themselves, without all of
 the following, then with one more each: finished rows dropped, tokens run ahead
 (``decoding/lookahead.py``), the adapter without PEFT's detours (``decoding/layers.py``), the output
@@ -110,7 +111,8 @@ def training(args: argparse.Namespace, settings: ModelArguments, dataset: Any) -
     ways = {
         "torch's attention over the whole row": lambda: step("blocks", "base first", *new),
         "in blocks": lambda: step("products", "base first", *new),
-        "by explicit matrix products": lambda: step("base first", *new),
+        "by explicit matrix products": lambda: step("scores", "base first", *new),
+        "their sums in float32, factors in bfloat16": lambda: step("base first", *new),
         "the base's tokens first": lambda: step(*new),
         "LoRA's layers as one autograd function": lambda: step("loss"),
         "cross entropy in parts": step,
@@ -156,6 +158,7 @@ PARTS: dict[str, tuple[Any, str, Any]] = {
     "products": (attention.Products, "apply", torchs_own),
     "one step": (lora, "is_plain", lambda *_: False),
     "loss": (supervised.CrossEntropy, "apply", plain_loss),
+    "scores": (attention, "sums_in_float32", lambda _: contextlib.nullcontext()),
     "base first": (supervised, "runs_base_first", lambda *_: False),
     "rows": (batch, "KEPT_ROWS", -1.0),
     "lookahead": (lookahead, "PASS_TOKENS", 0),
@@ -179,11 +182,11 @@ def without(*parts: str) -> Iterator[None]:
 
 
 def evaluation(args: argparse.Namespace, dataset: Any) -> None:
-    """Time span decoding: of paragraphs, and of their first questions alone."""
+    """Time span decoding: of paragraphs, and of some of their questions alone."""
     model, encoder, prompt = load_tuned(args.model, args.adapter, args.dtype)
     questions = sample_paragraphs(dataset["test"], args.questions, 1).to_list()
     together = list(batch_paragraphs(questions, args.batch_size))
-    alone = [[group[:1]] for part in together for group in part]
+    alone = [[[record]] for part in together for group in part for record in group[:3]]
     made: dict[tuple[str, ...], LocalModel] = {}
 
     def answer(batches: Sequence[Any], *parts: str) -> list[str]:

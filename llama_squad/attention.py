@@ -159,8 +159,9 @@ def _sdpa(
     # of more queries the scores are large, which torch's own never holds as a whole
     if alike and queries <= SMALL_BLOCK and _by_products(query.dtype):
         scaling = _scaling(width, kwargs.get("scaling"))
-        shares = _shares(together, key.flatten(0, 1), mask, scaling)
-        found = torch.bmm(shares, value.flatten(0, 1)).unflatten(0, (rows, -1))
+        with torch.autocast("cpu", enabled=False):  # which would round the scores
+            shares = _shares(together, key.flatten(0, 1), mask, scaling)
+            found = torch.bmm(shares, value.flatten(0, 1)).unflatten(0, (rows, -1))
     else:
         found = F.scaled_dot_product_attention(
             together.unflatten(0, (rows, -1)),

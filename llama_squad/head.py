@@ -9,12 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from llama_squad.products import (
-    is_packable,
-    pack,
-    packed_linear,
-    sums_in_float32,
-)
+from llama_squad.products import is_packable, pack, packed_linear, sums_in_float32
 
 HEAD_ROWS = 8192
 """So many rows of a 16-bit head are turned to float32 at once, where it is not kept."""

@@ -20,7 +20,8 @@ def sums_in_float32(dtype: torch.dtype) -> Iterator[None]:
     """Let products of float32 factors whose values are all of type ``dtype`` be exact and fast.
 
     In bfloat16 a CPU's units for it (AMX, AVX512-BF16) sum in float32, too, and several times as
-    fast. Nothing is changed for other types.
+    fast. Nothing is changed for other types. What other threads multiply in float32 meanwhile is
+    rounded to bfloat16 first.
     """
     if dtype != torch.bfloat16:
         yield
@@ -39,13 +40,14 @@ def sums_in_float32(dtype: torch.dtype) -> Iterator[None]:
 def is_packable(dtype: torch.dtype) -> bool:
     """Tell whether this CPU multiplies faster by packed weights of a type.
 
-    In float32 torch multiplies by MKL, which on AMD's CPUs leaves AVX-512 idle, and oneDNN does not
-    (``benchmarks/cpu_speed.py``).
+    In float32 torch multiplies by MKL, which on AMD's CPUs leaves AVX-512 idle; oneDNN does not,
+    and is twice as fast (``benchmarks/RESULTS.md``).
     """
-    if not torch.backends.mkldnn.is_available():
+    cpu = torch.cpu.get_capabilities()
+    if not torch.backends.mkldnn.is_available() or cpu.get("architecture") != "x86_64":
         return False
     if dtype == torch.float32:
-        return str(torch.cpu.get_capabilities().get("cpu_name", "")).startswith("AMD")
+        return bool(cpu.get("avx512_f")) and str(cpu.get("cpu_name")).startswith("AMD")
     return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -65,7 +67,7 @@ def packed_linear(
 ) -> torch.Tensor:
     """Return ``F.linear`` by weights of ``pack``: no gradients are taken, and none warns.
 
-    In bfloat16 it is the same to the last bit.
+    In bfloat16 it is the same to the last bit, of inputs that lie as they are read.
     """
     linear = torch.ops.mkldnn._linear_pointwise
     return cast(torch.Tensor, linear(x, packed, bias, "none", [], ""))

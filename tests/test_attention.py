@@ -141,6 +141,29 @@ def test_products_round_like_torchs_own(rows: int, autocast: bool) -> None:
         torch.testing.assert_close(ours, right)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@torch.no_grad()
+def test_without_gradients_they_round_like_torchs_own(
+    autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_by_products", lambda dtype: dtype == torch.bfloat16)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 300, 16).bfloat16() for heads in (6, 2, 2))
+    mask = torch.ones(1, 1, 300, 300, dtype=torch.bool).tril()
+    module: Any = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True
+
+    def run(dtype: torch.dtype, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.to(dtype) for x in (query, key, value))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
+            return attention.attend(module, q, k, v, mask, scaling=0.3)[0].double()
+
+    marked = mark_blocks(mask.clone(), dtype=torch.bfloat16)
+    assert len(blocks_of(marked) or []) == 5
+    exact, torchs = (run(dtype, mask) for dtype in (torch.float64, torch.bfloat16))
+    assert (run(torch.bfloat16, marked) - exact).norm() < 1.6 * (torchs - exact).norm()
+
+
 def test_what_products_do_not_compute_is_refused() -> None:
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
     query, key, value = (torch.randn(1, 2, 8, 4, requires_grad=True) for _ in range(3))

@@ -156,7 +156,7 @@ def test_what_is_kept_is_made_before_memory_is_asked_for(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("llama_squad.decoding.generator.free_memory", free)
     generator.reply([Paragraph("a", [[5, 6, 7], [5, 6, 8]])])
-    assert made == [False, True]
+    assert made == [True, True]
 
 
 def test_logits_of_a_large_head_are_float32() -> None:

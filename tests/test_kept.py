@@ -14,9 +14,12 @@ from llama_squad.activation import activate
 from llama_squad.decoding import batch as batches
 from llama_squad.decoding import layers
 from llama_squad.decoding.cache import TokenTree
+from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.layers import LeanLayers
+from llama_squad.decoding.replies import Paragraph
 from llama_squad.encoding import ChatEncoder
 from llama_squad.head import HEAD_ROWS, exact_head
+from llama_squad.lora import quicken
 from llama_squad.predictors.local import LocalModel
 from llama_squad.products import is_packable, pack, packed_linear
 
@@ -85,6 +88,25 @@ def test_layers_that_see_a_window(
     _same(replies, _without_prefix(model))
 
 
+@pytest.mark.parametrize("prompt", ["question_first", "question_twice"])
+def test_questions_that_share_nothing_beyond_it(prompt: str) -> None:
+    record = RECORDS[0]
+    batch = [[{**record, "question": question} for question in ("Who?", "When?", "a")]]
+    model, encoder = tiny_model(), ChatEncoder(tiny_tokenizer())
+    local = LocalModel(model, encoder, prompt=prompt)
+    found = [prediction.reply for prediction in local.answer(batch)]
+    with mock.patch.object(LocalModel, "_prefix", []):
+        whole = LocalModel(model, encoder, prompt=prompt).answer(batch)
+    _same(found, [prediction.reply for prediction in whole])
+
+
+def test_prompts_that_share_no_token() -> None:
+    generator = Generator(tiny_model(), ChatEncoder(tiny_tokenizer()), decoding="free")
+    prompts = [[7, 8, 9], [10, 11]]
+    found = generator.reply([Paragraph("", prompts)])[0]
+    _same(found, [generator.reply([Paragraph("", [ids])])[0][0] for ids in prompts])
+
+
 def test_it_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     local = LocalModel(model, ChatEncoder(tiny_tokenizer()))
@@ -147,7 +169,7 @@ def test_replies_by_packed_weights(dtype: torch.dtype, monkeypatch: pytest.Monke
     monkeypatch.setattr(layers, "LEAST_ENTRIES", 1)
     local = LocalModel(model, encoder)
     found = local.answer(BATCH)
-    packed = local.kept._layers._packed
+    packed = local.kept.layers._packed
     assert packed is not None
     assert len(packed) == (7 * model.config.num_hidden_layers if is_packable(dtype) else 0)
     for ours, theirs in zip(found, plain, strict=True):
@@ -165,6 +187,30 @@ def test_weights_that_find_no_room_are_not_packed(monkeypatch: pytest.MonkeyPatc
         with lean.in_place(room):
             assert ("forward" in vars(model.model.layers[0].mlp.up_proj)) == packs
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_weights_that_memory_does_not_hold_twice_are_not_packed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layers, "LEAST_ENTRIES", 1)
+    monkeypatch.setattr(layers, "is_packable", lambda _: True)
+    monkeypatch.setattr(layers, "pack", mock.Mock(side_effect=MemoryError))
+    model, encoder = tiny_model(), ChatEncoder(tiny_tokenizer())
+    local = LocalModel(model, encoder)
+    local.answer(BATCH)
+    assert local.kept.layers._packed == []
+
+
+def test_layers_that_others_have_replaced_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a training that goes on."""
+    monkeypatch.setattr(layers, "LEAST_ENTRIES", 1)
+    monkeypatch.setattr(layers, "is_packable", lambda _: True)
+    model = _adapted()
+    quicken(model)
+    lean = LeanLayers(model)
+    with lean.in_place():
+        assert lean._packed == []
+        assert lean._sums == {}
 
 
 def test_gradients_and_autocast_take_the_layers_own_product(

@@ -120,16 +120,15 @@ class DecodingBatch:
         cut = min([cut, *(hidden.start for hidden in paragraph.hidden)])
         acts = min(paragraph.adapter_from, default=None)
         branches: list[Branch] = []
-        stem = None
-        known = min(paragraph.prefix, cut, cut if acts is None else acts)
-        if known:
-            stem = self._options.kept.begin(tree, paragraph.prompts[0][:known])
-        own = paragraph.prompts[0][known:cut]
-        if len(own) > STEM_ALONE:
-            stem = tree.prefill(own, acts)
+        if cut > STEM_ALONE:
+            stem = tree.prefill(paragraph.prompts[0][:cut], acts)
         else:
-            stem = Branch(stem, own, wanted=0, adapter_from=acts)
-            branches.append(stem)
+            known = min(paragraph.prefix, cut, cut if acts is None else acts)
+            shared = paragraph.prompts[0][:known]
+            stem = self._options.kept.begin(tree, shared) if known else tree.prefill([])
+            if own := paragraph.prompts[0][known:cut]:
+                stem = Branch(stem, own, wanted=0, adapter_from=acts)
+                branches.append(stem)
         questions = self._questions(paragraph, stem, cut)
         alternative, opening = list(self._constraint.alternative), list(self._constraint.opening)
         openings = []

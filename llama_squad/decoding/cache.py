@@ -91,22 +91,24 @@ class TokenTree:
 
     @torch.inference_mode()
     def prefill(self, stem: list[int], adapter_from: int | None = None) -> Branch:
-        """Run the stem of a single row, after what it began with; no logits are wanted of it."""
-        past = self._length
-        self._length += len(stem)
-        self._depths = np.arange(self._length)[None]
+        """Run the stem of a single row; nothing is wanted of its logits."""
+        root = self._root(stem, adapter_from)
         if stem:
-            adapted = None if adapter_from is None else self._depths[:, past:] >= adapter_from
+            adapted = None if adapter_from is None else self._depths >= adapter_from
             self._forward(np.array([stem], np.int64), logits_to_keep=1, adapted=adapted)
-        columns = np.arange(self._length)
-        return Branch(None, stem, adapter_from=adapter_from, columns=columns, depth=self._length)
+        return root
 
-    def begin(self, tokens: list[int], held: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Branch:
+    def begin(self, stem: list[int], held: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Branch:
         """Begin a single row with tokens whose keys and values are known, a pair a layer."""
         for index, (keys, values) in enumerate(held):
             self.cache.update(keys, values, index)
-        self._length = len(tokens)
-        return self.prefill([])
+        return self._root(stem)
+
+    def _root(self, stem: list[int], adapter_from: int | None = None) -> Branch:
+        self._length = len(stem)
+        columns = np.arange(self._length)
+        self._depths = columns[None]
+        return Branch(None, stem, adapter_from=adapter_from, columns=columns, depth=self._length)
 
     @torch.inference_mode()
     def extend(self, rows: Sequence[Sequence[Branch]]) -> torch.Tensor:

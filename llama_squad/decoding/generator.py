@@ -45,6 +45,9 @@ SEARCHED_TOKENS = 16
 LEAST_QUESTIONS, MOST_QUESTIONS = 32, 512
 """Bounds of the default batch size."""
 
+LEAST_ROOM = 2**30
+"""Bytes that packed weights may take where the machine does not tell what is free."""
+
 _LOCKS: "weakref.WeakKeyDictionary[PreTrainedModel, threading.Lock]" = weakref.WeakKeyDictionary()
 """Held while a model replies: its layers are others meanwhile, and know where its adapter acts."""
 
@@ -69,7 +72,8 @@ class Generator:
             it is the same reply up to there; of several the search compares shorter ones.
         kept: what another generator of the same model keeps.
 
-    What is made of the model's weights is kept: they must not change while a generator is used.
+    What is made of the model is kept: its weights, adapters and device must not change while a
+    generator is used. An adapter may be switched off and on.
     """
 
     def __init__(
@@ -113,9 +117,10 @@ class Generator:
         Raises:
             ValueError: this architecture cannot share contexts (see ``check_tree``).
         """
-        with _LOCKS.setdefault(self.model, threading.Lock()):
+        with _LOCKS.setdefault(self.model, threading.Lock()), self.kept.exact_head():
             check_tree(self.model, paragraphs[0].prompts[0])
-            with self.kept.in_place(free_memory(self.model) / 2):
+            free = free_memory(self.model)
+            with self.kept.layers.in_place(free / 2 if math.isfinite(free) else LEAST_ROOM):
                 return self._reply(paragraphs)
 
     def _reply(self, paragraphs: Sequence[Paragraph]) -> list[list[Reply]]:

@@ -1,7 +1,6 @@
-"""What decoding makes of a model's weights once, and keeps for all replies."""
+"""What decoding makes of a model once, and keeps for all replies."""
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any, cast
 
 from transformers import PreTrainedModel
@@ -15,34 +14,38 @@ class Kept:
     """A model as decoding runs it.
 
     Args:
-        model: whose weights must not change; its adapter may be switched off and on.
+        model: whose weights, adapters and device must not change; an adapter may be switched off
+            and on.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._layers = LeanLayers(model)
+        self.layers = LeanLayers(model)
         self._head = Product(cast(Any, model.get_output_embeddings()))
-        self._prefix: list[Any] = []
-        self._held: list[Any] = []
+        self._adapted: list[Any] = []
+        if hasattr(model, "peft_config"):
+            from peft.tuners.tuners_utils import BaseTunerLayer
 
-    @contextlib.contextmanager
-    def in_place(self, room: float) -> Iterator[None]:
-        """Let the model run so in the body of ``with``; ``room`` as ``LeanLayers`` takes it."""
-        self._head.keep()  # before it is asked how much memory is free
-        with exact_head(self._model, self._head), self._layers.in_place(room):
-            yield
+            self._adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        self._held: dict[Any, list[Any]] = {}
+
+    def exact_head(self) -> contextlib.AbstractContextManager[None]:
+        """Let the model give its logits in float32; what that takes is made, and kept."""
+        self._head.keep()
+        return exact_head(self._model, self._head)
 
     def begin(self, tree: TokenTree, tokens: list[int]) -> Branch:
         """Begin a tree's only row with what all prompts begin with, which is run once.
 
         No adapter that acts from some token on may act on these.
         """
-        prefix = [tokens, self._layers.switches()]
-        if prefix != self._prefix:
+        switches = [(m.disable_adapters, *m.active_adapters) for m in self._adapted]
+        key = tuple(tokens), tuple(switches)
+        if key not in self._held:
+            if len(self._held) > 1:  # with the adapter and without it
+                self._held.clear()
             first = TokenTree(self._model)
             first.prefill(tokens)
-            self._held = [
-                (layer.keys, layer.values) for layer in cast(list[Any], first.cache.layers)
-            ]
-            self._prefix = prefix
-        return tree.begin(tokens, self._held)
+            layers = cast(list[Any], first.cache.layers)
+            self._held[key] = [(layer.keys, layer.values) for layer in layers]
+        return tree.begin(tokens, self._held[key])

@@ -17,6 +17,7 @@ from torch import nn
 from llama_squad.activation import Activation, activation_of
 from llama_squad.lora import plain_adapter
 from llama_squad.products import is_packable, pack, packed_linear
+from llama_squad.tree import is_out_of_memory
 
 LEAST_ENTRIES = 2**15
 """A smaller matrix gains nothing from being packed."""
@@ -29,30 +30,28 @@ class LeanLayers:
     under autocast.
 
     Args:
-        model: a causal language model, or a ``PeftModel`` of one. Its weights must not change; its
-            adapter may be switched off and on.
+        model: a causal language model, or a ``PeftModel`` of one. Its weights, adapters and device
+            must not change; an adapter may be switched off and on.
     """
 
     def __init__(self, model: Any) -> None:
-        self._adapted = [
+        adapted = [
             m for m in model.modules() if isinstance(getattr(m, "lora_A", None), nn.ModuleDict)
         ]
-        small = {id(m) for layer in self._adapted for m in layer.modules()}
-        small -= {id(layer.base_layer) for layer in self._adapted}
+        self._adapted = [m for m in adapted if "forward" not in m.__dict__]
+        small = {id(part) for m in adapted for part in m.modules()}
+        small -= {id(m.base_layer) for m in self._adapted}
         head = model.get_output_embeddings()  # which is ``llama_squad.head``'s
         self._plain = [
             m for m in model.modules()
             if type(m) is nn.Linear and m is not head and id(m) not in small
             and type(m.weight) is nn.Parameter and m.weight.device.type == "cpu"
             and m.weight.numel() >= LEAST_ENTRIES and is_packable(m.weight.dtype)
+            and "forward" not in m.__dict__
         ]  # fmt: skip
         self._acting = _Acting(activation_of(model))
         self._packed: list[_Packed] | None = None
         self._sums: dict[tuple[Any, str], _Sum] = {}
-
-    def switches(self) -> list[Any]:
-        """Tell which adapters act on which layers."""
-        return [(m.disable_adapters, *m.active_adapters) for m in self._adapted]
 
     @contextlib.contextmanager
     def in_place(self, room: float = math.inf) -> Iterator[None]:
@@ -62,8 +61,7 @@ class LeanLayers:
             room: how many bytes packed weights may take; where they would take more, none are.
         """
         if self._packed is None:
-            fit = sum(layer.weight.nbytes for layer in self._plain) <= room
-            self._packed = [_Packed(layer) for layer in self._plain] if fit else []
+            self._packed = self._pack(room)
         used: list[Any] = []
         try:
             for packed in self._packed:
@@ -77,6 +75,16 @@ class LeanLayers:
         finally:
             for layer in used:  # not all where memory ran out
                 del layer.__dict__["forward"]
+
+    def _pack(self, room: float) -> "list[_Packed]":
+        if sum(layer.weight.nbytes for layer in self._plain) > room:
+            return []
+        try:
+            return [_Packed(layer) for layer in self._plain]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return []  # slower, and right
 
 
 def _replace(layer: Any, forward: Any, replaced: list[Any]) -> None:
