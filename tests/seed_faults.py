@@ -220,6 +220,20 @@ FAULTS = [
         "tests/test_attention.py",
     ),
     Fault(
+        "attention: autocast rounds the scores",
+        "llama_squad/attention.py",
+        'with torch.autocast("cpu", enabled=False):  # which would round',
+        'with torch.autocast("cpu", torch.bfloat16):  # which would round',
+        "tests/test_attention.py -k without_gradients",
+    ),
+    Fault(
+        "decoding: what prompts begin with stays the adapter's once that is off",
+        "llama_squad/decoding/kept.py",
+        "key = tuple(tokens), tuple(switches)",
+        "key = tuple(tokens), len(switches)",
+        "tests/test_kept.py -k switched_off",
+    ),
+    Fault(
         "search: probabilities are not normalised",
         "llama_squad/decoding/scores.py",
         "norms = logits.logsumexp(-1, keepdim=True)",

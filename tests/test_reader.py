@@ -2,6 +2,7 @@
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,26 @@ def test_the_base_chats_unless_asked_otherwise(folder: str, tmp_path: Path) -> N
         session = ChatSession(model, ChatEncoder(tiny_tokenizer()), args)
         *_, talk = session.converse([], [messages[0]["content"]])
         assert talk[-1]["content"] == said
+
+
+def test_threads_that_read_and_chat_at_once(folder: str, tmp_path: Path) -> None:
+    """A chat switches the adapter off: not while another thread reads with it."""
+    reader = llama_squad.Reader(
+        adapter_folder(folder, tmp_path / "adapter"), dtype="float32", max_new_tokens=8
+    )
+    question, context = RECORDS[0]["question"], RECORDS[0]["context"]
+
+    def read() -> Any:
+        return reader(question, context)
+
+    def chat() -> Any:
+        return reader.chat([{"role": "user", "content": "Hello, who are you?"}])
+
+    alone = read(), chat()
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(each) for _ in range(6) for each in (read, chat)]
+        found = [call.result() for call in calls]
+    assert found == [*alone] * 6
 
 
 def test_a_whole_model_takes_the_place_of_a_base(folder: str, tmp_path: Path) -> None:
