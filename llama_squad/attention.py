@@ -256,7 +256,7 @@ def _heads_together(x: torch.Tensor, key_heads: int) -> torch.Tensor:
 def _by_products(dtype: torch.dtype) -> bool:
     """Tell whether products are faster than torch's own attention, on a CPU and without gradients.
 
-    With AMX torch's own was as fast (``benchmarks/RESULTS.md``).
+    With AMX, which torch's own uses, that was not measured.
     """
     return dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
 

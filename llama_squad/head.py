@@ -52,9 +52,14 @@ def _is_plain(head: Any) -> bool:
 def _is_kept(weight: torch.Tensor) -> bool:
     return (
         weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
+        and (weight.dtype == torch.bfloat16 or (weight.dtype == torch.float32 and _packs()))
         and len(weight) > HEAD_ROWS  # a small one gains nothing
     )
+
+
+def _packs() -> bool:
+    """Tell whether a float32 copy is packed; units of AMX are faster, in bfloat16."""
+    return is_packable(torch.float32) and not torch.cpu._is_amx_tile_supported()
 
 
 def _sums_wide(weight: torch.Tensor) -> bool:
@@ -71,7 +76,6 @@ class Product:
 
     def __init__(self, head: nn.Linear) -> None:
         self._head = head
-        self._packs = is_packable(torch.float32) and not torch.cpu._is_amx_tile_supported()
         self._wide: torch.Tensor | None = None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -82,12 +86,12 @@ class Product:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         weight, bias = self._head.weight, self._head.bias
-        if weight.dtype == torch.float32:
-            return F.linear(hidden.float(), weight, bias)
         wide = hidden.float().flatten(0, -2)  # of more dimensions, torch would copy the weights
         plain = hidden.dtype == weight.dtype and not torch.is_grad_enabled()
         if plain and (kept := self.keep()) is not None:
             logits = self._by_kept(wide, kept)
+        elif weight.dtype == torch.float32:
+            return F.linear(hidden.float(), weight, bias)
         elif plain and _sums_wide(weight):
             logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)
         else:
@@ -100,11 +104,11 @@ class Product:
         """Make what is kept, where anything is."""
         if self._wide is None and _is_plain(self._head) and _is_kept(self._head.weight):
             wide = self._head.weight.detach().float()
-            self._wide = pack(wide) if self._packs else wide
+            self._wide = pack(wide) if _packs() else wide
         return self._wide
 
     def _by_kept(self, hidden: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        if self._packs:
+        if _packs():
             return packed_linear(hidden, kept)
         with sums_in_float32(self._head.weight.dtype):
             return F.linear(hidden, kept)

@@ -147,6 +147,11 @@ def test_an_adapter_that_is_switched_off_and_on() -> None:
     assert [reply.score for reply in base] != [reply.score for reply in tuned]
 
 
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
+)
+
+
 # Packed weights ---------------------------------------------------------------------------------
 
 
@@ -177,6 +182,7 @@ def test_replies_by_packed_weights(dtype: torch.dtype, monkeypatch: pytest.Monke
         assert ours.reply.score == pytest.approx(theirs.reply.score, abs=1e-4)
 
 
+@needs_onednn
 def test_weights_that_find_no_room_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "LEAST_ENTRIES", 1)
     monkeypatch.setattr(layers, "is_packable", lambda _: True)
@@ -213,6 +219,7 @@ def test_layers_that_others_have_replaced_are_not_packed(monkeypatch: pytest.Mon
         assert lean._sums == {}
 
 
+@needs_onednn
 def test_gradients_and_autocast_take_the_layers_own_product(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -229,11 +236,14 @@ def test_gradients_and_autocast_take_the_layers_own_product(
         assert torch.equal(found, model(ids).logits)
 
 
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("packs", [False, True])
-def test_a_heads_logits_are_exact_either_way(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_squad.head.is_packable", lambda _: packs)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    model = tiny_model(dtype=torch.bfloat16, vocab_size=HEAD_ROWS + 1)
+def test_a_heads_logits_are_exact_either_way(
+    packs: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_squad.head._packs", lambda: packs)
+    model = tiny_model(dtype=dtype, vocab_size=HEAD_ROWS + 1)
     ids = torch.arange(5, 25)[None]
     with torch.inference_mode():
         hidden = model.model(ids).last_hidden_state
