@@ -5,7 +5,7 @@ A row of training holds several paragraphs, and a paragraph's questions do not s
 step of a small model (``benchmarks/RESULTS.md``). Here a row's queries are cut where the mask
 allows it, and each block is run against the keys alone that it sees. The result is the same sum
 without its zeros. Where gradients are taken (``Products``), and in bfloat16, where torch's own
-takes twice as long on most CPUs, a block is two matrix products and a softmax.
+took twice as long (on an AMD EPYC), a block is two matrix products and a softmax.
 ``tree.make_masks`` marks the masks.
 """
 
@@ -258,7 +258,8 @@ def _by_products(dtype: torch.dtype) -> bool:
 
     With AMX, which torch's own uses, that was not measured.
     """
-    return dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+    units = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return dtype == torch.bfloat16 and units
 
 
 def _scaling(width: int, scaling: float | None) -> float:

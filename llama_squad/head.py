@@ -1,6 +1,7 @@
 """Logits in float32 of a model that computes in 16 bits."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llama_squad.products import is_packable, pack, packed_linear, sums_in_float32
+from llama_squad.tree import is_out_of_memory
 
 HEAD_ROWS = 8192
 """So many rows of a 16-bit head are turned to float32 at once, where it is not kept."""
@@ -77,6 +79,24 @@ class Product:
     def __init__(self, head: nn.Linear) -> None:
         self._head = head
         self._wide: torch.Tensor | None = None
+        self._fits = True
+
+    def keep(self, room: float = math.inf) -> None:
+        """Make what is kept, where anything is, and where ``room`` bytes hold it."""
+        if self._wide is not None or not self._fits:
+            return
+        if not (_is_plain(self._head) and _is_kept(self._head.weight)):
+            return
+        weight = self._head.weight.detach()
+        copies = 2 if _packs() and weight.dtype != torch.float32 else 1
+        self._fits = 4 * weight.numel() * copies <= room
+        try:
+            if self._fits:
+                self._wide = pack(weight.float()) if _packs() else weight.float()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._fits = False
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits, of shape (..., vocabulary)."""
@@ -88,8 +108,10 @@ class Product:
         weight, bias = self._head.weight, self._head.bias
         wide = hidden.float().flatten(0, -2)  # of more dimensions, torch would copy the weights
         plain = hidden.dtype == weight.dtype and not torch.is_grad_enabled()
-        if plain and (kept := self.keep()) is not None:
-            logits = self._by_kept(wide, kept)
+        if plain and weight.dtype == torch.bfloat16:  # for one pass in float32 it does not pay
+            self.keep()
+        if plain and self._wide is not None:
+            logits = self._by_kept(wide, self._wide)
         elif weight.dtype == torch.float32:
             return F.linear(hidden.float(), weight, bias)
         elif plain and _sums_wide(weight):
@@ -99,13 +121,6 @@ class Product:
             logits = torch.cat(parts, dim=-1)
         logits = logits.unflatten(0, hidden.shape[:-1])
         return logits if bias is None else logits + bias.float()
-
-    def keep(self) -> torch.Tensor | None:
-        """Make what is kept, where anything is."""
-        if self._wide is None and _is_plain(self._head) and _is_kept(self._head.weight):
-            wide = self._head.weight.detach().float()
-            self._wide = pack(wide) if _packs() else wide
-        return self._wide
 
     def _by_kept(self, hidden: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         if _packs():

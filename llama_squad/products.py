@@ -67,7 +67,7 @@ def packed_linear(
 ) -> torch.Tensor:
     """Return ``F.linear`` by weights of ``pack``: no gradients are taken, and none warns.
 
-    In bfloat16 it is the same to the last bit, of inputs that lie as they are read.
+    In bfloat16 it is the same to the last bit, of contiguous inputs.
     """
     linear = torch.ops.mkldnn._linear_pointwise
     return cast(torch.Tensor, linear(x, packed, bias, "none", [], ""))

@@ -151,12 +151,12 @@ def test_what_is_kept_is_made_before_memory_is_asked_for(monkeypatch: pytest.Mon
     made = []
 
     def free(_: Any) -> float:
-        made.append(generator.kept._head._wide is not None)
+        made.append(generator.options.kept._head._wide is not None)
         return math.inf
 
     monkeypatch.setattr("llama_squad.decoding.generator.free_memory", free)
     generator.reply([Paragraph("a", [[5, 6, 7], [5, 6, 8]])])
-    assert made == [True, True]
+    assert made == [False, True, True]
 
 
 def test_logits_of_a_large_head_are_float32() -> None:

@@ -1,5 +1,6 @@
 """What decoding keeps between replies: packed weights, the head in float32, what prompts share."""
 
+import math
 from typing import Any
 from unittest import mock
 
@@ -15,10 +16,11 @@ from llama_squad.decoding import batch as batches
 from llama_squad.decoding import layers
 from llama_squad.decoding.cache import TokenTree
 from llama_squad.decoding.generator import Generator
+from llama_squad.decoding.kept import Kept
 from llama_squad.decoding.layers import LeanLayers
 from llama_squad.decoding.replies import Paragraph
 from llama_squad.encoding import ChatEncoder
-from llama_squad.head import HEAD_ROWS, exact_head
+from llama_squad.head import HEAD_ROWS, Product, exact_head
 from llama_squad.lora import quicken
 from llama_squad.predictors.local import LocalModel
 from llama_squad.products import is_packable, pack, packed_linear
@@ -214,9 +216,36 @@ def test_layers_that_others_have_replaced_are_not_packed(monkeypatch: pytest.Mon
     model = _adapted()
     quicken(model)
     lean = LeanLayers(model)
-    with lean.in_place():
+    with lean.in_place(math.inf):
         assert lean._packed == []
         assert lean._sums == {}
+
+
+def test_weights_that_their_adapter_changes_are_not_packed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such an adapter adds to its layer's weight in each pass."""
+    monkeypatch.setattr(layers, "LEAST_ENTRIES", 1)
+    monkeypatch.setattr(layers, "is_packable", lambda _: True)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=[], init_lora_weights=False,
+        target_parameters=["q_proj.weight"],
+    )  # fmt: skip
+    model: Any = get_peft_model(tiny_model(), config).eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        expected = model(ids).logits
+        with LeanLayers(model).in_place(math.inf):
+            found = model(ids).logits
+        with model.disable_adapter():
+            assert not torch.allclose(model(ids).logits, expected)
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_kept_of_another_model_is_refused() -> None:
+    kept = Kept(tiny_model())
+    with pytest.raises(ValueError, match="of another model"):
+        Generator(tiny_model(), ChatEncoder(tiny_tokenizer()), kept=kept)
 
 
 @needs_onednn
@@ -227,7 +256,7 @@ def test_gradients_and_autocast_take_the_layers_own_product(
     monkeypatch.setattr(layers, "is_packable", lambda _: True)
     model = tiny_model()
     ids = torch.arange(5, 25)[None]
-    with LeanLayers(model).in_place():
+    with LeanLayers(model).in_place(math.inf):
         model(ids, labels=ids).loss.backward()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             found = model(ids).logits
@@ -249,5 +278,27 @@ def test_a_heads_logits_are_exact_either_way(
         hidden = model.model(ids).last_hidden_state
         with exact_head(model):
             logits = model(ids).logits
+    expected = F.linear(hidden.double(), model.lm_head.weight.double())
+    torch.testing.assert_close(logits, expected.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("holds", [False, True])
+def test_a_head_that_finds_no_room_is_not_kept(
+    holds: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one that memory does not hold after all."""
+    if holds:
+        monkeypatch.setattr("llama_squad.head._packs", lambda: True)
+        monkeypatch.setattr("llama_squad.head.pack", mock.Mock(side_effect=MemoryError))
+    model = tiny_model(dtype=dtype, vocab_size=HEAD_ROWS + 1)
+    product = Product(model.lm_head)
+    product.keep(math.inf if holds else 4 * model.lm_head.weight.numel() - 1)
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        hidden = model.model(ids).last_hidden_state
+        with exact_head(model, product):
+            logits = model(ids).logits
+    assert product._wide is None
     expected = F.linear(hidden.double(), model.lm_head.weight.double())
     torch.testing.assert_close(logits, expected.float(), rtol=1e-6, atol=1e-6)

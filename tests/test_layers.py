@@ -1,5 +1,6 @@
 """Adapters in decoding: PEFT's layers without their detours give what PEFT's give."""
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -40,7 +41,7 @@ def _adapted(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
 def _logits(model: Any, lean: bool, **more: Any) -> torch.Tensor:
     if not lean:
         return model(IDS, **more).logits
-    with LeanLayers(model).in_place():
+    with LeanLayers(model).in_place(math.inf):
         return model(IDS, **more).logits
 
 
@@ -98,7 +99,7 @@ def test_a_tree_grows_under_it() -> None:
             stem = Branch(None, [5, 6, 7], wanted=0, adapter_from=2)
             branches = [stem, Branch(stem, [8, 9]), Branch(stem, [10, 11, 12])]
             if lean:
-                with LeanLayers(model).in_place():
+                with LeanLayers(model).in_place(math.inf):
                     found.append(tree.extend([branches]))
             else:
                 found.append(tree.extend([branches]))
@@ -109,7 +110,7 @@ def test_tokens_that_no_mask_is_of_are_refused() -> None:
     model = _adapted()
     activate(model, "question")
     layer = model.model.model.layers[0].self_attn.q_proj
-    with torch.inference_mode(), LeanLayers(model).in_place():
+    with torch.inference_mode(), LeanLayers(model).in_place(math.inf):
         model(IDS, **{ADAPTER_MASK: MASKS["the last"]})
         with pytest.raises(ValueError, match="rows of tokens"):
             layer(torch.zeros(10, 32))
@@ -152,7 +153,7 @@ def test_no_layer_stays_lean_where_memory_runs_out(monkeypatch: pytest.MonkeyPat
         return made[-1]
 
     monkeypatch.setattr(layers, "_Sum", full)
-    with pytest.raises(MemoryError), LeanLayers(model).in_place():
+    with pytest.raises(MemoryError), LeanLayers(model).in_place(math.inf):
         pass
     assert made and not any("forward" in layer.__dict__ for layer in model.modules())
 

@@ -113,7 +113,7 @@ class DecodingBatch:
     def _ask(self, tree: TokenTree, paragraph: Paragraph) -> list[_Question]:
         """Run a paragraph's questions, and beside each the constraint's alternative and opening.
 
-        A context that is not too long is run in the same pass.
+        A context that is not too long is run in the same pass, after what all prompts begin with.
         """
         cut = min(common_prefix(paragraph.prompts), *(len(ids) - 1 for ids in paragraph.prompts))
         cut = adapted_alike(cut, paragraph.adapter_from)

@@ -46,7 +46,7 @@ LEAST_QUESTIONS, MOST_QUESTIONS = 32, 512
 """Bounds of the default batch size."""
 
 LEAST_ROOM = 2**30
-"""Bytes that packed weights may take where the machine does not tell what is free."""
+"""Bytes that may be taken for good where the machine does not tell what is free."""
 
 _LOCKS: "weakref.WeakKeyDictionary[PreTrainedModel, threading.Lock]" = weakref.WeakKeyDictionary()
 """Held while a model replies: its layers are others meanwhile, and know where its adapter acts."""
@@ -73,7 +73,11 @@ class Generator:
         kept: what another generator of the same model keeps.
 
     What is made of the model is kept: its weights, adapters and device must not change while a
-    generator is used. An adapter may be switched off and on.
+    generator is used. An adapter may be switched off and on. While it replies in bfloat16 on a CPU,
+    float32 products of other threads are rounded to bfloat16.
+
+    Raises:
+        ValueError: ``kept`` is of another model.
     """
 
     def __init__(
@@ -92,6 +96,8 @@ class Generator:
         stop_after_answer: bool = False,
         kept: Kept | None = None,
     ) -> None:
+        if kept and kept.model is not model:
+            raise ValueError("what is kept is of another model")
         stops = stop_ids(model, encoder)
         if isinstance(decoding, str):
             abstention = Abstention(na_prob_thresh, calibration or Calibration())
@@ -100,10 +106,9 @@ class Generator:
                 stop_after_answer=stop_after_answer,
             )  # fmt: skip
         self.model, self.constraint = model, decoding
-        self.kept = kept or Kept(model)
         self.options = DecodingOptions(
             model, decoding, num_beams, 1 if decoding.ranked else n_best, max_new_tokens,
-            length_penalty, len(stops), self.kept,
+            length_penalty, len(stops), kept or Kept(model),
         )  # fmt: skip
         self._too_much = math.inf  # the estimated bytes of what memory did not hold
 
@@ -117,11 +122,16 @@ class Generator:
         Raises:
             ValueError: this architecture cannot share contexts (see ``check_tree``).
         """
-        with _LOCKS.setdefault(self.model, threading.Lock()), self.kept.exact_head():
+        kept = self.options.kept
+        with _LOCKS.setdefault(self.model, threading.Lock()), kept.exact_head(self._room()):
             check_tree(self.model, paragraphs[0].prompts[0])
-            free = free_memory(self.model)
-            with self.kept.layers.in_place(free / 2 if math.isfinite(free) else LEAST_ROOM):
+            with kept.layers.in_place(self._room()):
                 return self._reply(paragraphs)
+
+    def _room(self) -> float:
+        """Return how many bytes may be taken for good: half of what is free, as far as is known."""
+        free = free_memory(self.model)
+        return free / 2 if math.isfinite(free) else LEAST_ROOM
 
     def _reply(self, paragraphs: Sequence[Paragraph]) -> list[list[Reply]]:
         halves = _halve(paragraphs)

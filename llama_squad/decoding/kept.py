@@ -16,11 +16,12 @@ class Kept:
     Args:
         model: whose weights, adapters and device must not change; an adapter may be switched off
             and on.
+        packs: as ``LeanLayers`` takes it.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self.layers = LeanLayers(model)
+    def __init__(self, model: PreTrainedModel, packs: bool = True) -> None:
+        self.model = model
+        self.layers = LeanLayers(model, packs)
         self._head = Product(cast(Any, model.get_output_embeddings()))
         self._adapted: list[Any] = []
         if hasattr(model, "peft_config"):
@@ -29,10 +30,10 @@ class Kept:
             self._adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         self._held: dict[Any, list[Any]] = {}
 
-    def exact_head(self) -> contextlib.AbstractContextManager[None]:
-        """Let the model give its logits in float32; what that takes is made, and kept."""
-        self._head.keep()
-        return exact_head(self._model, self._head)
+    def exact_head(self, room: float) -> contextlib.AbstractContextManager[None]:
+        """Let the model give its logits in float32; what ``room`` bytes hold for it is kept."""
+        self._head.keep(room)
+        return exact_head(self.model, self._head)
 
     def begin(self, tree: TokenTree, tokens: list[int]) -> Branch:
         """Begin a tree's only row with what all prompts begin with, which is run once.
@@ -44,7 +45,7 @@ class Kept:
         if key not in self._held:
             if len(self._held) > 1:  # with the adapter and without it
                 self._held.clear()
-            first = TokenTree(self._model)
+            first = TokenTree(self.model)
             first.prefill(tokens)
             layers = cast(list[Any], first.cache.layers)
             self._held[key] = [(layer.keys, layer.values) for layer in layers]

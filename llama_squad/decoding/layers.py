@@ -7,7 +7,6 @@ format, and one that acts from some token on (``llama_squad.activation``) is run
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +23,7 @@ LEAST_ENTRIES = 2**15
 
 
 class LeanLayers:
-    """A model's linear layers, and plain LoRA on them, run as said above.
+    """A model's linear layers on packed weights, and plain LoRA on them as two products.
 
     Layers of other kinds (quantised, DoRA, of several adapters) stay as they are, and so do all
     under autocast.
@@ -32,19 +31,25 @@ class LeanLayers:
     Args:
         model: a causal language model, or a ``PeftModel`` of one. Its weights, adapters and device
             must not change; an adapter may be switched off and on.
+        packs: False leaves the weights as they are: of a model that is being trained.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, packs: bool = True) -> None:
+        from peft.tuners.lora import Linear
+
         adapted = [
             m for m in model.modules() if isinstance(getattr(m, "lora_A", None), nn.ModuleDict)
         ]
-        self._adapted = [m for m in adapted if "forward" not in m.__dict__]
-        small = {id(part) for m in adapted for part in m.modules()}
-        small -= {id(m.base_layer) for m in self._adapted}
+        self._adapted = [m for m in adapted if type(m) is Linear and "forward" not in m.__dict__]
+        # others may change their base's weights in a pass (``target_parameters``)
+        others = [m for m in adapted if m not in self._adapted]
+        apart = {id(part) for m in adapted for part in m.modules()}
+        apart -= {id(m.base_layer) for m in self._adapted}
+        apart |= {id(part) for m in others for part in m.modules()}
         head = model.get_output_embeddings()  # which is ``llama_squad.head``'s
         self._plain = [
-            m for m in model.modules()
-            if type(m) is nn.Linear and m is not head and id(m) not in small
+            m for m in (model.modules() if packs else ())
+            if type(m) is nn.Linear and m is not head and id(m) not in apart
             and type(m.weight) is nn.Parameter and m.weight.device.type == "cpu"
             and m.weight.numel() >= LEAST_ENTRIES and is_packable(m.weight.dtype)
             and "forward" not in m.__dict__
@@ -54,11 +59,12 @@ class LeanLayers:
         self._sums: dict[tuple[Any, str], _Sum] = {}
 
     @contextlib.contextmanager
-    def in_place(self, room: float = math.inf) -> Iterator[None]:
+    def in_place(self, room: float) -> Iterator[None]:
         """Let them run in the body of ``with``, in which no gradients are taken.
 
         Args:
-            room: how many bytes packed weights may take; where they would take more, none are.
+            room: how many bytes packed weights may take. The first call decides: where they would
+                take more, none are packed.
         """
         if self._packed is None:
             self._packed = self._pack(room)
@@ -101,7 +107,7 @@ class _Packed:
         self.layer, self._weight = layer, pack(layer.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return it, of shape (..., outputs)."""
+        """Return the product, of shape (..., outputs)."""
         # autocast: of a trainer's evaluation, in forward alone
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not x.numel():
             return nn.Linear.forward(self.layer, x)

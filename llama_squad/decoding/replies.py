@@ -60,4 +60,5 @@ class Paragraph:
     hidden: Sequence[range] = ()
     """Which tokens of each prompt are filler; empty where there is none."""
     prefix: int = 0
-    """So many tokens other paragraphs' prompts begin with, too: they are run once for all."""
+    """So many tokens other paragraphs' prompts begin with, too: run once for all of them, but for
+    those with long contexts."""

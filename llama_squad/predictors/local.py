@@ -91,7 +91,7 @@ class LocalModel:
     @property
     def kept(self) -> Kept:
         """What its generators keep."""
-        return self._generator.kept
+        return self._generator.options.kept
 
     @property
     def batch_size(self) -> int:

@@ -18,6 +18,7 @@ from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.collator import SquadDataCollator
 from llama_squad.config import load_run_config, prompt_settings
 from llama_squad.decoding.cache import check_tree
+from llama_squad.decoding.kept import Kept
 from llama_squad.encoding import ChatEncoder
 from llama_squad.lora import quicken
 from llama_squad.metrics import Outcome, strict_counts, strict_outcome
@@ -234,7 +235,8 @@ def make_validation(
             return {}
         local = LocalModel(
             model, encoder,
-            decoding="free", max_new_tokens=VALIDATION_TOKENS, stop_after_answer=True, **prompts,
+            decoding="free", max_new_tokens=VALIDATION_TOKENS, stop_after_answer=True,
+            kept=Kept(model, packs=False), **prompts,
         )  # fmt: skip
         outcomes, fault = _outcomes(local, batches)
         counts = strict_counts(outcomes)
