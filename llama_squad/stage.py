@@ -53,6 +53,8 @@ def run_stage(main: Callable[[], object]) -> None:
         if interrupted:
             os._exit(INTERRUPTED)
         interrupted = True
+        if _loads_torch():  # whose C++ would abort at the exception
+            _say_interrupted(KeyboardInterrupt(_kept(_BLOCKS[-1])) if _BLOCKS else None)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, note)
@@ -72,6 +74,12 @@ def run_stage(main: Callable[[], object]) -> None:
     else:
         if interrupted:
             _say_interrupted(None)
+
+
+def _loads_torch() -> bool:
+    """Tell whether torch is being imported, by the mark that Python's import leaves meanwhile."""
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 def _end_if_interrupted(otherwise: Callable[[Any], object]) -> Callable[[Any], object]:
@@ -108,12 +116,23 @@ def if_interrupted(kept: Callable[[], str] | str) -> Iterator[None]:
     Args:
         kept: what is kept, and how to go on; a function is called only then.
     """
+    _BLOCKS.append(kept)
     try:
         yield
     except KeyboardInterrupt as error:
         if not error.args:
-            error.args = (kept if isinstance(kept, str) else kept(),)
+            error.args = (_kept(kept),)
         raise
+    finally:
+        _BLOCKS.pop()
+
+
+_BLOCKS: list[Callable[[], str] | str] = []
+"""What the open blocks of ``if_interrupted`` were given, the innermost last."""
+
+
+def _kept(told: Callable[[], str] | str) -> str:
+    return told if isinstance(told, str) else told()
 
 
 # Progress and warnings -----------------------------------------------------------------------

@@ -98,6 +98,24 @@ builtins.late = Late()"""
     assert errors == ""
 
 
+@pytest.mark.parametrize("block", ["", "with if_interrupted('kept'):\n    "])
+def test_ctrl_c_while_torch_is_imported(block: str, tmp_path: Path) -> None:
+    """Its C++ aborts at an exception from Python: the process ends before there is one."""
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import os, time\n"
+        "try:\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(30)\n"
+        "except KeyboardInterrupt:\n"
+        "    os.abort()\n"
+    )
+    errors = interrupt(start(tmp_path, f"{block}import torch"))
+    kept = "kept" if block else "nothing was written: the same command starts anew"
+    assert errors == f"stage.py: interrupted: {kept}.\n"
+
+
 def test_other_errors_pass(tmp_path: Path) -> None:
     process = start(tmp_path, "sys.exit('a message')")
     assert process.communicate()[1] == "a message\n"
