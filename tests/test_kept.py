@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import make_records, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
+from test_layers import adapted
 from test_tree import tree_model
 
 from llama_squad.activation import activate
@@ -27,16 +28,6 @@ from llama_squad.products import is_packable, pack, packed_linear
 
 RECORDS = make_records(3, [2, 1])
 BATCH = [RECORDS[:2], RECORDS[2:3], RECORDS[3:]]
-
-
-def _adapted(**options: Any) -> Any:
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
-    model: Any = get_peft_model(tiny_model(**options), config)
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.3)
-    return model.eval()
 
 
 def _replies(local: LocalModel) -> list[Any]:
@@ -61,18 +52,19 @@ def _asked(local: LocalModel) -> list[Any]:
 # What prompts share -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alone", [1024, 4])  # the rest of a context with its questions, or alone
+@pytest.mark.parametrize("alone", [1024, 4])  # longer contexts have a pass of their own, as a whole
 @pytest.mark.parametrize("prompt", ["single_turn", "multi_turn", "question_first"])
 @pytest.mark.parametrize("where", ["start", "question", "reply"])
 def test_replies_are_those_of_whole_prompts(
     prompt: str, where: Any, alone: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches, "STEM_ALONE", alone)
-    model = _adapted()
+    model = adapted()
     if where != "start":
         activate(model, where)
     local = LocalModel(model, ChatEncoder(tiny_tokenizer()), prompt=prompt)
     _same(_replies(local), _without_prefix(model, prompt=prompt))
+    assert [len(tokens) > 20 for tokens, _ in local.kept._held] == [True] * (alone == 1024)
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma3_text"])
@@ -86,7 +78,7 @@ def test_layers_that_see_a_window(
     replies = _replies(local)
     prompts = [len(ids) for part in local._paragraphs(BATCH, _asked(local)) for ids in part.prompts]
     assert min(prompts) > 120
-    assert local._prefix
+    assert bool(local.kept._held) == (alone == 1024)
     _same(replies, _without_prefix(model))
 
 
@@ -100,13 +92,16 @@ def test_questions_that_share_nothing_beyond_it(prompt: str) -> None:
     with mock.patch.object(LocalModel, "_prefix", []):
         whole = LocalModel(model, encoder, prompt=prompt).answer(batch)
     _same(found, [prediction.reply for prediction in whole])
+    assert [list(tokens) for tokens, _ in local.kept._held] == [local._prefix]
 
 
 def test_prompts_that_share_no_token() -> None:
     generator = Generator(tiny_model(), ChatEncoder(tiny_tokenizer()), decoding="free")
     prompts = [[7, 8, 9], [10, 11]]
     found = generator.reply([Paragraph("", prompts)])[0]
-    _same(found, [generator.reply([Paragraph("", [ids])])[0][0] for ids in prompts])
+    alone = [generator.reply([Paragraph("", [ids])])[0][0] for ids in prompts]
+    _same(found, alone)
+    assert alone[0].score != alone[1].score
 
 
 def test_it_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,11 +130,12 @@ def test_prompts_that_begin_otherwise_are_run_whole() -> None:
     local = LocalModel(model, ChatEncoder(tiny_tokenizer()))
     local.__dict__["_prefix"] = [*local._prefix[:-1], 7]
     _same(_replies(local), _without_prefix(model))
+    assert not local.kept._held
 
 
 def test_an_adapter_that_is_switched_off_and_on() -> None:
     """The keys of what prompts share are the adapter's or the base's, and never of both."""
-    model = _adapted()
+    model = adapted()
     local = LocalModel(model, ChatEncoder(tiny_tokenizer()))
     tuned = _replies(local)
     with model.disable_adapter():
@@ -171,7 +167,7 @@ def test_packed_weights_give_the_same_product(dtype: torch.dtype, tokens: int) -
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_replies_by_packed_weights(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, encoder = _adapted(dtype=dtype), ChatEncoder(tiny_tokenizer())
+    model, encoder = adapted(dtype), ChatEncoder(tiny_tokenizer())
     plain = LocalModel(model, encoder).answer(BATCH)  # small ones are not packed
     monkeypatch.setattr(layers, "LEAST_ENTRIES", 1)
     local = LocalModel(model, encoder)
@@ -213,7 +209,7 @@ def test_layers_that_others_have_replaced_are_not_packed(monkeypatch: pytest.Mon
     """Those of a training that goes on."""
     monkeypatch.setattr(layers, "LEAST_ENTRIES", 1)
     monkeypatch.setattr(layers, "is_packable", lambda _: True)
-    model = _adapted()
+    model = adapted()
     quicken(model)
     lean = LeanLayers(model)
     with lean.in_place(math.inf):

@@ -27,7 +27,7 @@ MASKS = {
 }
 
 
-def _adapted(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def adapted(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", **options)
     model: Any = get_peft_model(tiny_model(dtype=dtype), config)
     torch.manual_seed(1)
@@ -47,7 +47,7 @@ def _logits(model: Any, lean: bool, **more: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_the_same_logits_where_the_adapter_acts_on_some_tokens(mask: torch.Tensor) -> None:
-    model = _adapted()
+    model = adapted()
     activate(model, "question")
     found, expected = (_logits(model, lean, **{ADAPTER_MASK: mask}) for lean in (True, False))
     torch.testing.assert_close(found, expected)
@@ -57,15 +57,15 @@ def test_the_same_logits_where_the_adapter_acts_on_some_tokens(mask: torch.Tenso
 
 
 def test_the_same_logits_where_it_acts_on_all() -> None:
-    model = _adapted()
+    model = adapted()
     torch.testing.assert_close(_logits(model, True), _logits(model, False))
     assert not any("forward" in layer.__dict__ for layer in model.modules())
 
 
 def test_in_16_bits_as_near_as_in_training() -> None:
     """Which is under autocast: the adapter's products are in the base's number format."""
-    model = _adapted(torch.bfloat16)
-    exact = _logits(_adapted(), False)
+    model = adapted(torch.bfloat16)
+    exact = _logits(adapted(), False)
     with torch.autocast("cpu", torch.bfloat16):
         trained = _logits(model, False)
     assert (_logits(model, True) - exact).norm() < 1.1 * (trained - exact).norm()
@@ -73,12 +73,12 @@ def test_in_16_bits_as_near_as_in_training() -> None:
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
 def test_layers_of_other_kinds_stay_as_they_are(options: Any) -> None:
-    model = _adapted(**options)
+    model = adapted(**options)
     assert torch.equal(_logits(model, True), _logits(model, False))
 
 
 def test_replies_and_their_scores_are_those_of_pefts_layers() -> None:
-    model = _adapted()
+    model = adapted()
     activate(model, "question")
     batch = [make_records(1, [3])]
     ours = LocalModel(model, ChatEncoder(tiny_tokenizer())).answer(batch)
@@ -90,7 +90,7 @@ def test_replies_and_their_scores_are_those_of_pefts_layers() -> None:
 
 
 def test_a_tree_grows_under_it() -> None:
-    model = _adapted()
+    model = adapted()
     activate(model, "question")
     found = []
     for lean in (True, False):
@@ -107,7 +107,7 @@ def test_a_tree_grows_under_it() -> None:
 
 
 def test_tokens_that_no_mask_is_of_are_refused() -> None:
-    model = _adapted()
+    model = adapted()
     activate(model, "question")
     layer = model.model.model.layers[0].self_attn.q_proj
     with torch.inference_mode(), LeanLayers(model).in_place(math.inf):
@@ -118,7 +118,7 @@ def test_tokens_that_no_mask_is_of_are_refused() -> None:
 
 def test_threads_that_share_a_model_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer knows of one pass where its adapter acts: the second would have it elsewhere."""
-    model = _adapted()
+    model = adapted()
     activate(model, "question")
     local = LocalModel(model, ChatEncoder(tiny_tokenizer()))
     batches = [[make_records(1, [n], seed=n)] for n in (1, 3)]
@@ -143,7 +143,7 @@ def test_threads_that_share_a_model_take_turns(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_no_layer_stays_lean_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _adapted()
+    model = adapted()
     real, made = layers._Sum, list[Any]()
 
     def full(*args: Any) -> Any:
@@ -172,7 +172,7 @@ def test_the_places_of_another_gpu_are_brought_to_the_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A model on several GPUs is told on the first one where its adapter acts."""
-    model = _adapted()
+    model = adapted()
     activate(model, "question")
     expected = _logits(model, True, **{ADAPTER_MASK: MASKS["some"]})
     places = layers._places
