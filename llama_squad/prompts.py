@@ -7,6 +7,7 @@ Contexts and questions are data: they are joined in, never formatted in, so brac
 nothing.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -106,7 +107,8 @@ def adapter_start(
     first, other = (PROMPTS[prompt]({**record, "question": mark}) for mark in "\ue000\ue001")
     for index, (a, b) in enumerate(zip(first, other, strict=True)):
         if a != b:
-            before = a[: next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)]
+            differ = bisect_left(range(len(a)), True, key=lambda n: a[: n + 1] != b[: n + 1])
+            before = a[:differ]
             if not messages[users[index]]["content"].startswith(before):
                 raise ValueError(f"the messages are not of the prompt style {prompt!r}")
             return users[index], before.rfind("\n") + 1
