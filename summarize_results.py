@@ -25,6 +25,7 @@ from llama_squad.paired import Differences, QuestionScores
 from llama_squad.plots import plot_na_probs
 from llama_squad.report import describe_differing, render_metrics, render_summaries
 from llama_squad.result_reader import name_files, read_rows
+from llama_squad.results import saved_settings
 from llama_squad.stage import run_stage
 from llama_squad.summary import Questions, Tally
 
@@ -52,6 +53,7 @@ def summarize_files(args: SummarizeArguments) -> str:
             if args.paired:
                 scores.add(row)
         summaries[name], questions[name] = tally.metrics(), asked.key()
+        summaries[name]["settings"] = saved_settings(path)
         if args.paired:
             summaries[name] |= differences.to_first(name, scores)
         if args.plot:

@@ -38,7 +38,12 @@ from llama_squad.predictors.base import (
 )
 from llama_squad.processes import of_first, share, this_process
 from llama_squad.prompts import Record
-from llama_squad.results import ResultsFile, check_same_settings, config_path
+from llama_squad.results import (
+    ResultsFile,
+    check_same_settings,
+    config_path,
+    saved_settings,
+)
 from llama_squad.rows import Row, make_row
 from llama_squad.weights import weights_digest, whole_model
 
@@ -207,16 +212,8 @@ def begun_with(args: EvalArguments) -> int | None:
     paths = [Path(args.output)]
     if args.tune_threshold:
         paths.append(validation_path(paths[0]))
-    sizes = [] if args.overwrite else [_saved_settings(path).get("batch_size") for path in paths]
+    sizes = [] if args.overwrite else [saved_settings(path).get("batch_size") for path in paths]
     return next((size for size in sizes if isinstance(size, int)), None)
-
-
-def _saved_settings(output: Path) -> dict[str, Any]:
-    try:
-        saved = json.loads(config_path(output).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # ResultsFile says so
-        return {}
-    return saved if isinstance(saved, dict) else {}
 
 
 def _note_if_mixed(output: Path, settings: Mapping[str, Any]) -> None:
@@ -229,7 +226,7 @@ def _note_if_mixed(output: Path, settings: Mapping[str, Any]) -> None:
         resolve_dtype(settings["dtype"]) == torch.float32 and not settings.get("quantize")
     ):
         return
-    saved, size = _saved_settings(output), settings.get("batch_size")
+    saved, size = saved_settings(output), settings.get("batch_size")
     before = saved.get("batch_sizes") or [saved.get("batch_size", size)]
     sizes = [*before, *[size] * (size not in before)]
     if len(sizes) < 2:

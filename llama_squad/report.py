@@ -43,7 +43,7 @@ def render_summaries(summaries: Summaries, form: Format, intervals: bool = False
     Where runs have "paired" differences to the first (``llama_squad.paired``), those stand below.
     A table is at most 80 characters wide. A csv holds all figures unrounded (best_f1 too), an
     interval as two columns, "<figure> low" and "<figure> high"; a json is a list of objects, each
-    with its "name".
+    with its "name" and the "settings" that it was made with, {} where nothing tells them.
 
     Args:
         summaries: the runs.
@@ -220,7 +220,7 @@ def _csv(records: Sequence[Sequence[Any]]) -> str:
 
 
 def _flatten(summary: Mapping[str, Any]) -> dict[str, Any]:
-    apart = ("states", "intervals", "paired")
+    apart = ("states", "intervals", "paired", "settings")
     flat = {key: value for key, value in summary.items() if key not in apart}
     for name, (low, high) in summary["intervals"].items():
         flat |= {f"{name} low": low, f"{name} high": high}

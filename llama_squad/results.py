@@ -38,6 +38,15 @@ def config_path(path: str | Path) -> Path:
     return path.with_name(f"{path.name}.config.json")
 
 
+def saved_settings(path: str | Path) -> dict[str, Any]:
+    """Return the settings that a result file was made with; {} where nothing tells them."""
+    try:
+        saved = json.loads(config_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # ResultsFile says so where it matters
+        return {}
+    return saved if isinstance(saved, dict) else {}
+
+
 class ResultsFile:
     """A result file open for appending, by one process at a time; use it in a ``with`` block.
 

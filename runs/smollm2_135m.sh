@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# SmolLM2-135M-Instruct, untuned and tuned on 20,000 questions, free and by span decoding: as in README.md,
-# with today's recipe, and a threshold tuned as if half of the questions had no answer, as dev's.
+# SmolLM2-135M-Instruct, untuned and tuned on 20,000 questions, free and by span decoding with 4, 1 and 10 beams: as in
+# README.md, with today's recipe, and a threshold tuned as if half of the questions had no answer, as dev's.
 # No GPU needed. The same command resumes where it was stopped.
 #
 #   ./runs/smollm2_135m.sh
@@ -24,7 +24,7 @@ tuned=--adapter_name=$out/final_checkpoints
 plan "${QUESTIONS:-20000}" 28
 
 echo "Two cores with AMX (Intel Xeon) take, by what was measured on one (benchmarks/RESULTS.md): training on 20,000" \
-  "questions half an hour, each evaluation a quarter, but that of the untuned model's free replies, which are long, 70 to 100 minutes;" \
+  "questions half an hour, each of six evaluations a quarter, but that of the untuned model's free replies, which are long, 65 minutes;" \
   "a threshold for abstaining is tuned on val, half as much as dev." \
   "CPUs with AVX512-BF16 alone take as long (AMD Zen 5) or up to twice as long (Zen 4: training an hour, an evaluation half), by what two cores did;" \
   "others compute in float32: training takes five to eight times as long there as with AMX."
@@ -36,8 +36,12 @@ evaluate --output $base/base_spans.csv
 evaluate $tuned --na_prob_thresh 0.5 --output $out/tuned_spans.csv  # not the one kept with the adapter
 evaluate $tuned --decoding free --output $out/tuned_free.csv
 evaluate $tuned --tune_threshold --no_answer_share 0.5 --output $out/tuned_threshold.csv
+for beams in 1 10; do
+  evaluate $tuned --num_beams $beams --na_prob_thresh 0.5 --output $out/tuned_spans_${beams}_beams.csv
+done
 evaluate --decoding free --batch_size 128 --output $base/base_free.csv
 
 python summarize_results.py "base, free=$base/base_free.csv" "base, span decoding=$base/base_spans.csv" \
   "tuned, free=$out/tuned_free.csv" "tuned, span decoding=$out/tuned_spans.csv" \
+  "the same, 1 beam=$out/tuned_spans_1_beams.csv" "the same, 10 beams=$out/tuned_spans_10_beams.csv" \
   "the same, threshold tuned on val for 50 % unanswerable=$out/tuned_threshold.csv"

@@ -27,8 +27,10 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def write_results(path: str, replies: dict[str, tuple[str, list[str], float | None]]) -> None:
-    with ResultsFile(path, {}) as file:
+def write_results(
+    path: str, replies: dict[str, tuple[str, list[str], float | None]], **settings: Any
+) -> None:
+    with ResultsFile(path, settings) as file:
         rows = []
         for id_, (reply, golds, na_prob) in replies.items():
             record = {"id": id_, "title": "T", "question": "Q", "answers": {"text": golds}}
@@ -243,6 +245,16 @@ def test_several_files_give_several_rows(capsys: pytest.CaptureFixture[str]) -> 
     assert [r.get("best_exact_thresh") for r in rows] == [0.1, None]
     flags = run(capsys, "--results", "B=base.csv", "T=tuned/results.csv", "--format=json")
     assert [r["name"] for r in json.loads(flags)] == ["B", "T"]
+
+
+def test_json_says_how_a_file_was_made(capsys: pytest.CaptureFixture[str]) -> None:
+    write_results("tuned.csv", TUNED, num_beams=4, commit="abc")
+    write_results("base.csv", BASE)
+    Path("base.csv.config.json").unlink()
+    rows = json.loads(run(capsys, "tuned.csv", "base.csv", "--format=json"))
+    assert [row["settings"] for row in rows] == [{"num_beams": 4, "commit": "abc"}, {}]
+    for form in ("csv", "table"):
+        assert "num_beams" not in run(capsys, "tuned.csv", "--format", form)
 
 
 def test_csv_and_markdown(capsys: pytest.CaptureFixture[str]) -> None:
