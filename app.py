@@ -47,6 +47,8 @@ def check_flags(argv: Sequence[str] | None, parsed: Sequence[Any]) -> None:
 
     args, model_args = parsed
     check_at_least(0, args, "reasoning_tokens", "filler", "port")
+    if args.port is not None and args.port > 65535:
+        raise ValueError(f"--port must be at most 65535, not {args.port}")
     check_at_least(1, args, "max_new_tokens")
     check_file("--review", args.review)
     check_writable(args.feedback)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llama_squad.arguments import CreateArguments
 from llama_squad.checks import check_at_least
 from llama_squad.config import parse_stage
+from llama_squad.folders import check_file
 from llama_squad.stage import if_interrupted, next_command, run_stage
 
 if TYPE_CHECKING:
@@ -39,18 +40,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.replay is not None and not args.feedback:
             raise ValueError("--replay needs --feedback: it says how much old data goes with it")
         check_at_least(0, args, "replay")
+        check_file("--feedback", args.feedback)
         with if_interrupted(f"{args.dataset_name} is as it was: the same command starts anew"):
             splits = build(args, cleaner)
     except ValueError as error:
         sys.exit(f"create_squad_dataset.py: {error}")
 
-    print(f"\n{'':6}{'questions':>12}{'answerable':>12}{'paragraphs':>12}{'titles':>9}")
+    widths = {"questions": 12, "answerable": 12, "paragraphs": 12, "titles": 9}
+    print(f"\n{'':6}" + "".join(f"{column:>{width}}" for column, width in widths.items()))
     for name, records in splits.items():
         counts = data.count_split(records)
-        print(
-            f"{name:6}{counts['questions']:12,}{counts['answerable']:12,}"
-            f"{counts['paragraphs']:12,}{counts['titles']:9,}"
-        )
+        print(f"{name:6}" + "".join(f"{counts[c]:{width},}" for c, width in widths.items()))
     if "val" in splits:
         read = len(splits["train"]) + len(splits["val"])
         source = "the training source and the verdicts" if args.feedback else "the training source"
@@ -84,8 +84,8 @@ def build(args: CreateArguments, cleaner: "Cleaner") -> dict[str, list["Record"]
             splits, verdicts.load(args.feedback), args.feedback, cleaner,
             replay=args.replay, seed=args.seed,
         )  # fmt: skip
-    total = sum(map(len, splits.values()))
-    with tqdm(total=total, unit=" questions", desc="Writing messages") as progress:
+    questions = sum(map(len, splits.values()))
+    with tqdm(total=questions, unit=" questions", desc="Writing messages") as progress:
         data.write_dataset(splits, args, progress, cleaner)
     return splits
 

@@ -50,7 +50,7 @@ def check_at_least(least: float, args: Any, *names: str) -> None:
     """
     for name in names:
         value = getattr(args, name)
-        if value is not None and not value >= least:  # also refuses nan
+        if value is not None and not least <= value < math.inf:  # also refuses nan
             raise ValueError(f"--{name} must be at least {least}, not {value}")
 
 
@@ -58,7 +58,7 @@ def check_above_zero(args: Any, *names: str) -> None:
     """Refuse zero and less. Raises ValueError."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} must be above 0, not {value}")
 
 
@@ -326,12 +326,21 @@ def _check_url(args: EvalArguments) -> None:
 
 
 def check_summary(args: SummarizeArguments) -> None:
-    """Refuse what no na_prob can be compared with, and one file to compare. Raises ValueError.
+    """Refuse what clashes, or no na_prob can be compared with. Raises ValueError.
 
     Other systems' files may hold any figure in the place of a probability, such as log-odds.
     """
+    named = [*args.results, *(name.partition("=")[2] for name in args.results)]
+    read = filter(None, (*named, args.data, args.predictions, args.na_prob))
+    if args.output and Path(args.output).resolve() in {Path(name).resolve() for name in read}:
+        raise ValueError(f"--output {args.output} is read: name another file for the table")
     if args.paired and (args.predictions or len(args.results) < 2):
         raise ValueError("--paired compares result files with the first of them: give two or more")
+    if args.predictions and (args.intervals or args.results != SummarizeArguments().results):
+        raise ValueError(
+            "--predictions scores one file of any system, without intervals: leave out --intervals "
+            "and the result files"
+        )
     threshold = args.na_prob_thresh
     if threshold is None or (args.predictions and not math.isnan(threshold)):
         return

@@ -45,6 +45,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`
+                continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is there twice")
@@ -69,9 +71,11 @@ def load_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
     try:
         content = yaml.load(text, _Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # a key may be no plain value
         raise ValueError(f"{path}: {error}") from error
     if content is None:
         return {}
@@ -202,13 +206,14 @@ def parse_stage(
 
 
 def given_config(arguments: Sequence[str]) -> str | None:
-    """Return the FILE of ``--config FILE``, if it is there."""
+    """Return the FILE of the last ``--config FILE``; None where there is none."""
+    found = None
     for index, argument in enumerate(arguments):
         if argument == "--config" and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith("--config="):
-            return argument.removeprefix("--config=")
-    return None
+            found = arguments[index + 1]
+        elif argument.startswith("--config="):
+            found = argument.removeprefix("--config=")
+    return found
 
 
 def _config_path(config: str | None) -> Path | None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from llama_squad.arguments import ModelArguments
 from llama_squad.config import write_json
+from llama_squad.durable import check_writable
 from llama_squad.harness import compare, load_run, paired_errors, run_harness, stay_offline
 from llama_squad.report import render_comparison
 from llama_squad.sides import Side, Sides, base_key, digest_of, digests, find_sides, version
@@ -129,6 +130,7 @@ def _resolve(args: argparse.Namespace) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace, options: Sequence[str]) -> None:
     """Make both checks, and print each as it is known."""
+    check_writable(args.output_path / "comparison.md")
     sides = find_sides(args.model, args.base)
     chat = None if args.no_chat else _prepare_chat(args, sides.tokenizer)
     key = base_key(args, sides)

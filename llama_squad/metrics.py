@@ -69,6 +69,8 @@ def gold_texts(references: Any) -> dict[str, list[str]]:
             for paragraph in article["paragraphs"]
             for question in paragraph["qas"]
         }
+        if not all(isinstance(text, str) for texts in golds.values() for text in texts):
+            raise TypeError("the text of an answer is no string")
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"references are not in the official SQuAD form ({type(error).__name__}: {error}): "

@@ -561,6 +561,7 @@ def test_the_command_runs_as_written(tmp_path: Path, tokenizer: Any, llama: Any)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--port", "70000"], "--port must be at most 65535, not 70000"),
         (["--host", "0.0.0.0"], "--host 0.0.0.0 opens the page to others: say who may come in"),
         (["--share"], "--share opens the page to others"),
         (["--host", "0.0.0.0", "--auth", "ada:"], "--auth takes NAME:PASSWORD"),

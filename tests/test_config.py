@@ -90,6 +90,7 @@ def test_numbers(config: Any, text: str) -> None:
         ("create: 3", (), "section 'create' must hold"),
         ("- a", (), "expected `key: value` lines"),
         ("a: [", (), "some.yaml"),
+        ("dataset_name: {{DATA}}", (), "some.yaml: unhashable type: 'dict'"),
         ("create:\n  seed: 1\n  seed: 2", (), "line 3: key 'seed' is there twice"),
         ("", ("--sead", "1"), "unknown flag --sead (did you mean --seed?)"),
         ("", ("--see=1",), "unknown flag --see (did you mean --seed?)"),  # no abbreviations
@@ -146,6 +147,26 @@ def test_aliases_nulls_and_no_in_the_file(config: Any) -> None:
     assert sft.max_length == 256
     _, sft = parse_stage("train", types, ["--config", config("train: {max_length: null}")])
     assert sft.max_length is None
+
+
+def test_a_file_that_is_no_utf8_is_named(config: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(config(""))
+    path.write_bytes("seed: 1  # stra\xdfe".encode("latin-1"))
+    with pytest.raises(SystemExit):
+        parse("--config", str(path))
+    assert f"{path} is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_keys_may_be_merged(config: Any) -> None:
+    args = parse("--config", config("create:\n  <<: {seed: 3, prompt: multi_turn}\n  seed: 4"))
+    assert (args.seed, args.prompt) == (4, "multi_turn")
+
+
+def test_the_last_file_counts(config: Any, tmp_path: Path) -> None:
+    first = tmp_path / "first.yaml"
+    first.write_text("create: {seed: 1}")
+    for flags in (["--config", str(first)], [f"--config={first}"]):
+        assert parse(*flags, "--config", config("create: {seed: 2}")).seed == 2
 
 
 def test_missing_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,6 +206,7 @@ def test_merged_and_full_models(adapter: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 def test_errors_of_the_user(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").touch()
     for argv, message in [
         (["nowhere"], "nowhere holds neither an adapter nor a model"),
         (["my, adapter", "--task", "x"], "unrecognized arguments: --task x"),
@@ -213,6 +214,7 @@ def test_errors_of_the_user(adapter: Path, capsys: pytest.CaptureFixture[str]) -
         (["my, adapter", "b"], "unrecognized arguments: b"),
         (["my, adapter", "--chat_prompts=none.txt"], "cannot read the prompts in none.txt"),
         (["my, adapter", "--chat_prompts=x", "--no_chat"], "not allowed with argument"),
+        (["my, adapter", "--output_path=file/x"], "cannot write file/x/comparison.md: "),
         ([], "the following arguments are required: MODEL"),
     ]:
         assert message in error(capsys, *argv, "--device=cpu" if argv else "--limit=1")

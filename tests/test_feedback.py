@@ -207,6 +207,35 @@ def test_import_of_a_file_labelled_elsewhere(
     ]  # fmt: skip
 
 
+def test_import_of_anothers_verdicts_takes_them_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, theirs = tmp_path / "feedback.jsonl", tmp_path / "theirs.jsonl"
+    said = [judged("q1", reviewer="Bo"), judged("q2", verdict="wrong", corrected=None)]
+    verdicts.append(path, [judged("q0")])
+    verdicts.append(theirs, said)
+    command = ["--feedback", str(path), "--import", str(theirs)]
+    shell.main(command)
+    shell.main(command)
+    assert "0 questions taken in, 2 were there" in capsys.readouterr().out
+    assert verdicts.load(path).verdicts[1:] == tuple(said)
+    theirs.write_text(theirs.read_text().replace('"wrong"', '"perhaps"'))
+    with pytest.raises(SystemExit, match=r"theirs.jsonl holds verdicts of a review"):
+        shell.main(command)
+
+
+@pytest.mark.parametrize("name", ["./feedback.jsonl", "feedback.provenance.json"])
+def test_an_export_does_not_write_over_the_verdicts(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    verdicts.append("feedback.jsonl", [judged("q1")])
+    Path("feedback.provenance.json").symlink_to("feedback.jsonl")
+    with pytest.raises(SystemExit, match="the verdicts themselves: name another file"):
+        shell.main(["--feedback", "feedback.jsonl", "--export", name.replace(".provenance", "")])
+    assert len(verdicts.load("feedback.jsonl").verdicts) == 1
+
+
 def test_nothing_to_export_is_said(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="there is nothing to export"):
         shell.main(["--feedback", str(tmp_path / "none.jsonl"), "--export", str(tmp_path / "x")])
@@ -299,8 +328,13 @@ def test_create_with_feedback(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     path = tmp_path / "feedback.jsonl"
     flags = ["--train_files", str(tmp_path / "train.jsonl"), "--dataset_name",
              str(tmp_path / "data"), "--validation_ratio", "0", "--feedback", str(path)]  # fmt: skip
+    with pytest.raises(SystemExit, match="--feedback: no file .*feedback.jsonl here"):
+        create_squad_dataset.main(flags)
+    path.touch()
     with pytest.raises(SystemExit, match="holds no verdict that says"):
         create_squad_dataset.main(flags)
+    with pytest.raises(SystemExit, match="--replay must be at least 0, not inf"):
+        create_squad_dataset.main([*flags, "--replay", "inf"])
     verdicts.append(path, [verdict_on(train[4])])
     create_squad_dataset.main(flags)
     assert exchange.CHANGED in capsys.readouterr().out

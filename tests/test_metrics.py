@@ -334,6 +334,7 @@ def test_keys_of_one_kind_of_question_and_strangers() -> None:
         ([], {}, None, "hold no question"),
         ({"dataset": []}, {}, None, "not in the official SQuAD form"),
         ([{"paragraphs": [{"qas": [{"id": "a"}]}]}], {}, None, "KeyError: 'answers'"),
+        (squad_form(a=["x", None]), {"a": "x"}, None, "the text of an answer is no string"),
         ("dev.json", {}, None, "not in the official SQuAD form"),
         (None, {}, None, "not in the official SQuAD form"),
     ],

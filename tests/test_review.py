@@ -336,6 +336,38 @@ def test_only_this_model_s_verdicts_say_how_often_it_is_right(tmp_path: Path) ->
     assert "2 of 2 judged here, 2 in all · the model is right in 0 of 1." in other.progress(seat)
 
 
+@pytest.mark.parametrize(
+    ("na_prob", "kind", "right"),
+    [
+        (0.1, "picked", 1),  # its own span, by the key of its bar
+        (0.1, "marked", 1),  # its own words
+        (0.1, "unanswerable", 0),
+        (0.9, "unanswerable", 1),  # as it says
+        (0.9, "picked", 0),
+        (0.1, "wrong", 0),
+    ],
+)
+def test_a_model_is_right_where_its_answer_is_the_reviewers(
+    na_prob: float, kind: Any, right: int, tmp_path: Path
+) -> None:
+    data = dataset_folder(tmp_path, RECORDS[:1])
+    desk = make_desk(tmp_path, {RECORDS[0]["id"]: na_prob}, dataset_name=data)
+    review = Review(desk, Sources(desk))
+    seat = review.next(new_seat(), SPLIT_LABEL.format("train", data))
+    word = RECORDS[0]["context"].split()[0]
+    seat = review.give(seat, kind, "", "Ada", marked=[0, len(word)])
+    assert f"the model is right in {right} of 1." in review.progress(seat)
+
+
+def test_a_question_that_could_not_be_asked_is_not_right(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.jsonl"
+    nothing: dict[str, Any] = {"answer": None, "corrected": None, "corrected_start": None}
+    texts = {name: RECORDS[0][name] for name in ("id", "title", "context", "question")}
+    said = verdicts.Verdict(verdict="unanswerable", na_prob=None, **nothing, **texts)
+    verdicts.append(path, [said])
+    assert not verdicts.load(path).verdicts[0].agrees
+
+
 def test_nothing_to_review_says_what_to_do(tmp_path: Path) -> None:
     desk = make_desk(tmp_path, {}, dataset_name=str(tmp_path / "none"))
     sources = Sources(desk)

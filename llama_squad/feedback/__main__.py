@@ -11,6 +11,7 @@ The verdicts themselves are given on the page (``app.py``), and trained on by co
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from llama_squad.feedback import exchange, outcome, verdicts
 
@@ -26,7 +27,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--feedback", metavar="FILE", default=DEFAULT_FILE, help=f"Verdicts ({DEFAULT_FILE}).")
     add("--export", metavar="FILE", help="Write the questions with an answer here.")
-    add("--import", metavar="FILE", dest="source", help="Append a labelled file, of any form.")
+    add(
+        "--import",
+        metavar="FILE",
+        dest="source",
+        help="Append a labelled file, of any form, or the verdicts of another.",
+    )
     add("--reviewer", metavar="NAME", default=None, help="Who labelled it (default: you).")
     add("--before", metavar="FILE", help="Compare this result file of test_llama_squad.py ...")
     add("--after", metavar="FILE", help="... with this: the corrected questions, and the others.")
@@ -34,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (args.before is None) != (args.after is None):
         parser.error("--before and --after go together: the result files to compare")
     try:
+        if args.export:
+            check_export(args.export, args.feedback)
         if args.source:
             reviewer = args.reviewer or verdicts.user_name()
             new, there = exchange.import_file(args.source, args.feedback, reviewer)
@@ -48,6 +56,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(outcome.describe(outcome.compare(feedback, args.before, args.after)))
     except ValueError as error:
         sys.exit(f"python -m llama_squad.feedback: {error}")
+
+
+def check_export(path: str, feedback: str) -> None:
+    """Refuse to write over the verdicts. Raises ValueError."""
+    for written in (Path(path), exchange.provenance_path(path)):
+        if written.resolve() == Path(feedback).resolve():
+            raise ValueError(
+                f"--export {path} would write {written}, the verdicts themselves: name another file"
+            )
 
 
 def describe(feedback: verdicts.Feedback, path: str) -> str:

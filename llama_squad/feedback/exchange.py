@@ -81,6 +81,8 @@ def _source(verdict: Verdict) -> dict[str, Any]:
 def import_file(source: str | Path, path: str | Path, reviewer: str) -> tuple[int, int]:
     """Append the questions of a file that was labelled elsewhere, of any form, as verdicts.
 
+    Those of another feedback file are appended as they are.
+
     Returns:
         How many were appended, and how many stood there already, with the same answer.
 
@@ -88,6 +90,12 @@ def import_file(source: str | Path, path: str | Path, reviewer: str) -> tuple[in
         ValueError: the file is not all usable, or one of the two cannot be read or written.
     """
     source = Path(source)
+    if theirs := _verdicts_of(source):
+        known = {v.uid for v in load(path).verdicts}
+        new = [v for v in theirs if v.uid not in known]
+        if new:
+            append(path, new)
+        return len(new), len(theirs) - len(new)
     records = Cleaner().clean(read_rows(source), str(source), "train", source.name)
     there = load(path).latest()
     verdicts = []
@@ -105,6 +113,17 @@ def import_file(source: str | Path, path: str | Path, reviewer: str) -> tuple[in
     if verdicts:
         append(path, verdicts)
     return len(verdicts), len(records) - len(verdicts)
+
+
+def _verdicts_of(source: Path) -> tuple[Verdict, ...]:
+    """Return the verdicts of a feedback file; none of a file of questions, or where there is none.
+
+    What is neither is refused as a file of questions.
+    """
+    try:
+        return load(source).verdicts
+    except ValueError:
+        return ()
 
 
 def merge(

@@ -118,6 +118,12 @@ class Verdict:
         """Whether it says what the right answer is."""
         return self.verdict in ANSWERING
 
+    @property
+    def agrees(self) -> bool:
+        """Whether the right answer is the model's; one that could not be asked has no na_prob."""
+        same = self.corrected == self.answer and self.na_prob is not None
+        return self.verdict == "right" or (self.answers and same)
+
     def record(self) -> dict[str, Any]:
         """Return the question as a SQuAD record: the reviewer's answer, then the dataset's own.
 

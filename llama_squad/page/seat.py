@@ -158,7 +158,7 @@ class Review:
         by = dataclasses.asdict(self.desk.answering).items()
         own = [v for v in judged if by <= dataclasses.asdict(v).items()]
         if own:  # others are of another model, or of none
-            right = sum(v.verdict == "right" for v in own)
+            right = sum(v.agrees for v in own)
             parts.append(f"the model is right in {right:,} of {len(own):,}")
         if queue and queue.too_long:
             parts.append(f"{queue.too_long:,} too long to be read are left out")

@@ -29,6 +29,8 @@ _LISTS = ("answers", "answer_start")
 """Columns whose cell may hold a list."""
 _DELIMITERS = ",;\t|"
 _ARRAY = re.compile(r"\barray\((\[.*?\])(?:,\s*dtype=\w+)?\)(?=[,}])", re.S)
+_OF_VERDICTS = {"verdict", "uid", "corrected"}
+"""What a reviewer's verdict says beside its question: there "answer" is the model's."""
 _NO_OBJECT = "not a JSON object"
 _TOO_DEEP = "lists or objects nested too deeply"
 
@@ -83,11 +85,20 @@ def check_columns(columns: Iterable[str], where: str, answered: bool = True) -> 
         )
 
 
-def flat_row(place: str, values: Any) -> InputRow:
-    """Return the row of a question that stands beside its context."""
-    return (
-        InputRow(place, values) if isinstance(values, dict) else InputRow(place, fault=_NO_OBJECT)
-    )
+def flat_row(place: str, values: Any, where: str = "it") -> InputRow:
+    """Return the row of a question that stands beside its context.
+
+    Raises:
+        ValueError: it is a reviewer's verdict; ``where`` says in which file.
+    """
+    if not isinstance(values, dict):
+        return InputRow(place, fault=_NO_OBJECT)
+    if values.keys() >= _OF_VERDICTS:
+        raise ValueError(
+            f"{where} holds verdicts of a review, not questions ({place}): give it as --feedback, "
+            "or append it to yours: python -m llama_squad.feedback --import FILE"
+        )
+    return InputRow(place, values)
 
 
 # JSON ----------------------------------------------------------------------------------------
@@ -120,12 +131,13 @@ def _json(path: Path) -> Iterator[InputRow]:
         content = json.loads(text)
     except RecursionError as error:
         raise ValueError(f"{path} is of no known form ({_TOO_DEEP}): {FORMS}") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also of a number with thousands of digits
         # one object on a line, then another: JSON lines under another name
-        first = text[: error.pos]
-        if error.msg == "Extra data" and "\n" in first and "\n" not in first.strip():
-            yield from _json_lines(path)
-            return
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+            first = text[: error.pos]
+            if "\n" in first and "\n" not in first.strip():
+                yield from _json_lines(path)
+                return
         raise ValueError(f"{path} is not JSON: {error}") from error
     key = ""
     if isinstance(content, dict) and "data" in content:
@@ -139,7 +151,7 @@ def _json(path: Path) -> Iterator[InputRow]:
     head = content[0] if content else None
     if isinstance(head, dict) and not {"paragraphs", "qas"} & head.keys():
         check_columns([*head, "answer"], str(path))  # another row may have the answer
-        yield from (flat_row(f"{key}[{n}]", values) for n, values in enumerate(content))
+        yield from (flat_row(f"{key}[{n}]", values, str(path)) for n, values in enumerate(content))
         return
     for n, node in enumerate(content):
         at = f"{key}[{n}]"
@@ -177,11 +189,13 @@ def _json_lines(path: Path) -> Iterator[InputRow]:
         if not line.strip():
             continue
         try:
-            row = flat_row(f"line {n}", json.loads(line))
-        except json.JSONDecodeError as error:
-            row = InputRow(f"line {n}", fault=f"not JSON ({error.msg})")
+            values = json.loads(line)
+        except ValueError as error:  # also of a number with thousands of digits
+            row = InputRow(f"line {n}", fault=f"not JSON ({getattr(error, 'msg', error)})")
         except RecursionError:
             row = InputRow(f"line {n}", fault=_TOO_DEEP)
+        else:
+            row = flat_row(f"line {n}", values, str(path))
         if first and row.values:
             check_columns([*row.values, "answer"], str(path))  # another line may have the answer
             first = False
