@@ -87,16 +87,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _questions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield what is asked, with an id each; check names of models before anything is loaded."""
+    from llama_squad.sources.records import HALF, as_text, has_surrogate
+
     cure = "give another folder, or a name on the Hub"
     check_weights("--adapter_name", args.adapter_name, cure)
     check_weights("--model_name", args.model_name, cure)
     if args.questions:
         context = _read(args.context)
         for index, question in enumerate(args.questions):
+            if has_surrogate(question):  # how Python reads bytes that are no UTF-8
+                raise ValueError(f"{question!r} is no UTF-8 text")
             yield {"id": str(index), "question": question, "context": context}
         return
     from llama_squad.sources.formats import read_rows
-    from llama_squad.sources.records import as_text
 
     seen: set[str] = set()
     for row in read_rows(Path(args.input), answered=False):
@@ -104,6 +107,8 @@ def _questions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if row.fault or not all(isinstance(t, str) and t.strip() for t in texts.values()):
             why = row.fault or "question and context must be texts, and not empty"
             raise ValueError(f"{args.input}, {row.place}: {why}")
+        if any(has_surrogate(str(text)) for text in texts.values()):
+            raise ValueError(f"{args.input}, {row.place}: {HALF}")
         id_ = as_text(row.values.get("id")) or row.place
         if id_ in seen:
             raise ValueError(f"{args.input}, {row.place}: id {id_} is there twice: name them apart")

@@ -77,7 +77,8 @@ def _spans(seen: torch.Tensor, block_tokens: int) -> list[tuple[int, int]]:
     """
     queries, keys = seen.shape
     order = torch.arange(1, queries + 1)
-    until = (seen * order[:, None]).amax(0)[keys - queries :]  # the last query that sees a key
+    # the last query that sees a key: each sees its own
+    until = queries - seen[:, keys - queries :].flip(0).view(torch.uint8).argmax(0)
     until[: int((until == queries).long().cumprod(0).sum())] = 0  # what all share is no obstacle
     apart = (until.cummax(0).values <= order).nonzero()[:, 0] + 1
     spans, begin = [], 0

@@ -244,7 +244,7 @@ class ChatEncoder:
         start = 0
         for a, b, token in [*self._template_controls(item), (len(item.text), len(item.text), None)]:
             piece = item.text[start:a].rstrip() if token and token.lstrip else item.text[start:a]
-            encoding = self._plain.encode(piece, add_special_tokens=False)
+            encoding = self.plain.encode(piece, add_special_tokens=False)
             ids += encoding.ids
             offsets += [(start + x, start + y) for x, y in encoding.offsets]
             if token:
@@ -272,7 +272,7 @@ class ChatEncoder:
         ]
 
     @functools.cached_property
-    def _plain(self) -> Tokenizer:
+    def plain(self) -> Tokenizer:
         """The same tokenizer without its control tokens: it spells them like any other text."""
         content = json.loads(self.tokenizer.backend_tokenizer.to_str())
         white = [token for token in content["added_tokens"] if is_white(token["content"])]

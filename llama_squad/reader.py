@@ -27,6 +27,7 @@ from llama_squad.folders import THRESHOLD_FILE
 from llama_squad.predictors.base import Prediction, batch_paragraphs
 from llama_squad.predictors.local import LocalModel
 from llama_squad.prompts import Message, Record
+from llama_squad.sources.records import HALF, has_surrogate
 from llama_squad.thresholds import load_abstention
 
 Many = list[str] | tuple[str, ...]
@@ -170,7 +171,7 @@ class Reader:
             context: one for all, or one for each question of the list.
 
         Raises:
-            ValueError: an empty context or question, or other numbers of them.
+            ValueError: an empty context or question, half a character, or other numbers of them.
         """
         if isinstance(question, str):
             if not isinstance(context, str):
@@ -188,6 +189,8 @@ class Reader:
             for key in ("question", "context"):
                 if not str(record[key]).strip():
                     raise ValueError(f"the {key} of question {index + 1} is empty")
+                if has_surrogate(str(record[key])):
+                    raise ValueError(f"the {key} of question {index + 1} has {HALF}")
         asked = [{**record, "id": index} for index, record in enumerate(records)]
         found: dict[int, Reading] = {}
         for batch in batch_paragraphs(asked, self._local.batch_size):

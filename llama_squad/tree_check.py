@@ -163,7 +163,7 @@ def move_back(position: int) -> int:
     return -min(position, 16) or 16
 
 
-def why_not_shared(model: Any, probe: Probe, row: "RowProbe | None" = None) -> str:
+def why_not_shared(model: Any, probe: Probe, row: "Callable[[], RowProbe] | None" = None) -> str:
     """Tell why a model's sequences must not share prefixes; "" where they may.
 
     What is asked is exact: other tokens in one branch move no logit of another one, not by the
@@ -176,7 +176,7 @@ def why_not_shared(model: Any, probe: Probe, row: "RowProbe | None" = None) -> s
     Args:
         model: in any state; it is put back into it.
         probe: what is run.
-        row: the same as a row, to take gradients of; only used where ``probe`` is None.
+        row: makes the same as a row, to take gradients of; only where ``probe`` is none itself.
     """
     carried = recurrent_layers(model.config)
     if carried:
@@ -191,7 +191,7 @@ def why_not_shared(model: Any, probe: Probe, row: "RowProbe | None" = None) -> s
         model.train(training)
 
 
-def _try(model: Any, probe: Probe, row: "RowProbe | None") -> str:
+def _try(model: Any, probe: Probe, row: "Callable[[], RowProbe] | None") -> str:
     alone = _run_last_alone(model, probe)
     if not alone.isfinite().all():
         raise ValueError(NO_NUMBERS)
@@ -202,7 +202,7 @@ def _try(model: Any, probe: Probe, row: "RowProbe | None") -> str:
         base, sister, stem, moved = map(probe.run, ("", "sister", "stem", "positions"))
         leaks = not _equal(base[1:], sister[1:])
         if leaks and _has_experts(model.config):
-            leaks = (row or cast(RowProbe, probe)).gradient_crosses()
+            leaks = (row() if row else cast(RowProbe, probe)).gradient_crosses()
     except Exception as error:  # architectures fail in many ways; plain batches work for all
         if is_out_of_memory(error):
             raise

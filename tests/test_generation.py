@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llama_squad.answers import NO_ANSWER, answer_is_closed, extract_answer, format_answer
 from llama_squad.decoding.batch import DecodingBatch
 from llama_squad.decoding.boundaries import Boundaries, is_span
-from llama_squad.decoding.cache import WATCHED, Branch, TokenTree, check_tree
+from llama_squad.decoding.cache import LONGEST_BRANCH, WATCHED, Branch, TokenTree, check_tree
 from llama_squad.decoding.constraints import FreeSpeech
-from llama_squad.decoding.generator import Generator
+from llama_squad.decoding.generator import Generator, stop_ids
 from llama_squad.decoding.replies import Paragraph
 from llama_squad.decoding.search import BestFirstSearch, Hypothesis, State, Successors
 from llama_squad.decoding.spans import SpanGrammar, reply_ids, span_vocabulary
@@ -309,6 +309,37 @@ def test_the_check_of_a_long_context_reads_few_logits(
     check_tree(model, prompt)
     assert len(prompt) > 4 * WATCHED
     assert max(rows) == 2 * WATCHED
+
+
+def test_the_check_of_a_long_context_holds_no_square_of_it(
+    encoder: ChatEncoder, paragraphs: Any
+) -> None:
+    """Its branches are short, and the stem needs no mask."""
+    model = tiny_model(vocab_size=len(encoder.tokenizer), intermediate_size=64)
+    (prompt, *_) = make_paragraph(encoder, paragraphs[0].context * 16, ["Who?"]).prompts
+    sizes: list[int] = []
+
+    def watch(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs["attention_mask"]
+        sizes.append(0 if mask is None or mask.dim() < 4 else mask.numel())
+
+    model.model.layers[0].self_attn.register_forward_pre_hook(watch, with_kwargs=True)
+    check_tree(model, prompt)
+    assert len(prompt) > 4 * LONGEST_BRANCH
+    longest = len(prompt) + LONGEST_BRANCH
+    assert 0 < max(sizes) <= 2 * LONGEST_BRANCH * longest
+
+
+def test_an_alternative_of_one_token(model: Any, encoder: ChatEncoder, paragraphs: Any) -> None:
+    class OneToken(FreeSpeech):
+        alternative = (5,)
+
+    stops = stop_ids(model, encoder)
+    plain = Generator(model, encoder, decoding="free", max_new_tokens=3).reply(paragraphs)
+    constraint = OneToken(encoder.tokenizer, stops)
+    found = Generator(model, encoder, decoding=constraint, max_new_tokens=3).reply(paragraphs)
+    for a, b in zip(itertools.chain(*found), itertools.chain(*plain), strict=True):
+        assert a.token_ids == b.token_ids
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])

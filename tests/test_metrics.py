@@ -192,7 +192,7 @@ def test_random_vectors(seed: int) -> None:
     assert without == pytest.approx(by_definition(cases, 1.0, with_na_probs=False), abs=1e-9)
 
 
-def squad_form(**golds: list[str]) -> list[dict[str, Any]]:
+def squad_form(**golds: list[Any]) -> list[dict[str, Any]]:
     qas = [{"id": i, "answers": [{"text": t} for t in texts]} for i, texts in golds.items()]
     return [{"paragraphs": [{"qas": qas}]}]
 

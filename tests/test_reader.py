@@ -75,6 +75,7 @@ def test_one_question_many_and_none(reader: Any, folder: str) -> None:
         ((question, [context]), "one question takes one context"),
         (([question], [context, context]), "1 questions, but 2 contexts"),
         ((" ", context), "the question of question 1 is empty"),
+        (([question] * 2, [context, "\ud83d"]), "the context of question 2 has half a character"),
     ):
         with pytest.raises(ValueError, match=message):
             reader(*asked)
@@ -241,6 +242,11 @@ def test_no_other_file_is_taken_for_answers(tmp_path: Path) -> None:
     asked.write_text("\n")
     with pytest.raises(SystemExit, match=r"asked.jsonl holds no questions"):
         shell.main(["--model_name", "M/M", "--input", str(asked)])
+    asked.write_text('{"id": "q", "question": "Who?", "context": "Ann \\ud83d."}\n')
+    with pytest.raises(SystemExit, match=r"asked.jsonl, line 1: half a character"):
+        shell.main(["--model_name", "M/M", "--input", str(asked)])
+    with pytest.raises(SystemExit, match=r"'Who\\udce9' is no UTF-8 text"):
+        shell.main(["--model_name", "M/M", "--context", str(asked), "Who\udce9"])
 
 
 def test_offsets_are_of_the_file_s_own_text(

@@ -32,7 +32,7 @@ def tokens(text: str) -> Any:
 
 
 def test_windows_cover_the_context_and_overlap_at_words() -> None:
-    windows = cut_windows(tiny_tokenizer(), LONG, 100, 30)
+    windows = cut_windows(tiny_tokenizer().backend_tokenizer, LONG, 100, 30)
     assert windows[0][0] == 0
     assert windows[-1][1] == len(LONG)
     assert len(windows) > 4
@@ -42,10 +42,10 @@ def test_windows_cover_the_context_and_overlap_at_words() -> None:
         assert LONG[c - 1] == " "
         assert LONG[b - 1] == " "
         assert tokens(LONG[a:b]) <= 100 + 15
-    assert cut_windows(tiny_tokenizer(), "A b.", 100, 30) == [(0, 4)]
-    assert cut_windows(tiny_tokenizer(), "", 100, 30) == [(0, 0)]
+    assert cut_windows(tiny_tokenizer().backend_tokenizer, "A b.", 100, 30) == [(0, 4)]
+    assert cut_windows(tiny_tokenizer().backend_tokenizer, "", 100, 30) == [(0, 0)]
     blob = "x" * 500
-    assert cut_windows(tiny_tokenizer(), blob, 100, 30)[-1][1] == 500
+    assert cut_windows(tiny_tokenizer().backend_tokenizer, blob, 100, 30)[-1][1] == 500
 
 
 def reply(text: str, log_prob: float, no_answer: Any, at: Any = 3, **more: Any) -> Any:
@@ -64,6 +64,16 @@ def test_the_window_that_is_surest_of_an_answer_gives_it() -> None:
     nothing = Reply("?", [], -1.0, None, (), -1.0, 1.0)
     assert merge_windows([(0, nothing), (9, reply("a", -5.0, -1.0))]).best == Span("a", -5.0, 12)
     assert merge_windows([(0, nothing), (9, nothing)]).best is None
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_long_context_may_spell_control_tokens() -> None:
+    """They are several tokens each in a prompt, and one to the tokenizer itself."""
+    context = " ".join(f"Ka met <|eot_id|> in {1500 + n}." for n in range(60))
+    record = {"id": "1", "context": context, "question": "Which?", "answers": {"text": []}}
+    (found,) = local(max_new_tokens=8, na_prob_thresh=1.0).answer([[record]])
+    assert not found.failure
+    assert found.reply.best is not None and found.reply.best.text in context
 
 
 @pytest.mark.usefixtures("narrow")

@@ -135,7 +135,7 @@ class TokenTree:
             for branch in row:
                 first_loud = len(branch.tokens) - branch.wanted
                 new = np.array([next(quiet if i < first_loud else loud)
-                                for i in range(len(branch.tokens))])  # fmt: skip
+                                for i in range(len(branch.tokens))], dtype=np.int64)  # fmt: skip
                 stem = branch.parent.columns if branch.parent else np.empty(0, dtype=np.int64)
                 ids[r, new] = branch.tokens
                 depth = branch.parent.depth if branch.parent else 0
@@ -259,13 +259,16 @@ class TokenTree:
 WATCHED = 64
 """So many logits of a branch are compared, its last: those of all of a long one take gigabytes."""
 
+LONGEST_BRANCH = 256
+"""Tokens of a branch, at most: its mask has as many rows, each as long as the prompt."""
+
 
 class _CacheProbe:
-    """A prompt's second half and another of its length, grown on a cache as decoding does it."""
+    """A prompt's end and another of its length, grown on a cache as decoding does it."""
 
     def __init__(self, model: PreTrainedModel, prompt: Sequence[int]) -> None:
         self._model = model
-        cut = len(prompt) // 2
+        cut = max(len(prompt) // 2, len(prompt) - LONGEST_BRANCH)
         self._stem, own = list(prompt[:cut]), list(prompt[cut:])
         self._branches = [other_tokens(torch.tensor(own)).tolist(), own]
         self._wanted = min(len(own), WATCHED)
@@ -326,7 +329,7 @@ def check_tree(model: PreTrainedModel, prompt: Sequence[int]) -> None:
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return batch_rows([Tree.build(row["paragraphs"]) for row in rows], 0)
 
-    why = why_not_shared(model, probe, RowProbe(model, collate, [probe.examples]))
+    why = why_not_shared(model, probe, lambda: RowProbe(model, collate, [probe.examples]))
     if why:
         raise ValueError(
             f"{type(model).__name__} cannot evaluate questions that share their context: {why}. It "

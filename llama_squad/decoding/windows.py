@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
 
 from llama_squad.decoding.boundaries import is_word_boundary
 from llama_squad.decoding.replies import Reply, Span
@@ -19,12 +19,12 @@ SNAP = 40
 
 
 def cut_windows(
-    tokenizer: PreTrainedTokenizerBase, context: str, size: int, overlap: int
+    tokenizer: Tokenizer, context: str, size: int, overlap: int
 ) -> list[tuple[int, int]]:
     """Return the first and last-plus-one characters of windows that cover a context, in order.
 
     Args:
-        tokenizer: a fast one.
+        tokenizer: which spells control tokens in the context as plain text (``ChatEncoder.plain``).
         context: the text.
         size: tokens of a window, about: an end moves to the next word.
         overlap: tokens that a window shares with the next, at most half of ``size``; an answer
@@ -36,7 +36,7 @@ def cut_windows(
     if size < 1:
         raise ValueError(f"a window must hold a token at least, not {size}")
     overlap = min(overlap, size // 2)
-    offsets = tokenizer.backend_tokenizer.encode(context, add_special_tokens=False).offsets
+    offsets = tokenizer.encode(context, add_special_tokens=False).offsets
     windows: list[tuple[int, int]] = []
     first = 0
     while True:

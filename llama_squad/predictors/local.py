@@ -156,8 +156,7 @@ class LocalModel:
         if len(fit) == len(places):
             return parts
         context = group[0]["context"]
-        tokenizer = self._encoder.tokenizer
-        size = len(tokenizer.backend_tokenizer.encode(context, add_special_tokens=False).ids)
+        size = len(self._encoder.plain.encode(context, add_special_tokens=False).ids)
         rest = [place for place in places if place not in fit]
         sizes = {place: room - lengths[place - first] + size for place in rest}
         for place in rest:
@@ -178,7 +177,7 @@ class LocalModel:
         context = group[0]["context"]
         size = int(min(sizes[place] for place in places))
         while True:
-            windows = cut_windows(self._encoder.tokenizer, context, size, WINDOW_OVERLAP)
+            windows = cut_windows(self._encoder.plain, context, size, WINDOW_OVERLAP)
             parts = [
                 _Part(
                     list(places),

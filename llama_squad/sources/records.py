@@ -27,6 +27,7 @@ MENDED_NEAREST = "answer_start: wrong, the nearest of several places taken (--me
 RESPELT = "answer: written as its context has it (Unicode form, spaces, line ends, quotes)"
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+HALF = r"half a character in its text (a lone surrogate, \ud800 to \udfff)"
 _FLAGS = {"true": True, "yes": True, "1": True, "1.0": True}
 _FLAGS |= {"false": False, "no": False, "0": False, "0.0": False}
 
@@ -70,12 +71,17 @@ def read_record(
         title = f"{name}: {place}"
         changes[TITLE_MADE] = None
     given = _answers(values, changes, mend)
-    if any(map(_SURROGATE.search, (key, title, context, question, *(text for text, _ in given)))):
-        raise Fault(r"half a character in its text (a lone surrogate, \ud800 to \udfff)")
+    if any(map(has_surrogate, (key, title, context, question, *(text for text, _ in given)))):
+        raise Fault(HALF)
     found = [_locate(context, text, start, changes, mend) for text, start in given]
     answers = {"text": [text for text, _ in found], "answer_start": [start for _, start in found]}
     record = {"id": key, "title": title, "context": context, "question": question}
     return record | {"answers": answers}, changes
+
+
+def has_surrogate(text: str) -> bool:
+    """Tell whether a text holds half a character, which no tokenizer takes: see ``HALF``."""
+    return bool(_SURROGATE.search(text))
 
 
 def _needed(values: Mapping[str, Any], key: str) -> str:
