@@ -1,8 +1,9 @@
-"""Files that are locked and written durably, and whose errors are one line with the cure."""
+"""Files and folders that are written durably, and whose errors are one line with the cure."""
 
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -47,6 +48,30 @@ def check_writable(path: str | Path) -> None:
                 os.fsync(file.fileno())
         finally:
             probe.unlink(missing_ok=True)
+
+
+def aside_of(folder: Path) -> Path:
+    """Return where a folder is written before it takes its place: the same for all processes."""
+    return folder.with_name(f".{folder.name}.new")
+
+
+def start_aside(aside: Path) -> None:
+    """Make the empty folder to write to; a killed run may have left its own."""
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+
+
+def put_in_place(aside: Path, folder: Path) -> None:
+    """Let a complete folder take the place of the earlier one: two renames, then the removal."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def open_locked(path: Path) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from llama_squad.arguments import ModelArguments
 from llama_squad.config import write_json
-from llama_squad.durable import check_writable
+from llama_squad.durable import aside_of, check_writable, put_in_place, start_aside
 from llama_squad.harness import compare, load_run, paired_errors, run_harness, stay_offline
 from llama_squad.report import render_comparison
 from llama_squad.sides import Side, Sides, base_key, digest_of, digests, find_sides, version
@@ -201,9 +201,8 @@ def _evaluate(
     args: argparse.Namespace, side: Side, tokenizer: str, command: Sequence[str], folder: Path
 ) -> None:
     """Run the harness on one side; its files take their place in ``folder`` once complete."""
-    aside = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = aside_of(folder)
+    start_aside(aside)
     model = side.model
     if args.quantize:
         model = str(aside / "4bit")
@@ -223,8 +222,7 @@ def _evaluate(
     if not any(aside.rglob("results_*.json")):
         raise ValueError(f"lm_eval left no figures: see {folder}.log")
     shutil.rmtree(aside / "4bit", ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    put_in_place(aside, folder)
 
 
 def _save_in_4_bits(args: argparse.Namespace, model: str, tokenizer: str, folder: str) -> None:

@@ -332,7 +332,7 @@ def test_the_check_of_a_long_context_holds_no_square_of_it(
 
 def test_an_alternative_of_one_token(model: Any, encoder: ChatEncoder, paragraphs: Any) -> None:
     class OneToken(FreeSpeech):
-        alternative = (5,)
+        alternative: Sequence[int] = (5,)
 
     stops = stop_ids(model, encoder)
     plain = Generator(model, encoder, decoding="free", max_new_tokens=3).reply(paragraphs)

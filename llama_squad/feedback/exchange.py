@@ -7,7 +7,7 @@ from typing import Any
 
 from llama_squad.config import write_json
 from llama_squad.durable import one_line_errors
-from llama_squad.feedback.verdicts import Feedback, Key, Verdict, append, load
+from llama_squad.feedback.verdicts import Feedback, Key, Verdict, append, key_of, load
 from llama_squad.prompts import Record, gold_answer
 from llama_squad.sources.cleaning import Cleaner
 from llama_squad.sources.formats import read_rows
@@ -197,14 +197,10 @@ def _take_out(
     merged: dict[str, list[Record]] = {}
     taken: dict[Key, Record] = {}
     for name, records in splits.items():
-        found = {key: r for r in records if (key := _key(r)) in keys}
+        found = {key: r for r in records if (key := key_of(r)) in keys}
         taken |= found
-        merged[name] = [r for r in records if _key(r) not in found]
+        merged[name] = [r for r in records if key_of(r) not in found]
     return merged, taken
-
-
-def _key(record: Record) -> Key:
-    return record["id"], record["context"], record["question"]
 
 
 def _answer(record: Record) -> tuple[str, list[int]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llama_squad.answers import Answer
 from llama_squad.calibration import Calibration
-from llama_squad.feedback.verdicts import Key
+from llama_squad.feedback.verdicts import Key, key_of
 from llama_squad.metrics import is_exact_match
 from llama_squad.prompts import Record
 from llama_squad.result_reader import iter_results
@@ -91,7 +91,7 @@ class Item:
     @property
     def key(self) -> Key:
         """What the question is told by."""
-        return self.record["id"], self.record["context"], self.record["question"]
+        return key_of(self.record)
 
 
 def item_of_row(row: Row, record: Record, threshold: float) -> Item:
@@ -137,8 +137,7 @@ class ReviewQueue:
 
     def keys(self) -> set[Key]:
         """Return what the questions are told by."""
-        records = [item.record for item in self._items] + self._unread
-        return {(r["id"], r["context"], r["question"]) for r in records}
+        return set(map(key_of, [*(item.record for item in self._items), *self._unread]))
 
     def next(self, window: str, seen: Collection[Key], again: Key | None = None) -> Item | None:
         """Return the question most worth a look that is not ``seen``; None where none is left.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from llama_squad.durable import one_line_errors, write_durably
+from llama_squad.prompts import Record
 
 Kind = Literal["right", "wrong", "picked", "marked", "unanswerable", "skipped", "undone"]
 """right: the model's answer stands. picked: another of its spans. marked: a span selected in the
@@ -31,6 +32,11 @@ ANSWERING: tuple[Kind, ...] = ("right", "picked", "marked", "unanswerable")
 
 Key = tuple[str, str, str]
 """What a question is told by: its id, context and question."""
+
+
+def key_of(record: Record) -> Key:
+    """Return what a record's question is told by."""
+    return record["id"], record["context"], record["question"]
 
 
 def _now() -> str:

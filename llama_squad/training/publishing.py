@@ -18,6 +18,7 @@ from llama_squad.config import (
     save_run_config,
     write_json,
 )
+from llama_squad.durable import aside_of, put_in_place, start_aside
 from llama_squad.folders import FINAL, MERGED
 from llama_squad.quantized import dequantize
 from llama_squad.training.merge_error import MergeError, MergeMeter, Sample
@@ -49,10 +50,10 @@ def save_final(trainer: Any, settings: dict[str, Any]) -> Path:
         settings: see ``run_settings``.
     """
     folder = Path(trainer.args.output_dir) / FINAL
-    aside = _aside(folder)
+    aside = aside_of(folder)
     first = trainer.args.should_save
     if first:
-        _start_aside(aside)
+        start_aside(aside)
     trainer.accelerator.wait_for_everyone()
     # the internal call pushes nothing: the folder is not in its place yet
     trainer.save_model(str(aside), _internal_call=True)
@@ -61,7 +62,7 @@ def save_final(trainer: Any, settings: dict[str, Any]) -> Path:
         metrics = _metrics(_of_the_saved(trainer))
         save_run_config(aside, "train", **settings, figures=metrics)
         (aside / "README.md").write_text(model_card(settings, metrics), encoding="utf-8")
-        _put_in_place(aside, folder)
+        put_in_place(aside, folder)
         print(f"Saved {folder}.")
         _remove_merged(folder.parent / MERGED)
     trainer.accelerator.wait_for_everyone()
@@ -69,30 +70,6 @@ def save_final(trainer: Any, settings: dict[str, Any]) -> Path:
     if first and trainer.args.push_to_hub and not later:
         _push(folder, trainer.hub_model_id, trainer.args)
     return folder
-
-
-def _aside(folder: Path) -> Path:
-    """Return where a folder is written before it takes its place: the same for all processes."""
-    return folder.with_name(f".{folder.name}.new")
-
-
-def _start_aside(aside: Path) -> None:
-    """Make the empty folder to write to; a killed run may have left its own."""
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True)
-
-
-def _put_in_place(aside: Path, folder: Path) -> None:
-    """Let a complete folder take the place of the earlier one: two renames, then the removal."""
-    old = folder.with_name(f".{folder.name}.old")
-    if old.exists():
-        shutil.rmtree(old)
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    if old.exists():
-        shutil.rmtree(old)
 
 
 def _remove_merged(merged: Path) -> None:
@@ -183,15 +160,15 @@ def merge_and_push(
         print("All parameters were trained, so there is no adapter to merge.")
     else:
         merged = folder.parent / MERGED
-        aside = _aside(merged)
-        _start_aside(aside)
+        aside = aside_of(merged)
+        start_aside(aside)
         error = merge_adapter(args, model_args, folder, aside, sample)
         saved = load_run_config(folder)
         settings = {"train": args, "model": model_args, "trainer": saved["trainer"]}
         card = model_card(settings, saved["figures"], error)
         (aside / "README.md").write_text(card, encoding="utf-8")
         write_json(aside / RUN_CONFIG, saved | {"merge": dataclasses.asdict(error)})
-        _put_in_place(aside, merged)
+        put_in_place(aside, merged)
         pushed[f"{sft_args.hub_model_id}-merged"] = merged
         print(f"\n{error.table()}\n\nSaved the merged model in {merged}.")
         if error.warning():
