@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = [*flags, *argv[len(files) :]]
     (args,) = parse_stage("summarize", (SummarizeArguments,), argv, description=__doc__)
     try:
-        check_summary(args)
+        check_summary(args, argv)
         summary = score_official(args) if args.predictions else summarize_files(args)
         if args.output:
             with one_line_errors(args.output):

@@ -24,6 +24,7 @@ from llama_squad.folders import (
     check_output,
     check_weights,
 )
+from llama_squad.result_reader import name_files
 from llama_squad.stage import next_command
 
 SERVER_FLAGS = (
@@ -325,18 +326,20 @@ def _check_url(args: EvalArguments) -> None:
         raise ValueError(f"--base_url is such as http://localhost:8000/v1, not {args.base_url!r}")
 
 
-def check_summary(args: SummarizeArguments) -> None:
+def check_summary(args: SummarizeArguments, argv: Sequence[str]) -> None:
     """Refuse what clashes, or no na_prob can be compared with. Raises ValueError.
 
     Other systems' files may hold any figure in the place of a probability, such as log-odds.
     """
-    named = [*args.results, *(name.partition("=")[2] for name in args.results)]
-    read = filter(None, (*named, args.data, args.predictions, args.na_prob))
-    if args.output and Path(args.output).resolve() in {Path(name).resolve() for name in read}:
+    others = [name for name in (args.data, args.predictions, args.na_prob) if name]
+    read = {
+        Path(name).resolve() for name in (*map(str, name_files(args.results).values()), *others)
+    }
+    if args.output and Path(args.output).resolve() in read:
         raise ValueError(f"--output {args.output} is read: name another file for the table")
     if args.paired and (args.predictions or len(args.results) < 2):
         raise ValueError("--paired compares result files with the first of them: give two or more")
-    if args.predictions and (args.intervals or args.results != SummarizeArguments().results):
+    if args.predictions and {word.split("=")[0] for word in argv} & {"--intervals", "--results"}:
         raise ValueError(
             "--predictions scores one file of any system, without intervals: leave out --intervals "
             "and the result files"

@@ -42,16 +42,27 @@ RUN_CONFIG = "llama_squad.json"
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, but ``1e-6`` is a number and a doubled key is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_document(self, node: yaml.Node) -> Any:
+        self._refuse_doubled(node, set())  # before `<<: *other` merges others into a mapping
+        return super().construct_document(node)
+
+    def _refuse_doubled(self, node: yaml.Node, done: set[int]) -> None:
+        if id(node) in done or isinstance(node, yaml.ScalarNode):
+            return
+        done.add(id(node))
+        if not isinstance(node, yaml.MappingNode):
+            for item in node.value:
+                self._refuse_doubled(item, done)
+            return
         seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`
+        for key_node, value in node.value:
+            self._refuse_doubled(value, done)
+            if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is there twice")
             seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

@@ -68,7 +68,7 @@ FAULTS = [
     Fault(
         "feedback: what was trained is tested",
         "llama_squad/feedback/exchange.py",
-        "merged[name] = [r for r in records if _key(r) not in found]",
+        "merged[name] = [r for r in records if key_of(r) not in found]",
         "merged[name] = list(records)",
         FEEDBACK,
     ),

@@ -219,9 +219,34 @@ def test_import_of_anothers_verdicts_takes_them_as_they_are(
     shell.main(command)
     assert "0 questions taken in, 2 were there" in capsys.readouterr().out
     assert verdicts.load(path).verdicts[1:] == tuple(said)
-    theirs.write_text(theirs.read_text().replace('"wrong"', '"perhaps"'))
-    with pytest.raises(SystemExit, match=r"theirs.jsonl holds verdicts of a review"):
+    verdicts.undo(theirs, said[0])
+    verdicts.undo(path, said[1])
+    shell.main(command)  # an undo is one of theirs, too; and what is undone here stays so
+    assert [v.question for v in verdicts.load(path).verdicts] == ["q0"]
+    with theirs.open("a") as file:
+        file.write("{")
+    with pytest.raises(SystemExit, match=r"theirs.jsonl: the last line is cut off"):
         shell.main(command)
+    theirs.write_text(theirs.read_text()[:-1].replace('"wrong"', '"perhaps"'))
+    with pytest.raises(SystemExit, match=r"theirs.jsonl, line 2, is no verdict"):
+        shell.main(command)
+
+
+def test_the_latest_counts_whenever_it_was_imported(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.jsonl"
+    late = judged("q1", time="2026-11-30T10:00:00.000+00:00")
+    early = judged("q1", verdict="wrong", corrected=None, time="2025-11-30T10:00:00.000+00:00")
+    verdicts.append(path, [late, early])
+    assert list(verdicts.load(path).latest().values()) == [late]
+
+
+def test_own_questions_may_have_a_column_of_that_name(tmp_path: Path) -> None:
+    path, own = tmp_path / "feedback.jsonl", tmp_path / "own.jsonl"
+    row = {"id": "1", "title": "T", "context": CONTEXT, "question": "When?", "answer": "1912"}
+    own.write_text(json.dumps(row | {"verdict": "right"}) + "\n")
+    shell.main(["--feedback", str(path), "--import", str(own)])
+    (found,) = verdicts.load(path).verdicts
+    assert (found.verdict, found.corrected) == ("marked", "1912")
 
 
 @pytest.mark.parametrize("name", ["./feedback.jsonl", "feedback.provenance.json"])
@@ -231,7 +256,7 @@ def test_an_export_does_not_write_over_the_verdicts(
     monkeypatch.chdir(tmp_path)
     verdicts.append("feedback.jsonl", [judged("q1")])
     Path("feedback.provenance.json").symlink_to("feedback.jsonl")
-    with pytest.raises(SystemExit, match="the verdicts themselves: name another file"):
+    with pytest.raises(SystemExit, match="which is read: name another file"):
         shell.main(["--feedback", "feedback.jsonl", "--export", name.replace(".provenance", "")])
     assert len(verdicts.load("feedback.jsonl").verdicts) == 1
 

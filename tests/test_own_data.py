@@ -174,6 +174,9 @@ def test_a_line_end_within_a_context_is_no_line_of_json(stage: Any) -> None:
     assert [r["context"] for r in records] == [text]
 
 
+VERDICT = {"verdict": "wrong", "corrected": None, "corrected_start": None, "uid": "7", "undoes": ""}
+
+
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
@@ -200,8 +203,8 @@ def test_a_line_end_within_a_context_is_no_line_of_json(stage: Any) -> None:
         (row(answer="", is_impossible="false"), "a.jsonl", "is_impossible is false, but there is no answer: 1"),
         (row(answer=" ? "), "a.jsonl", r"""a gold answer is "\?", which stands for no answer: 1 \(first: a.jsonl, line 1, id 'q'\)"""),
         (row(), "a.jsonl", "no answers, and not marked is_impossible: 1"),
-        (row(answer="c", verdict="wrong", corrected=None, uid="7"), "a.jsonl", r"a.jsonl holds verdicts of a review, not questions \(line 1\): give it as --feedback"),
-        (row(answer="c", verdict="wrong", corrected=None, uid="7"), "a.json", "a.json holds verdicts of a review"),
+        (row(answer="c", **VERDICT), "a.jsonl", r"a.jsonl holds verdicts of a review, not questions \(line 1\): give it as --feedback"),
+        (row(answer="c", **VERDICT), "a.json", "a.json holds verdicts of a review"),
         ('{"n": %s}' % ("9" * 5000), "a.jsonl", r"not JSON \(Exceeds the limit .*\): 1 \(first: a.jsonl, line 1\)"),
         ('[%s]' % ("9" * 5000), "a.json", "a.json is not JSON: Exceeds the limit"),
     ],

@@ -402,6 +402,15 @@ def test_errors_name_what_is_wrong(
     assert message in fail(capsys, *argv)
 
 
+def test_a_recipe_may_name_result_files_that_predictions_pass_over(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_official_files()
+    Path("c.yaml").write_text("summarize: {results: [r.csv], intervals: true}")
+    out = run(capsys, "--config", "c.yaml", "--data", "d.json", "--predictions", "p.json")
+    assert "exact" in out
+
+
 def processor_seconds(*command: Any) -> tuple[subprocess.CompletedProcess[str], float]:
     """Run a command; return what it printed and the processor seconds it took.
 

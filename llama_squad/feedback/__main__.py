@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--before and --after go together: the result files to compare")
     try:
         if args.export:
-            check_export(args.export, args.feedback)
+            read = (args.feedback, args.source, args.before, args.after)
+            check_export(args.export, [name for name in read if name])
         if args.source:
             reviewer = args.reviewer or verdicts.user_name()
             new, there = exchange.import_file(args.source, args.feedback, reviewer)
@@ -58,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"python -m llama_squad.feedback: {error}")
 
 
-def check_export(path: str, feedback: str) -> None:
-    """Refuse to write over the verdicts. Raises ValueError."""
+def check_export(path: str, read: Sequence[str]) -> None:
+    """Refuse to write over what is read, such as the verdicts. Raises ValueError."""
     for written in (Path(path), exchange.provenance_path(path)):
-        if written.resolve() == Path(feedback).resolve():
+        if written.resolve() in {Path(name).resolve() for name in read}:
             raise ValueError(
-                f"--export {path} would write {written}, the verdicts themselves: name another file"
+                f"--export {path} would write over {written}, which is read: name another file"
             )
 
 

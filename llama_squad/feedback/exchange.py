@@ -1,16 +1,17 @@
 """Verdicts out and in: SQuAD 2.0 files that other tools take, and datasets merged with verdicts."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from llama_squad.config import write_json
 from llama_squad.durable import one_line_errors
-from llama_squad.feedback.verdicts import Feedback, Key, Verdict, append, key_of, load
+from llama_squad.feedback.verdicts import Feedback, Key, Verdict, append, key_of, load, read_lines
 from llama_squad.prompts import Record, gold_answer
 from llama_squad.sources.cleaning import Cleaner
-from llama_squad.sources.formats import read_rows
+from llama_squad.sources.formats import OF_VERDICTS, read_rows
 from llama_squad.sources.records import paragraphs_at_random
 
 CHANGED = "answers: a reviewer's, in place of others (--feedback)"
@@ -90,8 +91,11 @@ def import_file(source: str | Path, path: str | Path, reviewer: str) -> tuple[in
         ValueError: the file is not all usable, or one of the two cannot be read or written.
     """
     source = Path(source)
-    if theirs := _verdicts_of(source):
-        known = {v.uid for v in load(path).verdicts}
+    if _holds_verdicts(source):
+        theirs, torn = read_lines(source)
+        if torn:
+            raise ValueError(f"{source}: the last line is cut off: mend it, or delete it")
+        known = {v.uid for v in read_lines(path)[0]}
         new = [v for v in theirs if v.uid not in known]
         if new:
             append(path, new)
@@ -115,15 +119,14 @@ def import_file(source: str | Path, path: str | Path, reviewer: str) -> tuple[in
     return len(verdicts), len(records) - len(verdicts)
 
 
-def _verdicts_of(source: Path) -> tuple[Verdict, ...]:
-    """Return the verdicts of a feedback file; none of a file of questions, or where there is none.
-
-    What is neither is refused as a file of questions.
-    """
+def _holds_verdicts(source: Path) -> bool:
+    """Tell a feedback file from one of questions, by its first line."""
     try:
-        return load(source).verdicts
-    except ValueError:
-        return ()
+        with source.open("rb") as file:
+            values = json.loads(file.readline())
+    except (OSError, ValueError, RecursionError):  # what reads questions says so
+        return False
+    return isinstance(values, dict) and values.keys() >= OF_VERDICTS
 
 
 def merge(

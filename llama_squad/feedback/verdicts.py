@@ -236,7 +236,8 @@ class Feedback:
 
     def latest(self) -> dict[Key, Verdict]:
         """Return the verdict that counts of each question: the latest; a skip is none."""
-        return {v.key: v for v in self.verdicts if v.verdict != "skipped"}
+        in_time = sorted(self.verdicts, key=lambda v: v.time)  # imported ones may be older
+        return {v.key: v for v in in_time if v.verdict != "skipped"}
 
     def seen(self) -> set[Key]:
         """Return the questions that were judged or skipped."""
@@ -261,33 +262,41 @@ class Feedback:
 
 
 def load(path: str | Path) -> Feedback:
-    """Read a feedback file; one that is not there holds nothing.
+    """Read a feedback file; one that is not there holds nothing. Raises ValueError: see below."""
+    verdicts: dict[str, Verdict] = {}
+    lines, torn = read_lines(path)
+    for verdict in lines:
+        if verdict.verdict == "undone":
+            verdicts.pop(verdict.undoes, None)
+        else:
+            verdicts[verdict.uid] = verdict
+    return Feedback(tuple(verdicts.values()), torn)
+
+
+def read_lines(path: str | Path) -> tuple[list[Verdict], int]:
+    """Return all verdicts of a file, undone ones too, and the bytes of a half-written last line.
 
     Raises:
         ValueError: it cannot be read, or a line of it is no verdict.
     """
     path = Path(path)
     if not path.exists():
-        return Feedback()
+        return [], 0
     try:
         with _locked(path, os.O_RDONLY):  # not in the middle of an append
             content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     end = content.rfind(b"\n") + 1
-    verdicts: dict[str, Verdict] = {}
+    verdicts = []
     for number, line in enumerate(content[:end].split(b"\n")[:-1], 1):
         try:
-            verdict = Verdict(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            verdicts.append(Verdict(**json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path}, line {number}, is no verdict ({error}): mend that line, or delete it"
             ) from error
-        if verdict.verdict == "undone":
-            verdicts.pop(verdict.undoes, None)
-        else:
-            verdicts[verdict.uid] = verdict
-    return Feedback(tuple(verdicts.values()), len(content) - end)
+    return verdicts, len(content) - end
 
 
 def undo(path: str | Path, verdict: Verdict) -> None:

@@ -29,7 +29,7 @@ _LISTS = ("answers", "answer_start")
 """Columns whose cell may hold a list."""
 _DELIMITERS = ",;\t|"
 _ARRAY = re.compile(r"\barray\((\[.*?\])(?:,\s*dtype=\w+)?\)(?=[,}])", re.S)
-_OF_VERDICTS = {"verdict", "uid", "corrected"}
+OF_VERDICTS = {"verdict", "uid", "corrected", "corrected_start", "undoes"}
 """What a reviewer's verdict says beside its question: there "answer" is the model's."""
 _NO_OBJECT = "not a JSON object"
 _TOO_DEEP = "lists or objects nested too deeply"
@@ -93,7 +93,7 @@ def flat_row(place: str, values: Any, where: str = "it") -> InputRow:
     """
     if not isinstance(values, dict):
         return InputRow(place, fault=_NO_OBJECT)
-    if values.keys() >= _OF_VERDICTS:
+    if values.keys() >= OF_VERDICTS:
         raise ValueError(
             f"{where} holds verdicts of a review, not questions ({place}): give it as --feedback, "
             "or append it to yours: python -m llama_squad.feedback --import FILE"
