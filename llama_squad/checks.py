@@ -331,11 +331,9 @@ def check_summary(args: SummarizeArguments, argv: Sequence[str]) -> None:
 
     Other systems' files may hold any figure in the place of a probability, such as log-odds.
     """
-    others = [name for name in (args.data, args.predictions, args.na_prob) if name]
-    read = {
-        Path(name).resolve() for name in (*map(str, name_files(args.results).values()), *others)
-    }
-    if args.output and Path(args.output).resolve() in read:
+    files = map(str, name_files(args.results).values())
+    names = (*files, args.data, args.predictions, args.na_prob)
+    if args.output and Path(args.output).resolve() in {Path(n).resolve() for n in names if n}:
         raise ValueError(f"--output {args.output} is read: name another file for the table")
     if args.paired and (args.predictions or len(args.results) < 2):
         raise ValueError("--paired compares result files with the first of them: give two or more")
