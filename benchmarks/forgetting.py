@@ -45,7 +45,7 @@ from llama_squad.config import provenance, write_json
 from llama_squad.encoding import ChatEncoder
 from llama_squad.plots import plot_forgetting
 from llama_squad.result_reader import read_results
-from llama_squad.results import saved_settings
+from llama_squad.results import config_path
 from llama_squad.rows import Row
 from llama_squad.weights import weights_digest, whole_model
 
@@ -246,7 +246,8 @@ class Study:
         A whole model may have been given by either flag.
         """
         path = Path(self._args.results[name])
-        if made := saved_settings(path):
+        if config_path(path).is_file():
+            made = json.loads(config_path(path).read_text("utf-8"))
             found = made.get("model_digest"), made.get("adapter_digest")
             right = self._base_digest, weights_digest(adapter)
             if found != right and not (whole_model(adapter) and right[1] in found):

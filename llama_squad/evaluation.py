@@ -38,12 +38,7 @@ from llama_squad.predictors.base import (
 )
 from llama_squad.processes import of_first, share, this_process
 from llama_squad.prompts import Record
-from llama_squad.results import (
-    ResultsFile,
-    check_same_settings,
-    config_path,
-    saved_settings,
-)
+from llama_squad.results import ResultsFile, check_same_settings, config_path, saved_settings
 from llama_squad.rows import Row, make_row
 from llama_squad.weights import weights_digest, whole_model
 

@@ -27,12 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--feedback", metavar="FILE", default=DEFAULT_FILE, help=f"Verdicts ({DEFAULT_FILE}).")
     add("--export", metavar="FILE", help="Write the questions with an answer here.")
-    add(
-        "--import",
-        metavar="FILE",
-        dest="source",
-        help="Append a labelled file, of any form, or the verdicts of another.",
-    )
+    add("--import", metavar="FILE", dest="source",
+        help="Append a labelled file, of any form, or the verdicts of another.")  # fmt: skip
     add("--reviewer", metavar="NAME", default=None, help="Who labelled it (default: you).")
     add("--before", metavar="FILE", help="Compare this result file of test_llama_squad.py ...")
     add("--after", metavar="FILE", help="... with this: the corrected questions, and the others.")
