@@ -140,8 +140,8 @@ class TrainArguments:
     )
     loss_on: Literal["reply", "all"] = _option(
         "reply",
-        "Where the loss falls: on the answer, or on all tokens of each example. The latter shares "
-        "no contexts, so a context counts once for each of its questions.",
+        "Where the loss falls: on the answer, or on all tokens of each example, so that a context "
+        "counts once for each of its questions. Their logits take memory: see --row_tokens.",
     )
     reasoning_tokens: int = _option(
         0, "Learnable tokens between prompt and answer: room to think (0: none)."

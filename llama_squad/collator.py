@@ -64,6 +64,9 @@ class SquadDataCollator(DataCollatorForLanguageModeling):
     Examples of an activated adapter, which hold ``adapter_from``, also give ``adapter_mask``: where
     it acts, bool, of shape (rows, length).
 
+    Rows of examples with labels on all tokens also give ``weights``: of how many examples each
+    label is, int64, of shape (rows, length).
+
     Examples that say whether they are plain chat also give ``chat``: which tokens are, bool, of
     shape (rows, length).
 

@@ -106,7 +106,11 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, wanted: torch.Tensor, smoothing: float = 0.0
+        ctx: Any,
+        logits: torch.Tensor,
+        wanted: torch.Tensor,
+        smoothing: float = 0.0,
+        weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss in nats, and how many tokens are the likeliest.
 
@@ -115,6 +119,7 @@ class CrossEntropy(torch.autograd.Function):
             logits: of shape (tokens, vocabulary).
             wanted: ids, of shape (tokens,).
             smoothing: the share of a token's probability that all tokens have in common.
+            weights: how often each token counts, int64, of shape (tokens,); None: once.
         """
         size = logits.shape[-1]
         step = max((CPU_LOGITS if logits.device.type == "cpu" else GPU_LOGITS) // size, 1)
@@ -123,15 +128,18 @@ class CrossEntropy(torch.autograd.Function):
         right = torch.zeros((), dtype=torch.long, device=logits.device)
         for at in range(0, len(logits), step):
             part, ids = widen(logits[at : at + step]), wanted[at : at + step, None]
+            times = 1 if weights is None else weights[at : at + step, None]
             # argmax is three times as slow on a CPU
-            right += (part.max(-1, keepdim=True).indices == ids).sum()
+            right += ((part.max(-1, keepdim=True).indices == ids) * times).sum()
             part = part.log_softmax(-1)
-            loss -= part.gather(1, ids).sum() * (1 - smoothing)
+            loss -= (part.gather(1, ids) * times).sum() * (1 - smoothing)
             if smoothing:
-                loss -= part.mean(-1).sum() * smoothing
+                loss -= (part.mean(-1, keepdim=True) * times).sum() * smoothing
             if gradients is not None:
                 part = part.exp_().sub_(smoothing / size)
                 part.scatter_add_(1, ids, part.new_full(ids.shape, smoothing - 1))
+                if weights is not None:
+                    part *= times
                 gradients[at : at + step] = part
         ctx.gradients = gradients
         ctx.mark_non_differentiable(right)
@@ -144,7 +152,7 @@ class CrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradient of this cross entropy was taken before: run it anew")
-        return gradients.mul_(given[0]), None, None
+        return gradients.mul_(given[0]), None, None, None
 
 
 def runs_base_first(model: Any, inputs: Mapping[str, torch.Tensor]) -> bool:

@@ -46,33 +46,45 @@ class Tree:
     """Where an activated adapter acts; empty where there is none."""
     chat: list[bool] = field(default_factory=list)
     """Which tokens are plain chat; empty where no example says so."""
+    weights: list[int] = field(default_factory=list)
+    """How many examples each token's label is that of."""
 
     @classmethod
     def build(cls, paragraphs: Sequence[Sequence[Encoded]]) -> "Tree":
         """Share the prefix of all examples, then each paragraph's own, then branch.
 
         Cuts are made where the ids of whole examples part, at most before the last prompt token:
-        a branch holds the token that predicts its first label, and a prefix holds no label.
+        a branch holds the token that predicts its first label, and a prefix holds no label. Where
+        all tokens have labels, cuts are made a token earlier, so that what follows a prefix is one
+        token; it is predicted once, in front of the first branch, for all of them.
         """
         tree = cls([], [], [], [])
         examples = [example for paragraph in paragraphs for example in paragraph]
         root = shareable_prefix(examples)
-        tree._append(examples[0], 0, root)
+        tree._append(examples[0], 0, root, [len(examples)] * 2)
         for paragraph in paragraphs:
             start = len(tree.input_ids)
             stem = shareable_prefix(paragraph)
-            tree._append(paragraph[0], root, stem)
+            tree._append(paragraph[0], root, stem, [len(examples), len(paragraph)])
+            before = len(paragraph if stem > root else examples)
             for example in paragraph:
                 begin = len(tree.input_ids)
-                tree._append(example, stem, len(example["input_ids"]))
+                tree._append(example, stem, len(example["input_ids"]), [before, 1])
                 tree.leaves.append(range(begin, len(tree.input_ids)))
             tree.ends[start : start + stem - root] = [len(tree.input_ids)] * (stem - root)
         tree.ends[:root] = [len(tree.input_ids)] * root
         return tree
 
-    def _append(self, example: Encoded, start: int, stop: int) -> None:
+    def _append(self, example: Encoded, start: int, stop: int, held_by: Sequence[int]) -> None:
+        """Append tokens of an example; ``held_by``: how many hold the token before, and these."""
+        labels, held = example["labels"][start:stop], [held_by[1]] * (stop - start)
+        if labels:
+            held[0] = held_by[0]  # the token before predicts the first one for all of them
+            if self.position_ids[-1:] != [start - 1]:  # and does not stand here
+                labels[0] = IGNORE
+        self.weights += [0 if x == IGNORE else n for x, n in zip(labels, held, strict=True)]
         self.input_ids += example["input_ids"][start:stop]
-        self.labels += example["labels"][start:stop]
+        self.labels += labels
         self.position_ids += range(start, stop)
         self.ends += [len(self.input_ids)] * (stop - start)
         for index in range(*example.get("hidden", (0, 0))):
@@ -88,7 +100,9 @@ class Tree:
 def shareable_prefix(examples: Sequence[Encoded]) -> int:
     """Return how many leading tokens the examples may hold once."""
     prompt = min(_prompt_length(example) for example in examples)
-    shared = min(prompt - 1, common_prefix([example["input_ids"] for example in examples]))
+    common = common_prefix([example["input_ids"] for example in examples])
+    whole = all(_prompt_length(example) <= 1 for example in examples)  # labels on all tokens
+    shared = max(common - 1, 0) if whole else min(prompt - 1, common)
     shared = min([shared, *(e["hidden"][0] for e in examples if "hidden" in e)])
     return adapted_alike(shared, [e["adapter_from"] for e in examples if "adapter_from" in e])
 
@@ -132,10 +146,12 @@ def batch_rows(
         batch[ADAPTER_MASK] = torch.tensor([pad(t.adapted, False) for t in trees])
     if trees[0].chat:
         batch["chat"] = torch.tensor([pad(t.chat, False) for t in trees])
+    if max(weight for tree in trees for weight in tree.weights) > 1:
+        batch["weights"] = torch.tensor([pad(t.weights, 0) for t in trees])
     return batch
 
 
-NOT_OF_MODEL = ("labels", "counts", "chat")
+NOT_OF_MODEL = ("labels", "counts", "chat", "weights")
 """What a batch holds that a model does not take, or not here."""
 
 
@@ -289,20 +305,6 @@ def ask_no_router(model: Any) -> None:
         config.output_router_logits = False
 
 
-def longest_shared(model: Any) -> int | None:
-    """Return how many tokens an example may have that shares a row; None where there is no limit.
-
-    Some rotary embeddings depend on the longest sequence of a pass, so that a long example would
-    change the short ones beside it. And a model may not take the masks of its own windows.
-    """
-    config = model.config.get_text_config()
-    limits = [limit] if (limit := rope_limit(config)) else []
-    windows = attention_windows(config)
-    if windows and len(layer_kinds(config)) > 1 and not _takes_masks_apart(model):
-        limits += windows.values()
-    return min(limits, default=None)
-
-
 def rope_limit(config: Any) -> int | None:
     """Return the most tokens for which rotary embeddings do not depend on a pass's longest one."""
     config = config.get_text_config()
@@ -315,25 +317,6 @@ def rope_limit(config: Any) -> int | None:
         if rope.get("rope_type") in ("longrope", "dynamic")
     ]
     return min(limits, default=None)
-
-
-@torch.no_grad()
-def _takes_masks_apart(model: Any) -> bool:
-    """Tell whether a model takes a mask for each kind of its layers, and so its windows."""
-    ids = torch.arange(1, 5, device=model.device)[None]
-    positions = torch.arange(4, device=model.device)[None]
-    visible = torch.ones(1, 1, 4, 4, dtype=torch.bool, device=model.device).tril()
-    try:
-        masks = [make_masks(model, visible, positions, positions, apart=a) for a in (False, True)]
-        one, each = (
-            model(input_ids=ids, position_ids=positions, attention_mask=m, use_cache=False).logits
-            for m in masks
-        )
-    except Exception as error:  # architectures fail in many ways
-        if is_out_of_memory(error):
-            raise
-        return False
-    return torch.equal(one, each)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -16,11 +16,14 @@ from llama_squad.head import exact_head
 from llama_squad.tree import (
     NO_NUMBERS,
     Tree,
+    attention_windows,
     batch_rows,
     is_out_of_memory,
     kept_logits,
     layer_kinds,
+    make_masks,
     refused_attention,
+    rope_limit,
     widen,
 )
 
@@ -58,6 +61,39 @@ def recurrent_layers(config: Any) -> str:
         if value and any(part in key for part in _CARRYING):
             return f"recurrent or convolutional layers ({key}: {value})"
     return ""
+
+
+def longest_shared(model: Any) -> int | None:
+    """Return how many tokens an example may have that shares a row; None where there is no limit.
+
+    Some rotary embeddings depend on the longest sequence of a pass, so that a long example would
+    change the short ones beside it. And a model may not take the masks of its own windows.
+    """
+    config = model.config.get_text_config()
+    limits = [limit] if (limit := rope_limit(config)) else []
+    windows = attention_windows(config)
+    if windows and len(layer_kinds(config)) > 1 and not _takes_masks_apart(model):
+        limits += windows.values()
+    return min(limits, default=None)
+
+
+@torch.no_grad()
+def _takes_masks_apart(model: Any) -> bool:
+    """Tell whether a model takes a mask for each kind of its layers, and so its windows."""
+    ids = torch.arange(1, 5, device=model.device)[None]
+    positions = torch.arange(4, device=model.device)[None]
+    visible = torch.ones(1, 1, 4, 4, dtype=torch.bool, device=model.device).tril()
+    try:
+        masks = [make_masks(model, visible, positions, positions, apart=a) for a in (False, True)]
+        one, each = (
+            model(input_ids=ids, position_ids=positions, attention_mask=m, use_cache=False).logits
+            for m in masks
+        )
+    except Exception as error:  # architectures fail in many ways
+        if is_out_of_memory(error):
+            raise
+        return False
+    return torch.equal(one, each)
 
 
 class Probe(Protocol):

@@ -54,11 +54,8 @@ tune "2e-6" --learning_rate 2e-6
 tune "2e-7" --learning_rate 2e-7
 tune "8e-4, chat" --learning_rate 8e-4 --chat_share 0.1 --max_steps $chat_steps
 tune "8e-4, chat, KL" --learning_rate 8e-4 --chat_share 0.1 --chat_kl 1 --max_steps $chat_steps
-# all tokens' logits at once would take gigabytes
-whole=(--loss_on all --per_device_train_batch_size 4 --gradient_accumulation_steps 7
-  --max_steps $(((questions + 27) / 28)))
-tune "8e-4, loss on all" --learning_rate 8e-4 "${whole[@]}"
-tune "2e-4, loss on all" --learning_rate 2e-4 "${whole[@]}"
+tune "8e-4, loss on all" --learning_rate 8e-4 --loss_on all
+tune "2e-4, loss on all" --learning_rate 2e-4 --loss_on all
 
 python benchmarks/forgetting.py --base "$model" --dataset_name "$dataset" --questions "$asked" \
   --work "$out" --data "$data" "${adapters[@]}" ${OUTPUT:+--output "$OUTPUT"} \

@@ -303,7 +303,15 @@ def test_a_divergence_of_nothing_is_refused() -> None:
             train_llama_squad.main(argv)
 
 
-def test_the_loss_on_all_tokens(tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("more", "layout"),
+    [
+        ([], "Shared contexts: "),
+        (["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4"], "Shared"),
+        (["--no_share_context"], "contexts not shared: as asked"),
+    ],
+)
+def test_the_loss_on_all_tokens(more: list[str], layout: str, tmp_path: Path, capsys: Any) -> None:
     """It is that of TRL on whole sequences: each example's own, its context included."""
     records = make_records(6, [2, 3])
     flags = [
@@ -315,8 +323,8 @@ def test_the_loss_on_all_tokens(tmp_path: Path, capsys: Any) -> None:
     train_llama_squad.main([*flags, "--show_mask", "1"])
     shown = capsys.readouterr().out
     assert records[0]["context"] in shown.split("\033[1;30;42m")[1]
-    train_llama_squad.main(flags)
-    assert "contexts not shared: the loss falls on all tokens" in capsys.readouterr().out
+    train_llama_squad.main([*flags, *more])
+    assert layout in capsys.readouterr().out
     saved = json.loads(Path("results/checkpoint-1/trainer_state.json").read_text())
     (loss,) = [log["loss"] for log in saved["log_history"] if "loss" in log]
     total, count = 0.0, 0
@@ -325,4 +333,10 @@ def test_the_loss_on_all_tokens(tmp_path: Path, capsys: Any) -> None:
         with torch.no_grad():
             total += float(tiny_model()(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
-    assert loss == pytest.approx(total / count, rel=1e-3)
+    assert loss == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_divergence_on_all_tokens_of_chat_shares_none(tmp_path: Path, capsys: Any) -> None:
+    flags = ["--no_quantize", "--max_steps", "1", "--loss_on", "all", "--chat_share", "0.3"]
+    train_llama_squad.main(training_flags(tmp_path, *flags, "--chat_kl", "1"))
+    assert "contexts not shared: --chat_kl falls on all tokens" in capsys.readouterr().out

@@ -37,7 +37,7 @@ from peft import LoraConfig, get_peft_model
 from llama_squad.arguments import TrainArguments
 from llama_squad.collator import SquadDataCollator
 from llama_squad.data import read_files
-from llama_squad.encoding import IGNORE, ChatEncoder
+from llama_squad.encoding import IGNORE, ChatEncoder, label_all
 from llama_squad.predictors import base
 from llama_squad.prompts import Record
 from llama_squad.training.arguments import SquadSFTConfig
@@ -50,15 +50,15 @@ PARAGRAPHS = encode_paragraphs(make_records(3, [3, 1, 2]))
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
-def shared_batches(layout: str) -> list[dict[str, torch.Tensor]]:
-    """Collate PARAGRAPHS in one of the ways that rows may hold them."""
+def shared_batches(layout: str, paragraphs: list = PARAGRAPHS) -> list[dict[str, torch.Tensor]]:
+    """Collate paragraphs in one of the ways that rows may hold them."""
     collate = collator()
     if layout == "one paragraph per row":
-        return [collate([{"paragraphs": [p]}]) for p in PARAGRAPHS]
+        return [collate([{"paragraphs": [p]}]) for p in paragraphs]
     if layout == "all in a row":  # with the system prompt shared by the paragraphs: nested
-        return [collate([{"paragraphs": PARAGRAPHS}])]
+        return [collate([{"paragraphs": paragraphs}])]
     assert layout == "padded rows"
-    return [collate([{"paragraphs": PARAGRAPHS[:2]}, {"paragraphs": PARAGRAPHS[2:]}])]
+    return [collate([{"paragraphs": paragraphs[:2]}, {"paragraphs": paragraphs[2:]}])]
 
 
 def separate_batches(paragraphs: list = PARAGRAPHS) -> list[dict[str, torch.Tensor]]:
@@ -152,6 +152,36 @@ def test_a_paragraph_of_one_question_and_one_token_apart() -> None:
     ]
     separate = [collator()([example]) for example in [*examples, examples[0]]]
     assert_equal(difference(tiny_model(), batches, separate), 1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("layout", ["one paragraph per row", "all in a row", "padded rows"])
+def test_labels_on_all_tokens(layout: str, smoothing: float) -> None:
+    """A token that examples share counts for each of them, and what follows it as well."""
+    whole = [[label_all(example) for example in paragraph] for paragraph in PARAGRAPHS]
+    found = []
+    for batches in (shared_batches(layout, whole), separate_batches(whole)):
+        model = tiny_model()
+        sums = torch.zeros(3)
+        for batch in batches:
+            parts = answer_loss(model, batch, smoothing)
+            parts[0].backward()
+            sums += torch.stack([part.detach().float() for part in parts])
+        found.append((sums, [p.grad for p in model.parameters()]))
+    (shared, gradients), (separate, wanted) = found
+    assert shared[2] == sum(len(e["input_ids"]) - 1 for e in flatten(whole))
+    torch.testing.assert_close(shared, separate)
+    torch.testing.assert_close(gradients, wanted, atol=1e-3, rtol=1e-4)
+
+
+def test_examples_of_one_text_share_all_but_its_last_token_where_all_have_labels() -> None:
+    first, second = (label_all({"input_ids": [5, 6, 7, end], "labels": []}) for end in (8, 9))
+    third = label_all({"input_ids": [5, 3, 2], "labels": []})
+    tree = Tree.build([[first, first, second], [third]])
+    assert tree.input_ids == [5, 6, 7, 8, 7, 8, 7, 9, 5, 3, 2]
+    assert tree.position_ids == [0, 1, 2, 3, 2, 3, 2, 3, 0, 1, 2]
+    assert tree.labels == [IGNORE, 6, 7, 8, IGNORE, 8, IGNORE, 9, IGNORE, 3, 2]
+    assert tree.weights == [0, 3, 3, 1, 0, 1, 0, 1, 0, 1, 1]
 
 
 # The silent failures ---------------------------------------------------------------------------

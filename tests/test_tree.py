@@ -27,8 +27,13 @@ from llama_squad.modeling import load_model
 from llama_squad.training.arguments import SquadSFTConfig
 from llama_squad.training.packing import plan_rows, row_dataset
 from llama_squad.training.setup import check_shared_contexts, lay_out
-from llama_squad.tree import attention_windows, longest_shared, make_masks
-from llama_squad.tree_check import RowProbe, recurrent_layers, why_not_shared
+from llama_squad.tree import attention_windows, make_masks
+from llama_squad.tree_check import (
+    RowProbe,
+    longest_shared,
+    recurrent_layers,
+    why_not_shared,
+)
 
 PARAGRAPHS = encode_paragraphs(make_records(2, [2, 3]))
 PROMPT = PARAGRAPHS[0][0]["input_ids"][:120]

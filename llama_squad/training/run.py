@@ -9,7 +9,7 @@ from llama_squad import modeling
 from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.collator import SquadDataCollator
 from llama_squad.data import load_squad, sample_paragraphs
-from llama_squad.encoding import ChatEncoder, label_all
+from llama_squad.encoding import ChatEncoder
 from llama_squad.stage import if_interrupted
 from llama_squad.training import checkpoints, preflight, publishing
 from llama_squad.training.chat_share import add_chat, chat_examples
@@ -38,8 +38,6 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     if args.chat_share:
         of_base = {"model_args": model_args, "system_prompt": settings.get("system_prompt", "")}
         made["chat"] = _mix_chat(encoded, model, encoder, args, sft_args, **of_base)
-    if args.loss_on == "all":
-        encoded["train"] = encoded["train"].map(label_all, desc="Labelling all tokens")
     collator = _collator(encoder, sft_args)
     validate = make_validation(sft_args, dataset, args.dataset_name, encoder)
     layout = lay_out(args, sft_args, encoded, model, collator)

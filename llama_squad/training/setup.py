@@ -19,7 +19,7 @@ from llama_squad.collator import SquadDataCollator
 from llama_squad.config import load_run_config, prompt_settings
 from llama_squad.decoding.cache import check_tree
 from llama_squad.decoding.kept import Kept
-from llama_squad.encoding import ChatEncoder
+from llama_squad.encoding import ChatEncoder, label_all
 from llama_squad.lora import quicken
 from llama_squad.metrics import Outcome, strict_counts, strict_outcome
 from llama_squad.predictors.base import Batch, batch_paragraphs
@@ -28,8 +28,8 @@ from llama_squad.processes import is_sharded, of_first, this_process
 from llama_squad.prompts import build_messages
 from llama_squad.training.checkpoints import digest
 from llama_squad.training.packing import Plan, plan_rows, row_dataset
-from llama_squad.tree import attention_windows, longest_shared
-from llama_squad.tree_check import RowProbe, why_not_shared
+from llama_squad.tree import attention_windows
+from llama_squad.tree_check import RowProbe, longest_shared, why_not_shared
 
 # The model ------------------------------------------------------------------------------------
 
@@ -129,17 +129,20 @@ def lay_out(
     no_val = {"eval_strategy": "no", "eval_on_start": False}
     settings: dict[str, Any] = {} if "val" in encoded else no_val
     why = "as asked"
+    labelled = dict(encoded)
     if args.loss_on == "all":
-        why = "the loss falls on all tokens"
+        labelled["train"] = encoded["train"].map(label_all, desc="Labelling all tokens")
+    if args.chat_kl and args.loss_on == "all":
+        why = "--chat_kl falls on all tokens of chat, and not on those that it shares"
     elif args.share_context:
         limit = of_first(lambda: longest_shared(model))  # under FSDP it alone may hold the weights
-        planned = _plan_splits(args, sft_args, encoded, limit)
-        features = {name: row_dataset(encoded[name], plan.rows) for name, plan in planned.items()}
+        planned = _plan_splits(args, sft_args, labelled, limit)
+        features = {name: row_dataset(labelled[name], plan.rows) for name, plan in planned.items()}
         windows = attention_windows(model.config)
         tried = planned["train"].row_to_try(encoded["train"]["length"], windows.values())
         why = f"every paragraph holds an example of more than {limit} tokens"
         if tried is not None:
-            row = features["train"][tried]
+            row = row_dataset(encoded["train"], planned["train"].rows)[tried]
             why = of_first(lambda: check_shared_contexts(model, collator, row))
         if not why:
             if sft_args.process_index == 0:
@@ -158,7 +161,7 @@ def lay_out(
     if sft_args.process_index == 0:
         step = _plain_step(_questions_per_step(sft_args), encoded["train"])
         print(f"Plain batches, contexts not shared: {why}. {step}")
-    features = {name: split.remove_columns("paragraph") for name, split in encoded.items()}
+    features = {name: split.remove_columns("paragraph") for name, split in labelled.items()}
     return Layout(features, settings, "plain batches")
 
 

@@ -16,7 +16,7 @@ from llama_squad.encoding import IGNORE
 from llama_squad.processes import this_process
 from llama_squad.supervised import CrossEntropy, answer_logits, next_tokens
 from llama_squad.training.packing import count_questions
-from llama_squad.tree import ask_no_router, kept_logits, widen
+from llama_squad.tree import NOT_OF_MODEL, ask_no_router, kept_logits, widen
 
 
 def answer_loss(
@@ -37,15 +37,18 @@ def answer_loss(
 
     Returns:
         Three scalars: the summed loss in nats, how many supervised tokens the model gets right, and
-        how many there are.
+        how many there are; one that examples share counts for each of them.
     """
     base = chat_logits_of_base(model, inputs) if chat_kl and "chat" in inputs else None
     logits, wanted = answer_logits(model, inputs)
-    loss, right = CrossEntropy.apply(logits, wanted, label_smoothing)
+    supervised = next_tokens(inputs["labels"], IGNORE) != IGNORE
+    weights = next_tokens(inputs["weights"], 0)[supervised] if "weights" in inputs else None
+    loss, right = CrossEntropy.apply(logits, wanted, label_smoothing, weights)
     if base is not None:
-        of_chat = next_tokens(inputs["chat"], 0)[next_tokens(inputs["labels"], IGNORE) != IGNORE]
+        of_chat = next_tokens(inputs["chat"], 0)[supervised]
         loss = loss + chat_kl * chat_divergence(base, logits[of_chat])
-    return loss, right, torch.tensor(len(wanted), device=loss.device)
+    count = torch.tensor(len(wanted), device=loss.device) if weights is None else weights.sum()
+    return loss, right, count
 
 
 def chat_logits_of_base(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -145,7 +148,9 @@ class SquadTrainer(SFTTrainer):
         """Return the loss of the supervised tokens over their number in the whole step."""
         if return_outputs:  # for ``compute_metrics``, which wants the logits too
             features = {
-                name: value for name, value in inputs.items() if name not in ("counts", "chat")
+                name: value
+                for name, value in inputs.items()
+                if name == "labels" or name not in NOT_OF_MODEL
             }
             return super().compute_loss(model, features, return_outputs, num_items_in_batch)
         smoothing = self.args.label_smoothing_factor
@@ -163,6 +168,16 @@ class SquadTrainer(SFTTrainer):
             if self.args.average_tokens_across_devices
             else loss
         )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """Count a step's labels; one that examples share counts for each of them."""
+
+        def separate(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            labels = batch["labels"].flatten().repeat_interleave(batch["weights"].flatten())
+            return {"labels": F.pad(labels, (1, 0))}  # the first of all is not counted
+
+        each = [separate(batch) if "weights" in batch else batch for batch in batch_samples]
+        return super()._get_num_items_in_batch(each, device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the true accuracy and throughput, over all processes.
