@@ -3,12 +3,12 @@
 Any encoder on the Hub or on disk gets a span head and learns by the standard recipe (Devlin et al.
 2019, section 4.3): windows of question and context, the answer's first and last token, and the
 first token of all, [CLS], where the window holds no answer. The questions come from the train split
-of ``create_squad_dataset.py``, in whole paragraphs at random, as training with shared contexts
-draws them, and are shuffled. On CPUs that multiply in bfloat16 it computes in it, with weights in
-float32. The same command resumes from the newest complete checkpoint. What it leaves in
+of ``create_squad_dataset.py``: those that an adapter has seen (``--questions_of``), or whole
+paragraphs at random; they are shuffled. On CPUs that multiply in bfloat16 it computes in it, with
+weights in float32. The same command resumes from the newest complete checkpoint. What it leaves in
 ``--output_dir``, ``--predictor encoder`` evaluates:
 
-    python benchmarks/train_encoder.py --model FOLDER --questions 20000 --output_dir results/encoder
+    python benchmarks/train_encoder.py --model FOLDER --questions_of ADAPTER
     python test_llama_squad.py --predictor encoder --model_name results/encoder
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from trained_on import trained_on
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoTokenizer,
@@ -50,7 +51,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="encoder: a folder, or a name on the Hub")
     parser.add_argument("--dataset_name", default="data/squad_v2", help="dataset's folder")
     parser.add_argument("--output_dir", default="results/encoder")
-    parser.add_argument("--questions", type=int, default=0, help="to train on (0: all)")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--questions", type=int, default=0, help="to train on (0: all)")
+    chosen.add_argument("--questions_of", metavar="ADAPTER", help="train on those that it has seen")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--batch_size", type=int, default=16, help="windows per step")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
@@ -134,7 +137,11 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Any, list[d
     """
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     split = load_squad(args.dataset_name)["train"]
-    records = sample_paragraphs(split, args.questions, args.seed).to_list()
+    if args.questions_of:
+        chosen = split.select(trained_on(args.questions_of, split))
+    else:
+        chosen = sample_paragraphs(split, args.questions, args.seed)
+    records = chosen.to_list()
     random.Random(args.seed).shuffle(records)
     torch.manual_seed(args.seed)  # of the span head, which transformers lists as new
     model = AutoModelForQuestionAnswering.from_pretrained(args.model, dtype=torch.float32)

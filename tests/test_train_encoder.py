@@ -1,18 +1,23 @@
 """An encoder is trained beside the chat model: its windows, its run, and that evaluation takes it."""
 
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import train_encoder
-from helpers import encoder_folder, make_records
+from helpers import encoder_folder, make_records, training_flags
+from trained_on import trained_on
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, TrainerCallback
 
+import train_llama_squad
 from llama_squad import modeling
 from llama_squad.arguments import CreateArguments, ModelArguments
-from llama_squad.data import write_dataset
+from llama_squad.data import load_squad, write_dataset
 from llama_squad.predictors.extractive import ExtractiveModel
+from llama_squad.training.trainer import SquadTrainer
 
 RECORDS = make_records(6, [2, 4], seed=3)
 
@@ -105,9 +110,48 @@ def test_faults_of_the_user(folder: Path) -> None:
     for flags, message in (
         ([f"--model={folder}/none"], "train_encoder.py: .*none"),
         ([f"--model={folder}/base", f"--dataset_name={folder}/none"], "train_encoder.py: .*none"),
+        (
+            [f"--model={folder}/base", f"--dataset_name={folder}/data", f"--questions_of={folder}"],
+            f"train_encoder.py: {folder} does not say what it was trained on",
+        ),
     ):
         with pytest.raises(SystemExit, match=message):
             train_encoder.main(flags)
+
+
+@pytest.mark.parametrize("steps", [3, 9])  # 9: more than an epoch
+def test_the_questions_are_those_that_an_adapter_has_seen(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[tuple[str, int]] = []  # text and number of questions
+    compute = SquadTrainer.compute_loss
+
+    def watch(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        texts = self.processing_class.batch_decode(inputs["input_ids"])
+        rows.extend(zip(texts, inputs["counts"][:, 0].tolist(), strict=True))
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SquadTrainer, "compute_loss", watch)
+    flags = ["--no_quantize", "--max_steps", str(steps), "--per_device_train_batch_size", "2"]
+    train_llama_squad.main(training_flags(tmp_path, *flags, "--logging_steps", "2"))
+    split = load_squad(tmp_path / "dataset")["train"]
+    seen = trained_on("results/final_checkpoints", split)
+    assert len(seen) == len({*seen}) == min(sum(count for _, count in rows), 15)
+    places = iter(seen)
+    for text, count in rows[:6]:
+        for record in split.select([*itertools.islice(places, count)]):
+            assert record["context"] in text
+            assert record["question"][-7:] in text  # they share how they begin
+    assert not [*places]
+    if steps == 3:
+        with pytest.raises(ValueError, match="the dataset is another one"):
+            trained_on("results/final_checkpoints", split.select(range(2, 15)))
+        config = Path("results/final_checkpoints/llama_squad.json")
+        saved = json.loads(config.read_text())
+        saved["figures"]["num_tokens"] += 1
+        config.write_text(json.dumps(saved))
+        with pytest.raises(ValueError, match="drawn in another order"):
+            trained_on("results/final_checkpoints", split)
 
 
 def test_evaluation_takes_what_was_trained(folder: Path, tmp_path: Path) -> None:
