@@ -10,7 +10,8 @@ the following, then with one more each: finished rows dropped, tokens run ahead
 (``decoding/lookahead.py``), the adapter without PEFT's detours (``decoding/layers.py``), the output
 layer's weights kept for a CPU's units (``head.py``), attention that copies no keys, and by
 explicit matrix products, weights packed once (``products.py``), and what all prompts begin with run
-once (``decoding/kept.py``). Every way takes its turn in each round, so that other work on the
+once, and of questions by themselves, three of each context in turn, the context (``decoding/
+kept.py``). Every way takes its turn in each round, so that other work on the
 machine falls on all alike; what is printed is the median of the rounds, in seconds of CPU time, and
 how many answers differ.
 
@@ -168,6 +169,7 @@ PARTS: dict[str, tuple[Any, str, Any]] = {
     "explicit": (attention, "_by_products", lambda _: False),
     "packed": (layers, "is_packable", lambda _: False),
     "prefix": (LocalModel, "_prefix", []),
+    "contexts": (LocalModel, "_before_questions", lambda *_: 0),
 }
 """What is switched off, each by what takes the place of what."""
 
@@ -192,7 +194,9 @@ def evaluation(args: argparse.Namespace, dataset: Any) -> None:
     def answer(batches: Sequence[Any], *parts: str) -> list[str]:
         with without(*parts):
             if parts not in made:  # what each keeps is its own
-                made[parts] = LocalModel(model, encoder, num_beams=args.num_beams, **prompt)
+                made[parts] = LocalModel(
+                    model, encoder, num_beams=args.num_beams, keep_contexts=True, **prompt
+                )
             found = [prediction for part in batches for prediction in made[parts].answer(part)]
         return [prediction.reply.completion for prediction in found]
 
@@ -205,7 +209,8 @@ def evaluation(args: argparse.Namespace, dataset: Any) -> None:
         "attention without copies": "explicit",
         "attention by explicit products": "packed",
         "weights packed once": "prefix",
-        "what all prompts begin with run once": "",
+        "what all prompts begin with run once": "contexts",
+        "a context kept for its next question": "",
     }
     lacking = list(added.values())
     batches: Sequence[Any]

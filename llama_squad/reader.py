@@ -147,7 +147,8 @@ class Reader:
         self._local = LocalModel(
             model, encoder, prompt=args.prompt, system_prompt=args.system_prompt,
             num_beams=args.num_beams, max_new_tokens=args.max_new_tokens,
-            n_best=max(1, args.n_best), span_boundaries=args.span_boundaries, **abstention.options,
+            n_best=max(1, args.n_best), span_boundaries=args.span_boundaries, keep_contexts=True,
+            **abstention.options,
         )  # fmt: skip
         self._model, self._encoder = model, encoder
         self._lock = threading.Lock()  # an adapter is switched off for all threads

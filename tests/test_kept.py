@@ -14,7 +14,7 @@ from test_tree import tree_model
 
 from llama_squad.activation import activate
 from llama_squad.decoding import batch as batches
-from llama_squad.decoding import layers
+from llama_squad.decoding import kept, layers
 from llama_squad.decoding.cache import TokenTree
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.kept import Kept
@@ -143,6 +143,104 @@ def test_an_adapter_that_is_switched_off_and_on() -> None:
     assert _replies(local) == tuned
     _same(base, _replies(LocalModel(tiny_model(), ChatEncoder(tiny_tokenizer()))))
     assert [reply.score for reply in base] != [reply.score for reply in tuned]
+
+
+# Contexts that are asked about again -------------------------------------------------------------
+
+
+def _one_by_one(local: LocalModel, records: Any = RECORDS) -> list[Any]:
+    return [local.answer([[record]])[0].reply for record in records]
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each pass of a tree's model."""
+    found: list[int] = []
+    forward = TokenTree._forward
+
+    def watched(self: Any, ids: Any, *args: Any, **more: Any) -> Any:
+        found.append(ids.shape[1])
+        return forward(self, ids, *args, **more)
+
+    monkeypatch.setattr(TokenTree, "_forward", watched)
+    return found
+
+
+@pytest.mark.parametrize("alone", [1024, 4])  # a longer context is run with what precedes it
+@pytest.mark.parametrize("prompt", ["single_turn", "multi_turn", "question_first"])
+@pytest.mark.parametrize("where", ["start", "question", "reply"])
+def test_replies_over_a_context_that_is_kept(
+    prompt: str, where: Any, alone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "STEM_ALONE", alone)
+    model, encoder = adapted(), ChatEncoder(tiny_tokenizer())
+    if where != "start":
+        activate(model, where)
+    local = LocalModel(model, encoder, prompt=prompt, keep_contexts=True)
+    found = _one_by_one(local)
+    _same(found, _one_by_one(LocalModel(model, encoder, prompt=prompt)))
+    assert _one_by_one(local) == found  # whatever was asked before
+    assert bool(local.kept._contexts) == (prompt != "question_first")
+
+
+def test_a_context_is_run_once(passes: list[int]) -> None:
+    local = LocalModel(tiny_model(), ChatEncoder(tiny_tokenizer()), keep_contexts=True)
+    records = [{**RECORDS[0], "question": question} for question in ("Who?", "When?", "a")]
+    _one_by_one(local, RECORDS[3:])  # which checks the tree, and runs what all begin with
+    sizes = []
+    for record in records:
+        passes.clear()
+        _one_by_one(local, [record])
+        sizes.append(max(passes))
+    (ids,) = local._encoder.encode_prompts([local._messages(records[0])])
+    assert sizes[0] > len(ids) - len(local._prefix) - 30 > 2 * max(sizes[1:])
+    assert len(local.kept._contexts) == 2  # the last and the one before
+    passes.clear()
+    local.answer(BATCH)  # of several contexts none is kept
+    assert len(local.kept._contexts) == 2
+    assert max(passes) > sizes[0]
+
+
+def test_a_base_shares_the_context_of_an_activated_adapter(passes: list[int]) -> None:
+    model, encoder = adapted(), ChatEncoder(tiny_tokenizer())
+    activate(model, "question")
+    local = LocalModel(model, encoder, keep_contexts=True)
+    tuned = _one_by_one(local, RECORDS[:1])
+    passes.clear()
+    with model.disable_adapter():
+        base = _one_by_one(local, RECORDS[:1])
+    assert len(local.kept._contexts) == 1
+    shared = max(passes)
+    alone = LocalModel(tiny_model(), encoder, keep_contexts=True)
+    _same(base, _one_by_one(alone, RECORDS[:1]))
+    assert max(passes) > 2 * shared
+    assert base[0].score != tuned[0].score
+
+
+def test_a_base_shares_no_context_of_another_adapter() -> None:
+    model, encoder = adapted(), ChatEncoder(tiny_tokenizer())
+    local = LocalModel(model, encoder, keep_contexts=True)
+    tuned = _one_by_one(local, RECORDS[:1])
+    with model.disable_adapter():
+        base = _one_by_one(local, RECORDS[:1])
+    assert len(local.kept._contexts) == 2
+    _same(base, _one_by_one(LocalModel(tiny_model(), encoder), RECORDS[:1]))
+    assert _one_by_one(local, RECORDS[:1]) == tuned
+
+
+def test_a_context_that_is_too_long_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "LONGEST_KEPT", 60)
+    local = LocalModel(tiny_model(), ChatEncoder(tiny_tokenizer()), keep_contexts=True)
+    _same(_one_by_one(local), _one_by_one(LocalModel(tiny_model(), local._encoder)))
+    assert not local.kept._contexts
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "gemma3_text"])
+def test_a_kept_context_under_layers_that_see_a_window(architecture: str) -> None:
+    model = tree_model(architecture, sliding_window=120).eval()
+    local = LocalModel(model, ChatEncoder(tiny_tokenizer()), keep_contexts=True)
+    _same(_one_by_one(local), _one_by_one(LocalModel(model, local._encoder)))
+    assert local.kept._contexts
 
 
 needs_onednn = pytest.mark.skipif(

@@ -134,7 +134,7 @@ def test_the_questions_are_those_that_an_adapter_has_seen(
     monkeypatch.setattr(SquadTrainer, "compute_loss", watch)
     flags = ["--no_quantize", "--max_steps", str(steps), "--per_device_train_batch_size", "2"]
     train_llama_squad.main(training_flags(tmp_path, *flags, "--logging_steps", "2"))
-    split = load_squad(tmp_path / "dataset")["train"]
+    split = load_squad(str(tmp_path / "dataset"))["train"]
     seen = trained_on("results/final_checkpoints", split)
     assert len(seen) == len({*seen}) == min(sum(count for _, count in rows), 15)
     places = iter(seen)

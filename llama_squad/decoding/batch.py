@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from llama_squad.decoding.cache import Branch, TokenTree
 from llama_squad.decoding.constraints import Constraint, Grammar
-from llama_squad.decoding.kept import Kept
+from llama_squad.decoding.kept import LONGEST_KEPT, STEM_ALONE, Kept
 from llama_squad.decoding.lookahead import attach, guess, guesses
 from llama_squad.decoding.replies import Paragraph, Reply
 from llama_squad.decoding.scores import complete, likeliest, log_norms, token_scores
@@ -23,9 +23,6 @@ from llama_squad.decoding.search import (
     Successors,
 )
 from llama_squad.tree import adapted_alike, common_prefix, rope_limit
-
-STEM_ALONE = 1024
-"""A longer context is run before its questions: a pass of its own needs no mask."""
 
 COMPACT_AFTER = 256
 """The tree drops its dead branches when it has grown by so many tokens."""
@@ -113,22 +110,26 @@ class DecodingBatch:
     def _ask(self, tree: TokenTree, paragraph: Paragraph) -> list[_Question]:
         """Run a paragraph's questions, and beside each the constraint's alternative and opening.
 
-        A context that is not too long is run in the same pass, after what all prompts begin with.
+        A context that is neither kept nor too long is run in the same pass, after what all prompts
+        begin with.
         """
         cut = min(common_prefix(paragraph.prompts), *(len(ids) - 1 for ids in paragraph.prompts))
         cut = adapted_alike(cut, paragraph.adapter_from)
         cut = min([cut, *(hidden.start for hidden in paragraph.hidden)])
         acts = min(paragraph.adapter_from, default=None)
         branches: list[Branch] = []
-        if cut > STEM_ALONE:
-            stem = tree.prefill(paragraph.prompts[0][:cut], acts)
+        plain = cut if acts is None else min(cut, acts)
+        known, kept = min(paragraph.prefix, plain), min(paragraph.stem, plain)
+        first, options = paragraph.prompts[0], self._options
+        if known < kept <= LONGEST_KEPT:
+            stem, known = options.kept.begin_context(tree, first[:kept], known), kept
+        elif cut > STEM_ALONE:
+            stem, known = tree.prefill(first[:cut], acts), cut
         else:
-            known = min(paragraph.prefix, cut, cut if acts is None else acts)
-            shared = paragraph.prompts[0][:known]
-            stem = self._options.kept.begin(tree, shared) if known else tree.prefill([])
-            if own := paragraph.prompts[0][known:cut]:
-                stem = Branch(stem, own, wanted=0, adapter_from=acts)
-                branches.append(stem)
+            stem = options.kept.begin(tree, first[:known]) if known else tree.prefill([])
+        if own := first[known:cut]:
+            stem = Branch(stem, own, wanted=0, adapter_from=acts)
+            branches.append(stem)
         questions = self._questions(paragraph, stem, cut)
         alternative, opening = list(self._constraint.alternative), list(self._constraint.opening)
         openings = []

@@ -1,13 +1,24 @@
-"""What decoding makes of a model once, and keeps for all replies."""
+"""What decoding makes of a model once, and keeps for all replies; and the last contexts."""
 
 import contextlib
 from typing import Any, cast
 
+import torch
 from transformers import PreTrainedModel
 
+from llama_squad.activation import activation_of
 from llama_squad.decoding.cache import Branch, TokenTree
 from llama_squad.decoding.layers import LeanLayers
 from llama_squad.head import Product, exact_head
+
+STEM_ALONE = 1024
+"""A longer stem is run as a whole: a pass without anything before it needs no mask."""
+
+LONGEST_KEPT = 4096
+"""A context of more tokens is not kept: its keys and values may take gigabytes."""
+
+States = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values, a pair a layer."""
 
 
 class Kept:
@@ -28,7 +39,8 @@ class Kept:
             from peft.tuners.tuners_utils import BaseTunerLayer
 
             self._adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        self._held: dict[Any, list[Any]] = {}
+        self._held: dict[Any, States] = {}
+        self._contexts: dict[Any, States] = {}
 
     def exact_head(self, room: float) -> contextlib.AbstractContextManager[None]:
         """Let the model give its logits in float32; what ``room`` bytes hold for it is kept."""
@@ -40,13 +52,43 @@ class Kept:
 
         No adapter that acts from some token on may act on these.
         """
-        switches = [(m.disable_adapters, *m.active_adapters) for m in self._adapted]
-        key = tuple(tokens), tuple(switches)
+        key = self._key(tokens)
         if key not in self._held:
-            if len(self._held) > 1:  # with the adapter and without it
-                self._held.clear()
             first = TokenTree(self.model)
             first.prefill(tokens)
-            layers = cast(list[Any], first.cache.layers)
-            self._held[key] = [(layer.keys, layer.values) for layer in layers]
+            _add(self._held, key, first)
         return tree.begin(tokens, self._held[key])
+
+    def begin_context(self, tree: TokenTree, tokens: list[int], known: int) -> Branch:
+        """Begin with all that stands before a context's questions; run where it is not kept.
+
+        Args:
+            tree: see ``begin``.
+            tokens: on which no adapter that acts from some token on may act.
+            known: so many of them all prompts begin with.
+        """
+        key = self._key(tokens)
+        if key not in self._contexts:
+            first = TokenTree(self.model)
+            if known and len(tokens) <= STEM_ALONE:
+                first.extend([[Branch(self.begin(first, tokens[:known]), tokens[known:])]])
+            else:
+                first.prefill(tokens)
+            _add(self._contexts, key, first)
+        return tree.begin(tokens, self._contexts[key])
+
+    def _key(self, tokens: list[int]) -> Any:
+        """Return what tells their keys and values: the tokens, and the adapter that acts on them.
+
+        Before the tokens of its task an activated one does not: they are the base's.
+        """
+        adapted = [] if activation_of(self.model) else self._adapted
+        return tuple(tokens), tuple((m.disable_adapters, *m.active_adapters) for m in adapted)
+
+
+def _add(held: dict[Any, States], key: Any, tree: TokenTree) -> None:
+    """Keep a tree's keys and values, and the last before them: with an adapter and without it."""
+    layers = cast(list[Any], tree.cache.layers)
+    for old in [*held][:-1]:
+        del held[old]
+    held[key] = [(layer.keys, layer.values) for layer in layers]

@@ -62,3 +62,6 @@ class Paragraph:
     prefix: int = 0
     """So many tokens other paragraphs' prompts begin with, too: run once for all of them, but for
     those with long contexts."""
+    stem: int = 0
+    """So many tokens stand before the questions, and are kept for the next ones about this context;
+    0: nothing is kept."""

@@ -64,6 +64,8 @@ class LocalModel:
         encoder: the tokenizer's, with the chat template and the reasoning tokens.
         prompt: a key of ``PROMPTS``.
         system_prompt: "" for none.
+        keep_contexts: of a context that is asked about alone, keep what was run before its
+            question: the next question about it is run alone.
         options: what ``Generator`` takes: decoding, num_beams, max_new_tokens, na_prob_thresh,
             n_best, length_penalty, span_boundaries, stop_after_answer.
     """
@@ -75,9 +77,10 @@ class LocalModel:
         *,
         prompt: str = "single_turn",
         system_prompt: str = SYSTEM_PROMPT,
+        keep_contexts: bool = False,
         **options: Any,
     ) -> None:
-        self._encoder = encoder
+        self._encoder, self._keep_contexts = encoder, keep_contexts
         self._prompt, self._system_prompt = prompt, system_prompt
         activation = activation_of(model)
         self._acts_from: ActsFrom = activation.where if activation else "start"
@@ -252,5 +255,21 @@ class LocalModel:
             hidden = [self._encoder.filler_of(ids) for ids in prompts] if filler else []
             prefix = self._prefix
             known = len(prefix) if all(ids[: len(prefix)] == prefix for ids in prompts) else 0
-            paragraphs.append(Paragraph(records[0]["context"], prompts, starts, hidden, known))
+            stem = 0
+            if self._keep_contexts and len(batch) == 1:
+                stem = self._before_questions(group, records, prompts)
+            context = records[0]["context"]
+            paragraphs.append(Paragraph(context, prompts, starts, hidden, known, stem))
         return paragraphs
+
+    def _before_questions(
+        self,
+        group: Sequence[Sequence[Message]],
+        records: Sequence[Record],
+        prompts: Sequence[Sequence[int]],
+    ) -> int:
+        """Return how many tokens stand before the questions in all prompts of a paragraph."""
+        pairs = zip(group, records, strict=True)
+        places = [adapter_start(m, r, self._prompt, "question") for m, r in pairs]
+        starts = [start for _, start in self._encoder.encode_activated_prompts(group, places)]
+        return min([*starts, common_prefix([list(ids) for ids in prompts])])
