@@ -1,9 +1,12 @@
 r"""Time evaluation: ours, batched ``generate``, and the original's way, one prompt at a time.
 
-All run in one process on the same questions, interleaved, with a model that was first trained until
-it answers them (random weights are never sure, and a search's length is decided by how sure the
-model is). The trained model is kept in the temporary folder and found again.
+All run in one process on the same questions, interleaved: with a model and an adapter of
+``train_llama_squad.py`` (no activated one, which ``generate`` does not know), or with a small model
+that is first trained until it answers them (random weights are never sure, and a search's length is
+decided by how sure the model is). That one is kept in the temporary folder and found again.
 
+    python benchmarks/eval_speed.py --data ../shared/data/squad_v2/dev.json --model MODEL \
+        --adapter DIR --dtype float32
     python benchmarks/eval_speed.py --data ../shared/data/squad_v2/dev.json \
         --tokenizer ../shared/data/tokenizers/llama3
 
@@ -27,8 +30,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tuned_model import load_tuned
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from llama_squad.activation import activation_of
 from llama_squad.answers import extract_answer
 from llama_squad.collator import SquadDataCollator
 from llama_squad.data import read_files
@@ -47,7 +52,10 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, help="official SQuAD JSON file")
-    parser.add_argument("--tokenizer", required=True)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help="chat model: a folder, or a name on the Hub")
+    model.add_argument("--tokenizer", help="of a small model that is made here")
+    parser.add_argument("--adapter", help="of --model")
     parser.add_argument("--chat_template", help="jinja file (default: the tokenizer's, else TRL's)")
     parser.add_argument("--paragraphs", type=int, default=4)
     parser.add_argument("--questions", type=int, default=7, help="of a paragraph, at most")
@@ -74,8 +82,17 @@ def read_questions(args: argparse.Namespace) -> list[list[Record]]:
     return [group[: args.questions] for group in groups[::step][: args.paragraphs]]
 
 
-def load_model(args: argparse.Namespace, encoder: ChatEncoder, groups: list[list[Record]]) -> Any:
-    """Return the model: trained before, or trained now, or with random weights."""
+def small_encoder(args: argparse.Namespace) -> ChatEncoder:
+    """Return the encoder of the small model."""
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    if args.chat_template or not tokenizer.chat_template:
+        trls = Path(str(find_spec("trl").origin)).parent / "chat_templates" / "llama3.jinja"  # type: ignore[union-attr]
+        tokenizer.chat_template = Path(args.chat_template or trls).read_text(encoding="utf-8")
+    return ChatEncoder(tokenizer)
+
+
+def load_small(args: argparse.Namespace, encoder: ChatEncoder, groups: list[list[Record]]) -> Any:
+    """Return the small model: trained before, or trained now, or with random weights."""
     key = [args.tokenizer, args.layers, args.hidden, args.intermediate, args.heads, args.kv_heads,
            [record["id"] for group in groups for record in group], args.train_steps]  # fmt: skip
     name = "llama-squad-" + hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
@@ -243,17 +260,18 @@ def report(golds: Sequence[str], seconds: dict[str, list[tuple[float, float]]],
 def main() -> None:
     """Run the benchmark."""
     args = parse()
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    if args.chat_template or not tokenizer.chat_template:
-        trls = Path(str(find_spec("trl").origin)).parent / "chat_templates" / "llama3.jinja"  # type: ignore[union-attr]
-        tokenizer.chat_template = Path(args.chat_template or trls).read_text(encoding="utf-8")
-    encoder = ChatEncoder(tokenizer)
     groups = read_questions(args)
+    if args.model:
+        model, encoder, _ = load_tuned(args.model, args.adapter, args.dtype)
+        if activation_of(model):
+            sys.exit(f"eval_speed.py: {args.adapter} is activated: generate cannot run it")
+    else:
+        encoder = small_encoder(args)
+        model = load_small(args, encoder, groups)
     golds = [gold_answer(record) for group in groups for record in group]
     prompts = [ids for group in groups for ids in encode(encoder, group)]
     print(f"{len(golds)} questions of {len(groups)} paragraphs, "
           f"{sum(map(len, prompts)) / len(prompts):.0f} tokens per prompt")  # fmt: skip
-    model = load_model(args, encoder, groups)
     compared = methods(args, model, encoder, groups)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in compared}
     completions: dict[str, list[str]] = {}

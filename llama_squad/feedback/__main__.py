@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.source:
             reviewer = args.reviewer or verdicts.user_name()
             new, there = exchange.import_file(args.source, args.feedback, reviewer)
-            print(f"{new:,} questions taken in, {there:,} were there with the same answer.")
+            print(f"{new:,} questions taken in, {there:,} were there already.")
         feedback = verdicts.load(args.feedback)
         if args.export:
             number = exchange.export(feedback, args.export)
