@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from llama_squad import modeling
 from llama_squad.arguments import ModelArguments
 from llama_squad.config import load_run_config
+from llama_squad.encoding import label_all
 from llama_squad.training.checkpoints import RUN_RECORD, digest
 from llama_squad.training.examples import encode_split
 from llama_squad.training.packing import plan_rows, row_dataset
@@ -22,7 +23,7 @@ def trained_on(folder: str | Path, split: Any) -> list[int]:
     """Return the places in a training split of the questions that an adapter has seen, in order.
 
     Args:
-        folder: of ``train_llama_squad.py``: final_checkpoints, or a checkpoint.
+        folder: final_checkpoints of ``train_llama_squad.py``.
         split: the training split, as it was then.
 
     Raises:
@@ -34,6 +35,10 @@ def trained_on(folder: str | Path, split: Any) -> list[int]:
         raise ValueError(f"{folder} does not say what it was trained on: it is no finished run's")
     if not record["rows"].startswith("shared contexts ") or record["chat_share"]:
         raise ValueError(f"{folder} was trained on plain batches, or with chat: not supported")
+    if record["from_adapter"] or saved["trainer"]["load_best_model_at_end"]:
+        raise ValueError(
+            f"{folder} went on from an adapter, or is not its run's last: not supported"
+        )
     model = ModelArguments(
         model_name=record["model_name"], chat_template=saved["model"]["chat_template"]
     )
@@ -44,6 +49,8 @@ def trained_on(folder: str | Path, split: Any) -> list[int]:
     )  # fmt: skip
     if dropped:
         raise ValueError(f"{folder} was trained without {dropped} long examples: not supported")
+    if record["loss_on"] == "all":
+        encoded = encoded.map(label_all)
     batch = record["per_device_train_batch_size"] * record["gradient_accumulation_steps"]
     plan = plan_rows(
         encoded,
@@ -55,7 +62,7 @@ def trained_on(folder: str | Path, split: Any) -> list[int]:
     )
     differs = f"the rows that {folder} was trained on come out otherwise here"
     if f"shared contexts {digest(plan.rows)}" != record["rows"]:
-        raise ValueError(f"{differs}: the dataset is another one")
+        raise ValueError(f"{differs}: of another dataset, or a model that shares no long contexts")
     rows = [plan.rows[i] for i in _drawn(len(plan.rows), record)]
     seen = rows[: figures["step"] * plan.rows_per_step * record["processes"]]
     trees = (Tree.build(row["paragraphs"]) for row in row_dataset(encoded, seen))

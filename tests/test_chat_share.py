@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -307,11 +308,13 @@ def test_a_divergence_of_nothing_is_refused() -> None:
     ("more", "layout"),
     [
         ([], "Shared contexts: "),
-        (["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4"], "Shared"),
+        (["--row_tokens", "600", "--gradient_accumulation_steps", "2"], "Shared contexts: "),
         (["--no_share_context"], "contexts not shared: as asked"),
     ],
 )
-def test_the_loss_on_all_tokens(more: list[str], layout: str, tmp_path: Path, capsys: Any) -> None:
+def test_the_loss_on_all_tokens(
+    more: list[str], layout: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is that of TRL on whole sequences: each example's own, its context included."""
     records = make_records(6, [2, 3])
     flags = [
@@ -323,8 +326,11 @@ def test_the_loss_on_all_tokens(more: list[str], layout: str, tmp_path: Path, ca
     train_llama_squad.main([*flags, "--show_mask", "1"])
     shown = capsys.readouterr().out
     assert records[0]["context"] in shown.split("\033[1;30;42m")[1]
+    rows = Mock(side_effect=answer_loss)
+    monkeypatch.setattr("llama_squad.training.trainer.answer_loss", rows)
     train_llama_squad.main([*flags, *more])
     assert layout in capsys.readouterr().out
+    assert (rows.call_count > 1) == ("--row_tokens" in more)
     saved = json.loads(Path("results/checkpoint-1/trainer_state.json").read_text())
     (loss,) = [log["loss"] for log in saved["log_history"] if "loss" in log]
     total, count = 0.0, 0

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 from unittest import mock
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from test_tree import tree_model
 from llama_squad.activation import activate
 from llama_squad.decoding import batch as batches
 from llama_squad.decoding import kept, layers
+from llama_squad.decoding.batch import DecodingBatch
 from llama_squad.decoding.cache import TokenTree
 from llama_squad.decoding.generator import Generator
 from llama_squad.decoding.kept import Kept
@@ -233,6 +235,28 @@ def test_a_context_that_is_too_long_is_not_kept(monkeypatch: pytest.MonkeyPatch)
     local = LocalModel(tiny_model(), ChatEncoder(tiny_tokenizer()), keep_contexts=True)
     _same(_one_by_one(local), _one_by_one(LocalModel(tiny_model(), local._encoder)))
     assert not local.kept._contexts
+
+
+def test_where_memory_is_short_no_context_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    local = LocalModel(tiny_model(), ChatEncoder(tiny_tokenizer()), keep_contexts=True)
+    expected = _one_by_one(LocalModel(tiny_model(), local._encoder))
+    _one_by_one(local, RECORDS[:1])
+    run = DecodingBatch.replies
+    calls = []
+
+    def short(self: Any) -> Any:
+        calls.append(len(local.kept._contexts))
+        if calls[-1]:
+            raise torch.OutOfMemoryError
+        return run(self)
+
+    monkeypatch.setattr(DecodingBatch, "replies", short)
+    _same(_one_by_one(local), expected)
+    assert calls == [1] + [0] * len(RECORDS)
+    monkeypatch.setattr(DecodingBatch, "replies", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError) as caught:  # it is not tried for ever
+        _one_by_one(local, RECORDS[:1])
+    assert "--quantize" in str(caught.value.__notes__)
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma3_text"])

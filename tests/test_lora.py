@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import cpu_speed
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,6 +139,13 @@ def test_cross_entropy_in_parts(
     torch.testing.assert_close(loss.double(), total, atol=1e-4, rtol=1e-6)
     limits = (1e-3, 1e-2) if rough else (1e-7, 1e-7)
     torch.testing.assert_close(gradient.double(), slope, atol=limits[0], rtol=limits[1])
+
+
+@pytest.mark.parametrize("part", cpu_speed.PARTS)
+def test_a_step_without_what_the_benchmark_switches_off(part: str) -> None:
+    with cpu_speed.without(part):
+        found = gradients(activated("question"))
+    torch.testing.assert_close(found, gradients(activated("question")), atol=1e-4, rtol=1e-4)
 
 
 def test_a_second_gradient_of_a_cross_entropy_is_refused() -> None:

@@ -121,7 +121,7 @@ class DecodingBatch:
         plain = cut if acts is None else min(cut, acts)
         known, kept = min(paragraph.prefix, plain), min(paragraph.stem, plain)
         first, options = paragraph.prompts[0], self._options
-        if known < kept <= LONGEST_KEPT:
+        if options.kept.keeps_contexts and known < kept <= LONGEST_KEPT:
             stem, known = options.kept.begin_context(tree, first[:kept], known), kept
         elif cut > STEM_ALONE:
             stem, known = tree.prefill(first[:cut], acts), cut

@@ -142,13 +142,16 @@ class Generator:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if not halves:
+                forgot = any(p.stem for p in paragraphs) and self.options.kept.forget_contexts()
+                if not (halves or forgot):
                     error.add_note("One question alone does not fit: --quantize the model.")
                     raise
-                self._too_much = min(self._too_much, needed)
+                self._too_much = self._too_much if forgot else min(self._too_much, needed)
             # Out of the handler, which kept the failed pass's tensors alive.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            if forgot:
+                return self._reply(paragraphs)
         replies = [row for half in halves for row in self._reply(half)]
         if len(paragraphs) == 1:  # the questions of one paragraph were split
             return [[reply for row in replies for reply in row]]

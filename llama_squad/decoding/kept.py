@@ -15,7 +15,7 @@ STEM_ALONE = 1024
 """A longer stem is run as a whole: a pass without anything before it needs no mask."""
 
 LONGEST_KEPT = 4096
-"""A context of more tokens is not kept: its keys and values may take gigabytes."""
+"""A context of more tokens is not kept, as its keys and values may take gigabytes."""
 
 States = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values, a pair a layer."""
@@ -41,6 +41,7 @@ class Kept:
             self._adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         self._held: dict[Any, States] = {}
         self._contexts: dict[Any, States] = {}
+        self.keeps_contexts = True
 
     def exact_head(self, room: float) -> contextlib.AbstractContextManager[None]:
         """Let the model give its logits in float32; what ``room`` bytes hold for it is kept."""
@@ -75,7 +76,14 @@ class Kept:
             else:
                 first.prefill(tokens)
             _add(self._contexts, key, first)
+        self._contexts[key] = self._contexts.pop(key)  # the last that goes
         return tree.begin(tokens, self._contexts[key])
+
+    def forget_contexts(self) -> bool:
+        """Keep no context any more, for good; tell whether they were kept so far."""
+        kept, self.keeps_contexts = self.keeps_contexts, False
+        self._contexts.clear()
+        return kept
 
     def _key(self, tokens: list[int]) -> Any:
         """Return what tells their keys and values: the tokens, and the adapter that acts on them.
@@ -87,7 +95,7 @@ class Kept:
 
 
 def _add(held: dict[Any, States], key: Any, tree: TokenTree) -> None:
-    """Keep a tree's keys and values, and the last before them: with an adapter and without it."""
+    """Keep a tree's keys and values, and those used before them: of the same without an adapter."""
     layers = cast(list[Any], tree.cache.layers)
     for old in [*held][:-1]:
         del held[old]

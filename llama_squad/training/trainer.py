@@ -174,7 +174,7 @@ class SquadTrainer(SFTTrainer):
 
         def separate(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             labels = batch["labels"].flatten().repeat_interleave(batch["weights"].flatten())
-            return {"labels": F.pad(labels, (1, 0))}  # the first of all is not counted
+            return {"labels": F.pad(labels, (1, 0), value=IGNORE)}  # as no first token has one
 
         each = [separate(batch) if "weights" in batch else batch for batch in batch_samples]
         return super()._get_num_items_in_batch(each, device)
