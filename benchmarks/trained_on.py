@@ -29,16 +29,8 @@ def trained_on(folder: str | Path, split: Any) -> list[int]:
     Raises:
         ValueError: the folder does not tell, or the rows come out otherwise than they were then.
     """
-    saved = load_run_config(folder)
-    record, figures = saved.get(RUN_RECORD, {}), saved.get("figures", {})
-    if not {"rows", "processes"} <= record.keys() or "num_tokens" not in figures:
-        raise ValueError(f"{folder} does not say what it was trained on: it is no finished run's")
-    if not record["rows"].startswith("shared contexts ") or record["chat_share"]:
-        raise ValueError(f"{folder} was trained on plain batches, or with chat: not supported")
-    if record["from_adapter"] or saved["trainer"]["load_best_model_at_end"]:
-        raise ValueError(
-            f"{folder} went on from an adapter, or is not its run's last: not supported"
-        )
+    saved = _saved(folder)
+    record, figures = saved[RUN_RECORD], saved["figures"]
     model = ModelArguments(
         model_name=record["model_name"], chat_template=saved["model"]["chat_template"]
     )
@@ -77,3 +69,18 @@ def _drawn(rows: int, record: dict[str, Any]) -> list[int]:
     seed = record["seed"] if record["data_seed"] is None else record["data_seed"]
     sampler = SeedableRandomSampler(range(rows), generator=torch.Generator(), data_seed=seed)
     return list(sampler)
+
+
+def _saved(folder: str | Path) -> dict[str, Any]:
+    """Return what a training saved beside its adapter; ValueError where that tells no rows."""
+    saved = load_run_config(folder)
+    record, figures = saved.get(RUN_RECORD, {}), saved.get("figures", {})
+    if not {"rows", "processes"} <= record.keys() or "num_tokens" not in figures:
+        raise ValueError(f"{folder} does not say what it was trained on: it is no finished run's")
+    if not record["rows"].startswith("shared contexts ") or record["chat_share"]:
+        raise ValueError(f"{folder} was trained on plain batches, or with chat: not supported")
+    if record["from_adapter"] or saved["trainer"]["load_best_model_at_end"]:
+        raise ValueError(
+            f"{folder} went on from an adapter, or is not its run's last: not supported"
+        )
+    return saved

@@ -145,8 +145,8 @@ FAULTS = [
     Fault(
         "training's tree: a branch lacks what predicts its first label",
         "llama_squad/tree.py",
-        "shared = min(prompt - 1, common_prefix",
-        "shared = min(prompt, common_prefix",
+        "else min(prompt - 1, common)",
+        "else min(prompt, common)",
         f"{COLLATOR} -k identical_prompts",
     ),
     Fault(
@@ -229,9 +229,30 @@ FAULTS = [
     Fault(
         "decoding: what prompts begin with stays the adapter's once that is off",
         "llama_squad/decoding/kept.py",
-        "key = tuple(tokens), tuple(switches)",
-        "key = tuple(tokens), len(switches)",
+        "for m in adapted)",
+        "for m in adapted[:0])",
         "tests/test_kept.py -k switched_off",
+    ),
+    Fault(
+        "decoding: a context that is kept is the adapter's once that is off",
+        "llama_squad/decoding/kept.py",
+        "for m in adapted)",
+        "for m in adapted[:0])",
+        "tests/test_kept.py -k shares_no_context",
+    ),
+    Fault(
+        "training's tree: a label that examples share counts once",
+        "llama_squad/tree.py",
+        "tree._append(paragraph[0], root, stem, [len(examples), len(paragraph)])",
+        "tree._append(paragraph[0], root, stem, [1, 1])",
+        "tests/test_shared_contexts.py -k labels_on_all",
+    ),
+    Fault(
+        "training: what a step divides by counts a shared label once",
+        "llama_squad/training/trainer.py",
+        'if "weights" in batch else batch',
+        "if False else batch",
+        "tests/test_chat_share.py -k loss_on_all_tokens",
     ),
     Fault(
         "search: probabilities are not normalised",
