@@ -210,12 +210,13 @@ def test_forgetting(run_script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     calls = run_script("forgetting.sh", EVAL_PYTHON="a python", QUESTIONS="112", DATA=str(tmp_path))
     trained = [call for call in calls if call[0] == "train_llama_squad.py"]
     assert len(trained) == 11
-    for call in trained:  # 27.4 a step; 23.4, where a tenth of its 26 is chat; 28, alone
+    assert sum("all" in call for call in trained) == 2
+    for call in trained:  # 27.4 a step; 23.4, where a tenth of its 26 is chat
         last = len(call) - call[::-1].index("--max_steps")
-        a_step = 23.4 if "--chat_share" in call else 28 if "all" in call else 27.4
+        a_step = 23.4 if "--chat_share" in call else 27.4
         assert call[last] == str(math.ceil(112 / a_step))
         last = len(call) - call[::-1].index("--per_device_train_batch_size")
-        assert call[last] == ("4" if "all" in call else "28")
+        assert call[last] == "28"
     (command,) = measured
     out = str(Path(command[command.index("--work") + 1]))
     assert out.endswith("/112")
