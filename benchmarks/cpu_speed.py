@@ -169,7 +169,7 @@ PARTS: dict[str, tuple[Any, str, Any]] = {
     "explicit": (attention, "_by_products", lambda _: False),
     "packed": (layers, "is_packable", lambda _: False),
     "prefix": (LocalModel, "_prefix", []),
-    "contexts": (LocalModel, "_before_questions", lambda *_: 0),
+    "contexts": (batch, "LONGEST_KEPT", 0),
 }
 """What is switched off, each by what takes the place of what."""
 

@@ -257,19 +257,17 @@ class LocalModel:
             known = len(prefix) if all(ids[: len(prefix)] == prefix for ids in prompts) else 0
             stem = 0
             if self._keep_contexts and len(batch) == 1:
-                stem = self._before_questions(group, records, prompts)
+                known_already = self._acts_from == "question"
+                asked = starts if known_already else self._question_starts(group, records)
+                stem = min(common_prefix(prompts), *asked)
             context = records[0]["context"]
             paragraphs.append(Paragraph(context, prompts, starts, hidden, known, stem))
         return paragraphs
 
-    def _before_questions(
-        self,
-        group: Sequence[Sequence[Message]],
-        records: Sequence[Record],
-        prompts: Sequence[Sequence[int]],
-    ) -> int:
-        """Return how many tokens stand before the questions in all prompts of a paragraph."""
+    def _question_starts(
+        self, group: Sequence[Sequence[Message]], records: Sequence[Record]
+    ) -> list[int]:
+        """Return how many tokens stand before the question in each prompt of a paragraph."""
         pairs = zip(group, records, strict=True)
         places = [adapter_start(m, r, self._prompt, "question") for m, r in pairs]
-        starts = [start for _, start in self._encoder.encode_activated_prompts(group, places)]
-        return min([*starts, common_prefix([list(ids) for ids in prompts])])
+        return [start for _, start in self._encoder.encode_activated_prompts(group, places)]

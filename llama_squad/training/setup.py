@@ -132,7 +132,7 @@ def lay_out(
     labelled = dict(encoded)
     if args.loss_on == "all":
         labelled["train"] = encoded["train"].map(label_all, desc="Labelling all tokens")
-    if args.chat_kl and args.loss_on == "all":
+    if args.share_context and args.chat_kl and args.loss_on == "all":
         why = "--chat_kl falls on all tokens of chat, and not on those that it shares"
     elif args.share_context:
         limit = of_first(lambda: longest_shared(model))  # under FSDP it alone may hold the weights
