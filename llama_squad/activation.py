@@ -51,7 +51,7 @@ class Activation:
             return (torch.zeros_like(x),)  # in the graph all the same: it is trained elsewhere
         if x.shape[:-1] != self._mask.shape[:-1]:
             raise ValueError(
-                "an adapter that acts from the question or the reply on needs layers that take "
+                f"an adapter that acts from the {self.where} on needs layers that take "
                 f"rows of tokens: one was given {tuple(x.shape[:-1])} of {self._mask.shape[:-1]}. "
                 "Leave --alora_from out, or choose other --lora_target_modules"
             )
@@ -75,7 +75,7 @@ def activate(model: Any, where: ActsFrom) -> None:
         if not layer.lora_A or layer.lora_variant or isinstance(layer, ParamWrapper):
             raise ValueError(
                 f"the adapter of {name} cannot be switched on token by token: an adapter that acts "
-                "from the question or the reply on is a plain LoRA of linear layers. Leave "
+                f"from the {where} on is a plain LoRA of linear layers. Leave "
                 "--alora_from out, or choose other --lora_target_modules"
             )
         for matrix in layer.lora_A.values():

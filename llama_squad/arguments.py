@@ -123,9 +123,10 @@ class TrainArguments:
     use_dora: bool = _option(False, "Weight-decomposed LoRA: slower, sometimes better.")
     alora_from: ActsFrom = _option(
         "start",
-        "Where the adapter begins to act. start: everywhere, plain LoRA. question: on the question "
-        "and the reply, or reply: from the opening of the reply on: an activated LoRA, to which "
-        "context and plain chat are the base model's own. It cannot be merged.",
+        "Where the adapter begins to act. start: everywhere, plain LoRA. The others are activated "
+        "LoRA, which leaves plain chat to the base model and cannot be merged: context: from the "
+        "context on; question: on the question and the reply; reply: from the opening of the reply "
+        "on. With the last two the context is the base model's own, too.",
     )
     chat_share: float = _option(
         0.0,
@@ -359,8 +360,8 @@ class AppArguments:
     max_new_tokens: int = _option(512, "Length limit of a reply, in tokens.")
     chat_adapter: bool = _option(
         False,
-        "Leave the adapter on in chat, too (default: the base chats). One that acts from the "
-        "question on takes no part in chat.",
+        "Leave the adapter on in chat, too (default: the base chats). An activated one takes no "
+        "part in chat.",
     )
     feedback: str = _option("data/feedback.jsonl", "File that verdicts are appended to.")
     review: str | None = _option(

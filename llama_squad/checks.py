@@ -135,7 +135,7 @@ def check_adapter_flags(args: TrainArguments, given: Sequence[str]) -> None:
 
 
 def check_activated(args: TrainArguments) -> None:
-    """Refuse what an adapter cannot do that acts from the question or the reply on.
+    """Refuse what an activated adapter cannot do: one that acts from some token of its task on.
 
     With ``--from_adapter`` the arguments must hold what the adapter brings.
 
@@ -160,8 +160,8 @@ def check_activated(args: TrainArguments) -> None:
         )
     if args.loss_on == "all":
         raise ValueError(
-            f"{adapter} takes no part in the context, so --loss_on all would train nothing there: "
-            f"leave out --loss_on{own}"
+            f"{adapter} takes no part in what stands before, so --loss_on all would train nothing "
+            f"there: leave out --loss_on{own}"
         )
     if args.use_dora:
         raise ValueError(

@@ -173,7 +173,7 @@ def load_model(
     The weights go to this process's GPU; a single process with several GPUs spreads them. An
     adapter is merged where that changes no more than the order of a sum: into float32 weights. In
     16 bits the rounding would change answers, and in 4 bits all the more: there it stays apart. So
-    does one that acts from the question or the reply on.
+    does an activated one.
 
     Args:
         args: which model, and how.

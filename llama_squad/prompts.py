@@ -19,8 +19,10 @@ Record = Mapping[str, Any]
 
 Message = dict[str, str]
 
-ActsFrom = Literal["start", "question", "reply"]
-"""From where on an adapter acts: on all tokens, or from the task's question or reply on."""
+ActsFrom = Literal["start", "context", "question", "reply"]
+"""From where on an adapter acts: on all tokens, or from the task's context, question or reply on.
+
+From the context on, that is from the question on where that stands first."""
 
 SYSTEM_PROMPT = (
     "You are a helpful and honest assistant. You answer from the text you are given, you do not "
@@ -94,8 +96,9 @@ def adapter_start(
         messages: of ``build_messages``, to its end or to any of its user turns.
         record: that they are about.
         prompt: their style.
-        where: "question": from the line of the question on; "reply": from the end of the last user
-            turn on, so with the tokens that open the assistant's.
+        where: "context": from the line of the context on, or of the question, where that is
+            earlier; "question": from the line of the question on; "reply": from the end of the last
+            user turn on, so with the tokens that open the assistant's.
 
     Raises:
         ValueError: the style has no place for the question, or the messages are of another one.
@@ -103,8 +106,11 @@ def adapter_start(
     users = [index for index, message in enumerate(messages) if message["role"] == "user"]
     if where == "reply":
         return users[-1], len(messages[users[-1]]["content"])
-    # what two questions of one character have in common in front of them
-    first, other = (PROMPTS[prompt]({**record, "question": mark}) for mark in "\ue000\ue001")
+    # what two records of one character have in common in front of it
+    changed = ["question"] + ["context"] * (where == "context")
+    first, other = (
+        PROMPTS[prompt]({**record, **dict.fromkeys(changed, mark)}) for mark in "\ue000\ue001"
+    )
     for index, (a, b) in enumerate(zip(first, other, strict=True)):
         if a != b:
             differ = bisect_left(range(len(a)), True, key=lambda n: a[: n + 1] != b[: n + 1])

@@ -205,8 +205,8 @@ class Reader:
 
         Args:
             messages: user and assistant in turn, after a system prompt or without.
-            adapter: the adapter is left on; without, its base speaks, whatever was trained. One
-                that acts from the question on takes no part in either case.
+            adapter: the adapter is left on; without, its base speaks, whatever was trained. An
+                activated one takes no part in either case.
 
         Raises:
             ValueError: it ends otherwise, or is longer than the model reads.

@@ -83,7 +83,7 @@ def _logits_over_the_base(
                 attention_mask=make_masks(inner, visible[:, :, :first, :first], stem, stem),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=stem.new_empty(0),  # keys and values are all that is wanted
             )
     rest = positions[:, first:]
     return model(

@@ -1,4 +1,4 @@
-"""Adapters that act from the question or the reply on: exact in training, decoding and chat."""
+"""Adapters that act from some token of a task on: exact in training, decoding and chat."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ from llama_squad.training.setup import check_shared_contexts
 from llama_squad.training.trainer import answer_loss
 
 RECORDS = make_records(3, [3, 1, 2])
-WHERE: list[ActsFrom] = ["question", "reply"]
+WHERE: list[ActsFrom] = ["context", "question", "reply"]
 CHAT = [{"role": "user", "content": "Hello, who are you? Question: who met Ada?"}]
 
 
@@ -120,6 +120,10 @@ def test_the_first_token(name: str, template: str, end: str, prompt: str) -> Non
                     assert before.rstrip().endswith("Question: none.")
                 assert ("Question: none." in before) == (not prompt.startswith("question"))
                 assert after.lstrip().startswith(f"Question: {record['question'].strip()}")
+            elif where == "context":
+                first = "Question: " if prompt.startswith("question") else 'Context: He said: "'
+                assert after.lstrip().startswith(first)
+                assert "He said" not in before and record["question"] not in before
             else:
                 assert re.search("assistant|INST|<start_of_turn>model", after)
                 assert before.rstrip().endswith(PROMPTS[prompt](record)[-1].split()[-1])
@@ -128,7 +132,7 @@ def test_the_first_token(name: str, template: str, end: str, prompt: str) -> Non
             turns = [m for m in build_messages(record, prompt, "Be brief.", answer=False)]
             found = encoder.encode_activated_prompts([turns], [place])
             assert found == [(ids[:first_label], start)]
-        if where == "question":
+        if where != "reply":
             assert len({example["adapter_from"] for example in examples}) == 1
 
 

@@ -298,7 +298,7 @@ def test_a_divergence_of_nothing_is_refused() -> None:
         (["--chat_kl", "-1", "--chat_share", "0.1"], "--chat_kl must be at least 0"),
         (["--chat_kl", "1", "--chat_share", "0.1", "--full_parameters"], "without its adapter"),
         (["--loss_on", "all", "--filler", "2"], "would train the model to write filler"),
-        (["--loss_on", "all", "--alora_from", "reply"], "takes no part in the context"),
+        (["--loss_on", "all", "--alora_from", "reply"], "takes no part in what stands before"),
     ):
         with pytest.raises(SystemExit, match=message):
             train_llama_squad.main(argv)

@@ -56,7 +56,7 @@ def _asked(local: LocalModel) -> list[Any]:
 
 @pytest.mark.parametrize("alone", [1024, 4])  # longer contexts have a pass of their own, as a whole
 @pytest.mark.parametrize("prompt", ["single_turn", "multi_turn", "question_first"])
-@pytest.mark.parametrize("where", ["start", "question", "reply"])
+@pytest.mark.parametrize("where", ["start", "context", "question", "reply"])
 def test_replies_are_those_of_whole_prompts(
     prompt: str, where: Any, alone: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +170,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("alone", [1024, 4])  # a longer context is run with what precedes it
 @pytest.mark.parametrize("prompt", ["single_turn", "multi_turn", "question_first"])
-@pytest.mark.parametrize("where", ["start", "question", "reply"])
+@pytest.mark.parametrize("where", ["start", "context", "question", "reply"])
 def test_replies_over_a_context_that_is_kept(
     prompt: str, where: Any, alone: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,8 +219,11 @@ def test_a_base_shares_the_context_of_an_activated_adapter(passes: list[int]) ->
     assert base[0].score != tuned[0].score
 
 
-def test_a_base_shares_no_context_of_another_adapter() -> None:
+@pytest.mark.parametrize("where", ["start", "context"])
+def test_a_base_shares_no_context_that_an_adapter_reads(where: Any) -> None:
     model, encoder = adapted(), ChatEncoder(tiny_tokenizer())
+    if where != "start":
+        activate(model, where)
     local = LocalModel(model, encoder, keep_contexts=True)
     tuned = _one_by_one(local, RECORDS[:1])
     with model.disable_adapter():

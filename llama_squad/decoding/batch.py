@@ -118,11 +118,11 @@ class DecodingBatch:
         cut = min([cut, *(hidden.start for hidden in paragraph.hidden)])
         acts = min(paragraph.adapter_from, default=None)
         branches: list[Branch] = []
-        plain = cut if acts is None else min(cut, acts)
-        known, kept = min(paragraph.prefix, plain), min(paragraph.stem, plain)
+        known, kept = min(paragraph.prefix, cut), min(paragraph.stem, cut)
+        known = known if acts is None else min(known, acts)
         first, options = paragraph.prompts[0], self._options
         if options.kept.keeps_contexts and known < kept <= LONGEST_KEPT:
-            stem, known = options.kept.begin_context(tree, first[:kept], known), kept
+            stem, known = options.kept.begin_context(tree, first[:kept], known, acts), kept
         elif cut > STEM_ALONE:
             stem, known = tree.prefill(first[:cut], acts), cut
         else:

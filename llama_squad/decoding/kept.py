@@ -60,21 +60,25 @@ class Kept:
             _add(self._held, key, first)
         return tree.begin(tokens, self._held[key])
 
-    def begin_context(self, tree: TokenTree, tokens: list[int], known: int) -> Branch:
+    def begin_context(
+        self, tree: TokenTree, tokens: list[int], known: int, acts: int | None
+    ) -> Branch:
         """Begin with all that stands before a context's questions; run where it is not kept.
 
         Args:
             tree: see ``begin``.
-            tokens: on which no adapter that acts from some token on may act.
-            known: so many of them all prompts begin with.
+            tokens: of the context and what stands before it.
+            known: so many of them all prompts begin with, and no activated adapter acts on.
+            acts: the first token that an activated adapter acts on, here or later; None: on none.
         """
-        key = self._key(tokens)
+        key = self._key(tokens, acts)
         if key not in self._contexts:
             first = TokenTree(self.model)
             if known and len(tokens) <= STEM_ALONE:
-                first.extend([[Branch(self.begin(first, tokens[:known]), tokens[known:])]])
+                begun = self.begin(first, tokens[:known])
+                first.extend([[Branch(begun, tokens[known:], adapter_from=acts)]])
             else:
-                first.prefill(tokens)
+                first.prefill(tokens, acts)
             _add(self._contexts, key, first)
         self._contexts[key] = self._contexts.pop(key)  # the last that goes
         return tree.begin(tokens, self._contexts[key])
@@ -85,12 +89,13 @@ class Kept:
         self._contexts.clear()
         return kept
 
-    def _key(self, tokens: list[int]) -> Any:
+    def _key(self, tokens: list[int], acts: int | None = None) -> Any:
         """Return what tells their keys and values: the tokens, and the adapter that acts on them.
 
-        Before the tokens of its task an activated one does not: they are the base's.
+        Before token ``acts`` an activated one does not: they are the base's.
         """
-        adapted = [] if activation_of(self.model) else self._adapted
+        plain = activation_of(self.model) and (acts is None or acts >= len(tokens))
+        adapted = [] if plain else self._adapted
         return tuple(tokens), tuple((m.disable_adapters, *m.active_adapters) for m in adapted)
 
 

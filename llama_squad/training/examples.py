@@ -23,7 +23,7 @@ def encode_split(
     """Encode a split's messages: a dataset with input_ids, labels and group; and how many dropped.
 
     An example longer than ``max_length`` tokens is left out. ``group`` numbers the paragraphs. With
-    an activated adapter, one that acts from the question or the reply of the ``prompt`` on, there
+    an activated adapter, one that acts from some part of the ``prompt`` on (``ActsFrom``), there
     is "adapter_from", too: the first token that it acts on.
 
     Results are cached on disk, keyed by the data, the tokenizer and the template.
