@@ -96,7 +96,7 @@ case $study in
     tune "rank 128" --lora_r 128 --lora_alpha 256
     tune "attention alone" --lora_target_modules q_proj k_proj v_proj o_proj
     tune "from the reply" --alora_from reply
-    tune "from the context" --alora_from context
+    tune "from the question" --alora_from question
     tune "from the start" --alora_from start
     ;;
   prompts)

@@ -155,7 +155,7 @@ def test_run(name: str, files: Any, trainings: Any, run_script: Any, tmp_path: P
         ("learning_curve", ["recipe", "all parameters"]),
         ("rates", ["recipe", "rate 2e-4", "rate 4e-4", "rate 2e-3", "56 a step", "14 a step"]),
         ("adapters", ["recipe", "rank 8", "rank 128", "attention alone", "from the reply",
-                      "from the context", "from the start"]),
+                      "from the question", "from the start"]),
         ("prompts", ["recipe", "question first", "question twice", "no system text"]),
         ("reasoning", ["recipe", "filler 20", "pause 1", "pause 5", "question twice"]),
         ("precision", ["unquantised", "4 bits"]),
