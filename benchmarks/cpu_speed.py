@@ -1,10 +1,10 @@
 """What makes a real model faster on a CPU, each against its absence: the same work, in turns.
 
 Training: a step's row of real paragraphs, forward and backward, of an adapter that acts from the
-question on (``--alora_from``): attention over the whole row, in blocks, by explicit matrix products
-(``llama_squad/attention.py``), those of the scores on a CPU's units for bfloat16 (``products.py``),
-the base's tokens first (``llama_squad/supervised.py``), LoRA's layers as one autograd function
-(``llama_squad/lora.py``), and cross entropy a few tokens at a time.
+question on, or from where ``--alora_from`` says: attention over the whole row, in blocks, by
+explicit matrix products (``llama_squad/attention.py``), those of the scores on a CPU's units for
+bfloat16 (``products.py``), the base's tokens first (``llama_squad/supervised.py``), LoRA's layers
+as one autograd function (``llama_squad/lora.py``), and cross entropy a few tokens at a time.
 Evaluation: whole paragraphs answered in batches, and some questions by themselves, without all of
 the following, then with one more each: finished rows dropped, tokens run ahead
 (``decoding/lookahead.py``), the adapter without PEFT's detours (``decoding/layers.py``), the output

@@ -1,6 +1,6 @@
 """Adapters that act from some token of a task on: activated LoRA (aLoRA, arXiv 2504.12397).
 
-What stands before that token, such as a question's context, is run by the base model alone: its
+What stands before that token, such as the system prompt, is run by the base model alone: its
 key/value cache is the base's own, bit for bit, and so is every reply in a conversation without the
 task. PEFT 0.21 has aLoRA too (``alora_invocation_tokens``), but there the adapter acts on the last
 so many tokens of each row of a batch. A row here is a tree: a context, and after it many questions,

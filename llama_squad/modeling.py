@@ -297,7 +297,7 @@ def attach_adapter(model: Any, adapter_name: str, base_name: str, trainable: boo
     if any(getattr(c, "alora_invocation_tokens", None) for c in model.peft_config.values()):
         raise ValueError(
             f"{adapter_name} is an activated LoRA of PEFT's own kind, which acts from certain "
-            "tokens on, and in PEFT's `generate` only: train one here with --alora_from question"
+            "tokens on, and in PEFT's `generate` only: train one here with --alora_from context"
         )
     here = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     saved = set(load_peft_weights(adapter_name, device="cpu"))

@@ -101,24 +101,32 @@ def adapter_start(
             user turn on, so with the tokens that open the assistant's.
 
     Raises:
-        ValueError: the style has no place for the question, or the messages are of another one.
+        ValueError: the style has no place for it, or the messages are of another one.
     """
     users = [index for index, message in enumerate(messages) if message["role"] == "user"]
     if where == "reply":
         return users[-1], len(messages[users[-1]]["content"])
-    # what two records of one character have in common in front of it
-    changed = ["question"] + ["context"] * (where == "context")
-    first, other = (
-        PROMPTS[prompt]({**record, **dict.fromkeys(changed, mark)}) for mark in "\ue000\ue001"
-    )
-    for index, (a, b) in enumerate(zip(first, other, strict=True)):
+    turn, before = _before("question", record, prompt)
+    if where == "context":
+        turn, before = min((turn, before), _before("context", record, prompt), key=_place)
+    if not messages[users[turn]]["content"].startswith(before):
+        raise ValueError(f"the messages are not of the prompt style {prompt!r}")
+    return users[turn], before.rfind("\n") + 1
+
+
+def _before(part: str, record: Record, prompt: str) -> tuple[int, str]:
+    """Return the user turn that a part of a record is first in, and what stands in front of it."""
+    # what two records of one character have in common
+    first, other = (PROMPTS[prompt]({**record, part: mark}) for mark in "\ue000\ue001")
+    for turn, (a, b) in enumerate(zip(first, other, strict=True)):
         if a != b:
             differ = bisect_left(range(len(a)), True, key=lambda n: a[: n + 1] != b[: n + 1])
-            before = a[:differ]
-            if not messages[users[index]]["content"].startswith(before):
-                raise ValueError(f"the messages are not of the prompt style {prompt!r}")
-            return users[index], before.rfind("\n") + 1
-    raise ValueError(f"the prompt style {prompt!r} does not hold the question")
+            return turn, a[:differ]
+    raise ValueError(f"the prompt style {prompt!r} does not hold the {part}")
+
+
+def _place(found: tuple[int, str]) -> tuple[int, int]:
+    return found[0], len(found[1])
 
 
 def gold_answer(record: Record) -> str:

@@ -1,7 +1,8 @@
 """Logits of the supervised tokens: what training takes its loss of.
 
-Where an activated adapter is trained, the tokens before it (contexts, system prompts) are run by
-the base without gradients, the others over their keys and values. Uses ``llama_squad.tree``.
+Where an activated adapter is trained, the tokens before it (system prompt and instruction, and the
+context, where it acts from the question on) are run by the base without gradients, the others over
+their keys and values. Uses ``llama_squad.tree``.
 """
 
 from collections.abc import Mapping
@@ -76,6 +77,9 @@ def _logits_over_the_base(
     cache = DynamicCache()
     if first:
         stem = positions[:, :first]
+        # keys and values are all that is wanted; told a number, Gemma 4 cuts what layers read
+        # whose keys and values are another layer's
+        shared = getattr(inner.config.get_text_config(), "num_kv_shared_layers", 0)
         with torch.no_grad(), inner.disable_adapter():
             inner(
                 input_ids=ids[:, :first],
@@ -83,7 +87,7 @@ def _logits_over_the_base(
                 attention_mask=make_masks(inner, visible[:, :, :first, :first], stem, stem),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=stem.new_empty(0),  # keys and values are all that is wanted
+                logits_to_keep=1 if shared else stem.new_empty(0),
             )
     rest = positions[:, first:]
     return model(

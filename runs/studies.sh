@@ -14,7 +14,7 @@
 # the Hub; DATA_FLAGS for create_squad_dataset.py, with which prompts and reasoning build datasets of their
 # own; PROCESSES as for smollm2_135m.sh (rates: 2 at most). The same command resumes where it was stopped,
 # and what studies share is trained and asked once, in results/studies/MODEL/QUESTIONS: run one at a time,
-# and remove that for another DATASET, another ASKED or another model of the same name, and data/studies for
+# and remove that for another recipe, DATASET or ASKED or another model of the same name, and data/studies for
 # another DATASET. Figures: results_published/study_NAME_MODEL_QUESTIONS.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -136,12 +136,15 @@ def test_the_first_token(name: str, template: str, end: str, prompt: str) -> Non
             assert len({example["adapter_from"] for example in examples}) == 1
 
 
-def test_a_style_without_the_question_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["context", "question"])
+def test_a_style_without_the_question_is_refused(
+    where: ActsFrom, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(PROMPTS, "none", lambda record: ["Context: " + record["context"]])
     with pytest.raises(ValueError, match="'none' does not hold the question"):
-        adapter_start(build_messages(RECORDS[0], "none"), RECORDS[0], "none", "question")
+        adapter_start(build_messages(RECORDS[0], "none"), RECORDS[0], "none", where)
     with pytest.raises(ValueError, match="not of the prompt style 'single_turn'"):
-        adapter_start(build_messages(RECORDS[0], "none"), RECORDS[0], "single_turn", "question")
+        adapter_start(build_messages(RECORDS[0], "none"), RECORDS[0], "single_turn", where)
 
 
 # Training --------------------------------------------------------------------------------------
@@ -201,9 +204,12 @@ def test_the_bases_tokens_take_no_gradient(
     groups = paragraphs(where)
     batch = collator()([{"paragraphs": groups}, {"paragraphs": groups[:2]}][:rows])
     own = int((~batch[ADAPTER_MASK]).sum(1).min())  # in two rows the shorter one's pads are others
-    passes = []
+    passes, scored = [], []
     model.get_input_embeddings().register_forward_hook(
         lambda module, args, output: passes.append((args[0].shape[1], torch.is_grad_enabled()))
+    )
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: scored.append(args[0].shape[:-1].numel())
     )
     monkeypatch.setattr(supervised, "runs_base_first", lambda *_: False)
     expected = outcome(model, [batch])
@@ -211,6 +217,7 @@ def test_the_bases_tokens_take_no_gradient(
     assert passes == [(length, True), (length, False)]
     monkeypatch.undo()
     passes.clear()
+    scored.clear()
     if base == "ddp":
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -222,6 +229,7 @@ def test_the_bases_tokens_take_no_gradient(
         if base == "ddp":
             distributed.destroy_process_group()
     assert passes == [(own, False), (length - own, True)]
+    assert scored == [0, count]
     torch.testing.assert_close((loss / count).detach(), expected[1])
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     torch.testing.assert_close(gradients, expected[2], atol=1e-5, rtol=1e-4)
@@ -347,13 +355,13 @@ def test_turns_before_the_reply(where: ActsFrom, monkeypatch: pytest.MonkeyPatch
     )
     assert len(said) == 2
     assert all(said)
-    # up to the reply all is the base's; from the question on it is not
+    # up to the reply all is the base's; from the context or the question on it is not
     assert (said == expected) is (where == "reply")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("where", WHERE)
-def test_the_context_has_the_bases_cache(where: ActsFrom, dtype: torch.dtype) -> None:
+def test_what_stands_before_has_the_bases_cache(where: ActsFrom, dtype: torch.dtype) -> None:
     model, base = activated(where, dtype=dtype), tiny_model(dtype=dtype)
     example = paragraphs(where)[0][0]
     ids, start = example["input_ids"], example["adapter_from"]
@@ -371,11 +379,12 @@ def test_the_context_has_the_bases_cache(where: ActsFrom, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chat_is_the_bases(dtype: torch.dtype) -> None:
-    model, base = activated("question", dtype=dtype), tiny_model(dtype=dtype)
+@pytest.mark.parametrize("where", WHERE)
+def test_chat_is_the_bases(where: ActsFrom, dtype: torch.dtype) -> None:
+    model, base = activated(where, dtype=dtype), tiny_model(dtype=dtype)
     encoder = ChatEncoder(tiny_tokenizer())
     ids = torch.tensor(encoder.encode_prompts([CHAT]))
-    model(**{k: v for k, v in collator()([paragraphs("question")[0][0]]).items() if k != "labels"})
+    model(**{k: v for k, v in collator()([paragraphs(where)[0][0]]).items() if k != "labels"})
     with torch.no_grad():
         assert torch.equal(model(ids).logits, base(ids).logits)
         options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -406,12 +415,12 @@ def test_the_demo(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """Train an adapter that acts from the question on, once; return the flags and the folder."""
+    """Train an adapter that acts from the context on, once; return the flags and the folder."""
     folder = tmp_path_factory.mktemp("made")
     flags = training_flags(
         folder, "--no_quantize", "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2",
         "--learning_rate", "2e-2", "--lora_r", "4", "--lora_dropout", "0.1",
-        "--alora_from", "question", val=RECORDS[:3],
+        "--alora_from", "context", val=RECORDS[:3],
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -432,12 +441,12 @@ def trained(made: tuple[list[str], Path], tmp_path: Path, offline: None) -> tupl
 @pytest.mark.usefixtures("narrow")
 def test_trained_saved_and_loaded(trained: tuple[list[str], str], tmp_path: Path) -> None:
     flags, folder = trained
-    assert weights.acts_from(folder) == "question"
+    assert weights.acts_from(folder) == "context"
     model_args = ModelArguments(model_name=str(tmp_path / "model"))
     model: Any = modeling.load_model(model_args, adapter_name=folder)
     activation = activation_of(model)
     assert activation is not None
-    assert activation.where == "question"
+    assert activation.where == "context"
     reader, base = Reader(folder), Reader(str(tmp_path / "model"))
     assert reader.chat(CHAT) == base.chat(CHAT)
     again = Reader(folder)
@@ -460,7 +469,7 @@ def test_it_is_not_merged(trained: tuple[list[str], str], tmp_path: Path) -> Non
     model = modeling.load_model(
         ModelArguments(model_name=str(tmp_path / "model")), adapter_name=folder
     )
-    with pytest.raises(ValueError, match="acts from the question on cannot be merged, because"):
+    with pytest.raises(ValueError, match="acts from the context on cannot be merged, because"):
         merge(model, torch.float32)
     for more, message in (
         (["--merge_and_push"], "cannot be merged, because"),
@@ -474,7 +483,7 @@ def test_it_is_not_merged(trained: tuple[list[str], str], tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--merge_and_push"], "acts from the question on: such an adapter cannot be merged"),
+        (["--merge_and_push"], "acts from the context on: such an adapter cannot be merged"),
         (["--chat_share", "0.1"], "--chat_share would train nothing: leave out --chat_share\n"),
         (["--reasoning_tokens", "2"], "as it is: leave out --reasoning_tokens"),
     ],

@@ -185,8 +185,12 @@ def test_replies_over_a_context_that_is_kept(
     assert bool(local.kept._contexts) == (prompt != "question_first")
 
 
-def test_a_context_is_run_once(passes: list[int]) -> None:
-    local = LocalModel(tiny_model(), ChatEncoder(tiny_tokenizer()), keep_contexts=True)
+@pytest.mark.parametrize("where", ["start", "context"])
+def test_a_context_is_run_once(where: Any, passes: list[int]) -> None:
+    model = adapted()
+    if where != "start":
+        activate(model, where)
+    local = LocalModel(model, ChatEncoder(tiny_tokenizer()), keep_contexts=True)
     records = [{**RECORDS[0], "question": question} for question in ("Who?", "When?", "a")]
     _one_by_one(local, RECORDS[3:])  # which checks the tree, and runs what all begin with
     sizes = []

@@ -71,6 +71,7 @@ class Kept:
             known: so many of them all prompts begin with, and no activated adapter acts on.
             acts: the first token that an activated adapter acts on, here or later; None: on none.
         """
+        acts = None if acts is None or acts >= len(tokens) else acts
         key = self._key(tokens, acts)
         if key not in self._contexts:
             first = TokenTree(self.model)
@@ -92,10 +93,9 @@ class Kept:
     def _key(self, tokens: list[int], acts: int | None = None) -> Any:
         """Return what tells their keys and values: the tokens, and the adapter that acts on them.
 
-        Before token ``acts`` an activated one does not: they are the base's.
+        ``acts`` is the first that an activated one acts on; None: all are the base's.
         """
-        plain = activation_of(self.model) and (acts is None or acts >= len(tokens))
-        adapted = [] if plain else self._adapted
+        adapted = [] if activation_of(self.model) and acts is None else self._adapted
         return tuple(tokens), tuple((m.disable_adapters, *m.active_adapters) for m in adapted)
 
 
