@@ -24,11 +24,11 @@ tuned=--adapter_name=$out/final_checkpoints
 plan "${QUESTIONS:-20000}" 28
 
 echo "Two cores with AMX (Intel Xeon) take, by what was measured on one (benchmarks/RESULTS.md): training on 20,000" \
-  "questions half an hour, each of six evaluations a quarter, but that of the untuned model's free replies, which are long, 65 minutes;" \
+  "questions half an hour, six evaluations a quarter each or less, and the untuned model's free replies, which are long, 65 minutes;" \
   "a threshold for abstaining is tuned on val, half as much as dev." \
   "CPUs with AVX512-BF16 alone take a third longer to train and as long to answer (AMD Zen 5; 105 minutes for those free replies) or two to three times as long (Zen 4: training 80 minutes, an evaluation half an hour)," \
-  "by what two cores did with an adapter that acts from the question on, whose steps take three quarters of the time;" \
-  "others compute in float32: training takes five to eight times as long there as with AMX."
+  "by what two cores did with an adapter that acts from the question on, whose steps take about three quarters of the time;" \
+  "others compute in float32: training takes six to nine times as long there as with AMX."
 build data/squad_v2
 evaluate --output $base/base_spans.csv
 [ -d $out/final_checkpoints ] ||
