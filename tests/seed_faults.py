@@ -241,6 +241,27 @@ FAULTS = [
         "tests/test_kept.py -k shares_no_context",
     ),
     Fault(
+        "decoding: a context that an activated adapter reads is taken for the base's",
+        "llama_squad/decoding/kept.py",
+        "if activation_of(self.model) and acts is None else",
+        "if activation_of(self.model) else",
+        "tests/test_kept.py -k shares_no_context",
+    ),
+    Fault(
+        "training: the base's first pass scores the vocabulary",
+        "llama_squad/supervised.py",
+        "logits_to_keep=1 if shared else stem.new_empty(0)",
+        "logits_to_keep=1",
+        "tests/test_activation.py -k take_no_gradient",
+    ),
+    Fault(
+        "training: an adapter from the context on leaves out the context's line",
+        "llama_squad/prompts.py",
+        'if where == "context":',
+        'if where == "contexts":',
+        "tests/test_activation.py -k first_token",
+    ),
+    Fault(
         "training's tree: a label that examples share counts once",
         "llama_squad/tree.py",
         "tree._append(paragraph[0], root, stem, [len(examples), len(paragraph)])",
