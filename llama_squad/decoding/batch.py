@@ -118,8 +118,8 @@ class DecodingBatch:
         cut = min([cut, *(hidden.start for hidden in paragraph.hidden)])
         acts = min(paragraph.adapter_from, default=None)
         branches: list[Branch] = []
-        known, kept = min(paragraph.prefix, cut), min(paragraph.stem, cut)
-        known = known if acts is None else min(known, acts)
+        known = min(paragraph.prefix, cut, *paragraph.adapter_from)
+        kept = min(paragraph.stem, cut)
         first, options = paragraph.prompts[0], self._options
         if options.kept.keeps_contexts and known < kept <= LONGEST_KEPT:
             stem, known = options.kept.begin_context(tree, first[:kept], known, acts), kept
