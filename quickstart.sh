@@ -38,7 +38,7 @@ Next, to try:
   python summarize_results.py $out/tuned_spans.csv --plot results/plots    # how sure it is
 and with a GPU and a real model:
   python create_squad_dataset.py
-  python train_llama_squad.py --model_name meta-llama/Meta-Llama-3-8B-Instruct --merge_and_push
-  python test_llama_squad.py --adapter_name=results/final_checkpoints --num_beams 10
-  python summarize_results.py
+  python train_llama_squad.py --config configs/activated.yaml --resume_from_checkpoint auto
+  python test_llama_squad.py --config configs/activated.yaml --adapter_name=results/activated/final_checkpoints
+  python summarize_results.py results/activated/results.csv
 TXT

@@ -127,6 +127,8 @@ def run_script(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> An
         ("llama3_8b.sh", ["llama3_8b/base.csv", "llama3_8b/results.csv"], 1),
         ("reasoning_tokens.sh", ["reasoning_tokens/results.csv"], 1),
         ("smollm2_135m.sh", ["smollm2_135m/base_free.csv", "smollm2_135m/base_spans.csv",
+                             "smollm2_135m/base_spans_1_beams.csv",
+                             "smollm2_135m/base_spans_10_beams.csv",
                              "smollm2_135m/tuned_free.csv", "smollm2_135m/tuned_spans.csv",
                              "smollm2_135m/tuned_spans_1_beams.csv",
                              "smollm2_135m/tuned_spans_10_beams.csv",
@@ -290,7 +292,7 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
     assert base.endswith("--output results/smollm2_135m/base_spans.csv")
     assert training.startswith("3 --nproc_per_node 3 train_llama_squad.py")
     assert "--per_device_train_batch_size 7 --max_steps 974" in training  # 3 paragraphs a step
-    assert len(evaluations) == 6
+    assert len(evaluations) == 8
     assert "--na_prob_thresh 0.5 --output" in evaluations[0]  # whatever is kept with the adapter
     assert "--tune_threshold --no_answer_share 0.5 --output" in evaluations[2]
     assert all("--nproc_per_node 3 test_llama_squad.py" in call for call in evaluations)
@@ -308,7 +310,10 @@ def test_more_questions_are_kept_apart(tmp_path: Path) -> None:
     assert "--output_dir results/smollm2_135m_60000 " in training
     assert training.endswith("--per_device_train_batch_size 28 --max_steps 2190 --warmup_steps 110")
     outputs = [line.split("--output ")[1] for line in evaluations]
-    assert [path.split("/")[1] for path in outputs] == ["smollm2_135m_60000"] * 5 + ["smollm2_135m"]
+    # the untuned model's rows are of every number of questions
+    of_base = ["base_spans_1_beams.csv", "base_spans_10_beams.csv", "base_free.csv"]
+    assert [p.split("/")[2] for p in outputs if p.startswith("results/smollm2_135m/")] == of_base
+    assert sum(path.startswith("results/smollm2_135m_60000/tuned_") for path in outputs) == 5
     (tmp_path / "c" / "data" / "squad_v2").mkdir(parents=True)
     stubs |= {
         "torchrun": f'echo "$*" > {tmp_path}/last_$3'
