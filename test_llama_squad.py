@@ -72,8 +72,8 @@ def run(args: EvalArguments, model_args: ModelArguments) -> None:
         args = dataclasses.replace(args, batch_size=share(size))
     assert args.batch_size is not None
     if args.tune_threshold:
-        judge = model(**abstention.options)
-        abstention = tune_abstention(judge, dataset["val"], args, model_args)
+        # held nowhere else, so that what it keeps of the weights is freed
+        abstention = tune_abstention(model(**abstention.options), dataset["val"], args, model_args)
     evaluate(
         model(**abstention.options, n_best=max(1, args.n_best)),
         records,

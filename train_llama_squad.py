@@ -11,17 +11,20 @@ Reads the dataset folder and the base model; writes checkpoints and logs to ``--
     torchrun --nproc_per_node 8 train_llama_squad.py
 """
 
+import contextlib
 import dataclasses
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from llama_squad.arguments import ModelArguments, TrainArguments, TrainerArguments
 from llama_squad.checks import check_activated, check_training
 from llama_squad.config import parse_stage
+from llama_squad.durable import hold
 from llama_squad.flags import sft_config_fields
 from llama_squad.stage import if_interrupted, next_command, run_stage
 
@@ -48,11 +51,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         from llama_squad.training.checkpoints import what_is_kept
         from llama_squad.training.run import train
 
-        with if_interrupted(partial(what_is_kept, sft_args, time.time())):
+        first, folder = sft_args.process_index == 0, sft_args.output_dir
+        lock = Path(folder, ".lock")
+        alone = hold(lock, folder, "--output_dir") if first else contextlib.nullcontext()
+        with if_interrupted(partial(what_is_kept, sft_args, time.time())), alone:
             final = train(args, model_args, sft_args)
     except ValueError as error:
         sys.exit(f"train_llama_squad.py: {error}")
-    if sft_args.process_index == 0:
+    if first:
         test = next_command("test", argv, adapter_name=str(final), dataset_name=args.dataset_name)
         print(f"Next: {test}")
 

@@ -10,6 +10,7 @@ command goes on where it stopped. ``--html FILE`` also writes the texts with the
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 from llama_squad import answer_page
 from llama_squad.config import write_json
-from llama_squad.durable import check_writable, one_line_errors
+from llama_squad.durable import check_writable, hold, one_line_errors
 from llama_squad.folders import THRESHOLD_FILE, check_weights
 from llama_squad.results import config_path
 from llama_squad.stage import if_interrupted, run_stage
@@ -31,25 +32,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     try:
         questions = list(_questions(args))
-        for path in filter(None, (args.output, args.html)):
-            check_writable(path)
-        done = _done(args.output)
-        _check_same(questions, done, args.output)
-        _check_settings(args, bool(done))
-        todo = [q for q in questions if q["id"] not in done]
-        if args.output:
-            print(f"{len(done)} answers are there, {len(todo)} to come.", file=sys.stderr)
-        if todo:
-            kept = f"what was answered is kept in {args.output}: the same command goes on"
-            with if_interrupted(kept if args.output else "nothing is kept"):
-                done |= _answer(args, todo)
-        if args.html:
-            rows = [{**question, **done[question["id"]]} for question in questions]
-            page = answer_page.render(rows)
-            with one_line_errors(args.html):
-                Path(args.html).write_text(page, "utf-8", "xmlcharrefreplace")
+        _check_files(args)
+        with _alone(args.output):
+            _run(args, questions)
     except ValueError as error:
         sys.exit(f"python -m llama_squad: {error}")
+
+
+def _run(args: argparse.Namespace, questions: Sequence[dict[str, Any]]) -> None:
+    """Answer what is not answered yet, and write the page where it is asked for."""
+    done = _done(args.output)
+    _check_same(questions, done, args.output)
+    _check_settings(args, bool(done))
+    todo = [q for q in questions if q["id"] not in done]
+    if args.output:
+        print(f"{len(done)} answers are there, {len(todo)} to come.", file=sys.stderr)
+    if todo:
+        kept = f"what was answered is kept in {args.output}: the same command goes on"
+        with if_interrupted(kept if args.output else "nothing is kept"):
+            done |= _answer(args, todo)
+    if args.html:
+        rows = [{**question, **done[question["id"]]} for question in questions]
+        page = answer_page.render(rows)
+        with one_line_errors(args.html):
+            Path(args.html).write_text(page, "utf-8", "xmlcharrefreplace")
+
+
+def _alone(output: str | None) -> contextlib.AbstractContextManager[None]:
+    """Keep an output from being written by two runs at once."""
+    if not output:
+        return contextlib.nullcontext()
+    path = Path(output)
+    return hold(path.with_name(f".{path.name}.lock"), path, "--output")
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Check that what is written can be, and takes the place of nothing that was read."""
+    taken = {Path(path).resolve() for path in (args.context, args.input) if path and path != "-"}
+    for path in filter(None, (args.output, args.html)):
+        check_writable(path)
+        if Path(path).resolve() in taken:
+            raise ValueError(f"{path} is named twice: it would be overwritten, so name another")
+        taken.add(Path(path).resolve())
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -61,7 +85,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("questions", nargs="*", metavar="QUESTION", help="Questions about the context.")
     add("--adapter_name", metavar="NAME", help="Adapter or merged model: a folder, or on the Hub.")
     add("--model_name", metavar="NAME", help="Chat model, or another base for the adapter.")
-    add("--context", metavar="FILE", default="-", help="Text file (default: standard input).")
+    add("--context", metavar="FILE", help="Text file (default: standard input).")
     add("--input", metavar="FILE", help="Questions with their contexts, instead.")
     add("--output", metavar="FILE", help="Append to this file (default: print).")
     add("--html", metavar="FILE", help="Write the texts with their answers marked, as a page.")
@@ -74,6 +98,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.questions) == bool(args.input):
         parser.error("give questions, or a file of them with --input")
+    if args.input and args.context:
+        parser.error("--input brings the contexts of its questions: leave --context out")
     if not (args.adapter_name or args.model_name):
         parser.error("give --adapter_name (what was trained), or --model_name")
     for name, least in (("num_beams", 1), ("n_best", 1)):
@@ -93,7 +119,7 @@ def _questions(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     check_weights("--adapter_name", args.adapter_name, cure)
     check_weights("--model_name", args.model_name, cure)
     if args.questions:
-        context = _read(args.context)
+        context = _read(args.context or "-")
         for index, question in enumerate(args.questions):
             if has_surrogate(question):  # how Python reads bytes that are no UTF-8
                 raise ValueError(f"{question!r} is no UTF-8 text")

@@ -1,6 +1,7 @@
-"""What the stages take: a dataclass per group of flags, and the checks of their values.
+"""What the stages take: a dataclass per group of flags.
 
-Each field is a flag and a key of the configuration file; ``llama_squad.config`` parses them.
+Each field is a flag and a key of the configuration file; ``llama_squad.config`` parses them, and
+``llama_squad.checks`` checks their values.
 """
 
 # Long: it is the table of all flags.

@@ -226,6 +226,8 @@ def check_eval_flags(args: EvalArguments, model_args: ModelArguments) -> None:
 
 
 def _check_local_flags(args: EvalArguments, model_args: ModelArguments) -> None:
+    server, encoder = (args.predictor == name for name in ("server", "encoder"))
+    longer = args.max_new_tokens != EvalArguments.max_new_tokens
     needs_local = {
         "--adapter_name": args.adapter_name,
         "--quantize": args.quantize,
@@ -240,18 +242,17 @@ def _check_local_flags(args: EvalArguments, model_args: ModelArguments) -> None:
         "--n_best": args.n_best,
         "--chat_template": model_args.chat_template,
         "--attn_implementation": model_args.attn_implementation,
-        "--na_prob_thresh": args.predictor == "server" and args.na_prob_thresh is not None,
-        "--batch_size": args.predictor == "server" and args.batch_size is not None,
-        "--dtype": args.predictor == "server" and model_args.dtype != "auto",
-        "--decoding free": args.predictor == "encoder" and args.decoding == "free",
-        f"--prompt {args.prompt}": args.predictor == "encoder" and args.prompt != "single_turn",
+        "--na_prob_thresh": server and args.na_prob_thresh is not None,
+        "--batch_size": server and args.batch_size is not None,
+        "--dtype": server and model_args.dtype != "auto",
+        "--decoding free": encoder and args.decoding == "free",
+        "--max_new_tokens": encoder and longer,
+        f"--prompt {args.prompt}": encoder and args.prompt != "single_turn",
     }
     for flag, given in needs_local.items():
         if given and args.predictor != "local":
-            raise ValueError(
-                f"{flag} means nothing to --predictor {args.predictor}: leave it "
-                "out, as a flag or in the configuration"
-            )
+            what = f"{flag} means nothing to --predictor {args.predictor}"
+            raise ValueError(f"{what}: leave it out, as a flag or in the configuration")
 
 
 def _check_span_flags(args: EvalArguments) -> None:

@@ -74,14 +74,16 @@ def put_in_place(aside: Path, folder: Path) -> None:
         shutil.rmtree(old)
 
 
-def open_locked(path: Path) -> int:
-    """Open a file for appending, made where there is none, and lock it.
+def open_locked(path: Path, held: Path | None = None, flag: str = "--output") -> int:
+    """Open a file for appending, made where there is none, and lock it (but not on Windows).
 
     Raises:
-        ValueError: another process has the lock.
+        ValueError: another process has the lock: it is writing ``held``, which ``flag`` names.
     """
-    import fcntl  # here, so that Windows can at least summarise
-
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -92,12 +94,34 @@ def open_locked(path: Path) -> int:
         except BlockingIOError as error:
             os.close(fd)
             raise ValueError(
-                f"another process is writing {path}: wait for it, or choose another --output"
+                f"another process is writing {held or path}: wait for it, or choose another {flag}"
             ) from error
         except BaseException:
             os.close(fd)
             raise
         os.close(fd)  # between opening and locking, another file has come in its place
+
+
+@contextlib.contextmanager
+def hold(lock: Path, held: str | Path, flag: str) -> Iterator[None]:
+    """Keep what a run writes from being another run's output, too.
+
+    Args:
+        lock: a file that is there meanwhile.
+        held: the output, which
+        flag: names on the command line.
+
+    Raises:
+        ValueError: another process holds it, or the file cannot be written.
+    """
+    with one_line_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        fd = open_locked(lock, Path(held), flag)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # while it is held: who waits for it sees that it is gone
+        os.close(fd)
 
 
 def write_durably(fd: int, parts: Iterable[bytes]) -> None:

@@ -26,7 +26,7 @@ from llama_squad.calibration import Abstention, Calibration
 from llama_squad.config import provenance, write_json
 from llama_squad.data import sample_paragraphs
 from llama_squad.decoding.replies import Reply
-from llama_squad.durable import check_writable
+from llama_squad.durable import check_writable, one_line_errors
 from llama_squad.folders import THRESHOLD_FILE
 from llama_squad.modeling import resolve_dtype, weights_dtype
 from llama_squad.predictors.base import (
@@ -226,7 +226,8 @@ def _note_if_mixed(output: Path, settings: Mapping[str, Any]) -> None:
     sizes = [*before, *[size] * (size not in before)]
     if len(sizes) < 2:
         return
-    write_json(config_path(output), saved | {"batch_sizes": sizes})
+    with one_line_errors(config_path(output)):
+        write_json(config_path(output), saved | {"batch_sizes": sizes})
     print(
         f"{output} was begun with batches of {sizes[0]} questions, and holds or will hold rows "
         f"from batches of {' and '.join(map(str, sizes[1:]))}, too: in 16 bits the size of a batch "

@@ -157,7 +157,10 @@ def parse_values(
         parser.prog = f"{prog}: {where}"
         parser.parse_args(flags)
         parser.prog = prog
-    namespace, unknown = parser.parse_known_args([*flags, *arguments])
+    # apart, as a list that ends the file would take the command line's first words
+    namespace, unknown = parser.parse_known_args(flags)
+    namespace, more = parser.parse_known_args(arguments, namespace)
+    unknown += more
     for word in unknown_flags(unknown, library):
         if word.startswith("-"):
             name = word.split("=")[0]

@@ -116,10 +116,10 @@ def check_output(flag: str, source: str, output_dir: str) -> None:
     Raises:
         ValueError: what ``flag`` names lies there.
     """
-    for name in (FINAL, MERGED):
-        folder = Path(output_dir) / name
-        if Path(source).resolve() == folder.resolve():
-            raise ValueError(
-                f"{flag} {source} is what this run would replace by its own result: "
-                "give another --output_dir"
-            )
+    path, output = Path(source).resolve(), Path(output_dir).resolve()
+    results = path in ((output / FINAL).resolve(), (output / MERGED).resolve())
+    if results or (path.parent == output and path.name.startswith("checkpoint-")):
+        raise ValueError(
+            f"{flag} {source} is what this run would replace by its own result: "
+            "give another --output_dir"
+        )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from llama_squad.arguments import ModelArguments
 from llama_squad.config import write_json
-from llama_squad.durable import aside_of, check_writable, put_in_place, start_aside
+from llama_squad.durable import aside_of, check_writable, hold, put_in_place, start_aside
 from llama_squad.harness import compare, load_run, paired_errors, run_harness, stay_offline
 from llama_squad.report import render_comparison
 from llama_squad.sides import Side, Sides, base_key, digest_of, digests, find_sides, version
@@ -54,11 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(arguments[:cut])
     stay_offline()
     try:
-        _run(args, arguments[cut + 1 :])
-    except ValueError as error:
+        with hold(args.output_path / ".lock", args.output_path, "--output_path"):
+            _run(args, arguments[cut + 1 :])
+    except (ValueError, OSError) as error:
         _fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
-        print("\neval.sh: stopped. A complete run of the base is kept.", file=sys.stderr)
+        print("\neval.sh: stopped. What the base did is kept, once complete.", file=sys.stderr)
         sys.exit(130)
 
 
@@ -94,7 +95,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--device", help="cuda, cuda:1, cpu, mps (default: cuda if there is one, else cpu)"
     )
     parser.add_argument(
-        "--dtype", help="type of the weights (default: the checkpoint's; float32 on a CPU)"
+        "--dtype",
+        help="type of the weights (default: auto, 16 bits where they are fast; float32 on a CPU)",
     )
     parser.add_argument(
         "--batch_size", metavar="N", help="a number or auto (default: auto; 8 on a CPU)"
@@ -132,6 +134,10 @@ def _run(args: argparse.Namespace, options: Sequence[str]) -> None:
     """Make both checks, and print each as it is known."""
     check_writable(args.output_path / "comparison.md")
     sides = find_sides(args.model, args.base)
+    if args.dtype == "auto":  # one for both checks, as the stages choose it
+        from llama_squad.modeling import resolve_dtype
+
+        args.dtype = str(resolve_dtype(args.dtype)).removeprefix("torch.")
     chat = None if args.no_chat else _prepare_chat(args, sides.tokenizer)
     key = base_key(args, sides)
     text = compare_benchmarks(args, options, sides, key)

@@ -583,8 +583,10 @@ def test_a_file_of_passwords_that_cannot_be_read_is_named(tmp_path: Path) -> Non
 
 def test_who_may_come_in(tmp_path: Path) -> None:
     (tmp_path / "who").write_text("ada:1815\n\nbo:a:b\n")
-    args = AppArguments(host="0.0.0.0", auth=["cy:x", str(tmp_path / "who")])
-    assert who_may_come_in(args) == [("cy", "x"), ("ada", "1815"), ("bo", "a:b")]
+    (tmp_path / "who:2").write_text("di:y\n")  # as C:\\who has one
+    files = [str(tmp_path / "who"), str(tmp_path / "who:2")]
+    args = AppArguments(host="0.0.0.0", auth=["cy:x", *files])
+    assert who_may_come_in(args) == [("cy", "x"), ("ada", "1815"), ("bo", "a:b"), ("di", "y")]
     for host in ("127.0.0.1", "localhost", "::1"):
         assert who_may_come_in(AppArguments(host=host)) == []
     with pytest.raises(ValueError, match="opens the page to others"):

@@ -17,7 +17,7 @@ from audit import audit
 from helpers import make_records, tiny_model, tiny_tokenizer
 
 from llama_squad.arguments import EvalArguments
-from llama_squad.decoding.generator import Generator, free_memory
+from llama_squad.decoding.generator import Generator, available_memory, free_memory
 from llama_squad.decoding.replies import Paragraph, Reply, Span
 from llama_squad.encoding import ChatEncoder
 from llama_squad.evaluation import begun_with, evaluate
@@ -105,6 +105,20 @@ def test_free_memory_is_that_of_the_model_s_own_gpus(monkeypatch: pytest.MonkeyP
     assert asked == [1]  # and not the first, which is another process's
     assert free_memory(on(0, 1)) == 0.9 * 50
     assert free_memory(on(0)) == 0.9 * 100
+
+
+def test_free_memory_of_a_machine_is_shared_by_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 0 < available_memory() < math.inf
+    for name, text in (("max", "3000"), ("current", "2500"), ("stat", "anon 1\ninactive_file 100")):
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+    monkeypatch.setattr("llama_squad.decoding.generator.CGROUP", tmp_path)
+    assert available_memory() == 600  # of the container
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_memory(cast(Any, None)) == 0.9 * 300
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory() > 600
 
 
 @torch.no_grad()

@@ -23,10 +23,16 @@ from llama_squad import modeling
 from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.config import RUN_CONFIG, load_run_config
 from llama_squad.data import load_squad
+from llama_squad.durable import hold
 from llama_squad.encoding import ChatEncoder
 from llama_squad.training import publishing
 from llama_squad.training.arguments import SquadSFTConfig
-from llama_squad.training.checkpoints import RUN_RECORD, find_checkpoint, run_record
+from llama_squad.training.checkpoints import (
+    RUN_RECORD,
+    check_resume,
+    find_checkpoint,
+    run_record,
+)
 from llama_squad.training.trainer import SquadTrainer
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -63,6 +69,41 @@ def test_find_checkpoint() -> None:
     assert find("results/checkpoint-best", "results") == "results/checkpoint-best"
     with pytest.raises(ValueError, match="no complete checkpoint in results/checkpoint-11"):
         find("results/checkpoint-11", "results")
+
+
+def test_of_several_runs_in_a_folder_its_own_is_gone_on_with(begun: Path) -> None:
+    longer = Path("results/checkpoint-9")
+    shutil.copytree(FROM, longer)
+    saved = json.loads((longer / "llama_squad.json").read_text())
+    saved[RUN_RECORD]["seed"] += 1
+    (longer / "llama_squad.json").write_text(json.dumps(saved))
+    record = load_run_config(FROM)[RUN_RECORD]
+    assert find_checkpoint("auto", "results") == str(longer)
+    assert find_checkpoint("auto", "results", record) == "results/checkpoint-3"  # of three steps
+    assert find_checkpoint("auto", "results", record | {"seed": -1}) == str(longer)  # to be refused
+    before = (longer / "adapter_model.safetensors").read_bytes()
+    run("--resume_from_checkpoint", "auto")
+    assert (longer / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_an_adapter_is_told_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = checkpoint("checkpoint-1")
+    (folder / "scheduler.pt").touch()
+    saved = {RUN_RECORD: {"from_adapter": "a", "adapter": "1"}}
+    (folder / "llama_squad.json").write_text(json.dumps(saved))
+    assert check_resume(str(folder), {"from_adapter": "moved", "adapter": "1"}, False) == []
+    with pytest.raises(ValueError, match="adapter: '1' in the checkpoint, '2' now"):
+        check_resume(str(folder), {"from_adapter": "a", "adapter": "2"}, False)
+
+
+def test_two_runs_do_not_share_a_folder(begun: Path) -> None:
+    with (
+        hold(Path("results/.lock"), "results", "--output_dir"),
+        pytest.raises(SystemExit, match="another process is writing results: wait for it, or choo"),
+    ):
+        run()
+    assert not Path("results/.lock").exists()
 
 
 # With which settings ---------------------------------------------------------------------------

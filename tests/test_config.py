@@ -64,6 +64,16 @@ def test_section_beats_top_and_null_is_none(config: Any) -> None:
     file = config("create:\n  train_files: [a b.json, c.json]\n  source: --odd\n")
     assert parse("--config", file).source == "--odd"
     assert parse("--config", file).train_files == ["a b.json", "c.json"]
+    assert parse("--config", file, "--seed=4").train_files == ["a b.json", "c.json"]
+
+
+def test_a_list_that_ends_the_file_takes_no_stray_word(
+    config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config("create:\n  source: s\n  train_files: [mine.json]\n")
+    with pytest.raises(SystemExit):
+        parse("other.json", "--config", file)
+    assert "unexpected argument 'other.json'" in capsys.readouterr().err
 
 
 def test_config_yaml_of_the_current_folder(config: Any, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
         (["--predictor=server", "--num_beams=2"], "--num_beams means nothing to"),
         (["--predictor=encoder", "--n_best=2"], "--n_best means nothing to --predictor encoder"),
         (["--predictor=encoder", "--decoding=free"], "--decoding free means nothing to"),
+        (["--predictor=encoder", "--max_new_tokens=64"], "--max_new_tokens means nothing to"),
         (["--predictor=encoder", "--chat_template=x"], "--chat_template means nothing to"),
         (["--predictor=server", "--na_prob_thresh=0.3"], "--na_prob_thresh means nothing to"),
         (["--base_url=http://localhost"], "--base_url needs --predictor server"),

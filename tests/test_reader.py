@@ -18,6 +18,7 @@ from llama_squad.arguments import AppArguments, EvalArguments, ModelArguments, r
 from llama_squad.calibration import Abstention, Calibration
 from llama_squad.config import write_json
 from llama_squad.decoding.chat import ChatSession
+from llama_squad.durable import hold
 from llama_squad.encoding import ChatEncoder
 from llama_squad.feedback import queue
 from llama_squad.folders import THRESHOLD_FILE
@@ -230,7 +231,7 @@ def test_answers_of_another_model_are_not_gone_on_with(
 def test_no_other_file_is_taken_for_answers(tmp_path: Path) -> None:
     asked = tmp_path / "asked.jsonl"
     asked.write_text(json.dumps({"id": "q", "question": "Who?", "context": "Ann."}) + "\n")
-    with pytest.raises(SystemExit, match=r"asked.jsonl holds other lines than answers"):
+    with pytest.raises(SystemExit, match=r"asked.jsonl is named twice"):
         shell.main(["--model_name", "M/M", "--input", str(asked), "--output", str(asked)])
     for other in ('{"data": [1, 2]}', "line one\nline two, cut", '{"id": "q"}\n{"a'):
         (tmp_path / "other.txt").write_text(other)
@@ -277,6 +278,21 @@ def test_a_merged_model_brings_its_threshold(tmp_path: Path) -> None:
     assert found == Abstention(0.125, Calibration(0.5, -1.0))
 
 
+def test_what_was_read_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("page.txt").write_text("Ada met Bob.")
+    asked = ["--model_name", "M/M", "--context", "page.txt"]
+    for more in (["--html", "page.txt"], ["--html", "a.jsonl", "--output", "./a.jsonl"]):
+        with pytest.raises(SystemExit, match="is named twice: it would be overwritten"):
+            shell.main([*asked, *more, "Who?"])
+    with (
+        hold(Path(".a.jsonl.lock"), "a.jsonl", "--output"),
+        pytest.raises(SystemExit, match=r"another process is writing a\.jsonl: wait for it"),
+    ):
+        shell.main([*asked, "--output", "a.jsonl", "Who?"])
+    assert [path.name for path in tmp_path.iterdir()] == ["page.txt"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -286,6 +302,7 @@ def test_a_merged_model_brings_its_threshold(tmp_path: Path) -> None:
         (["--model_name", "results/x", "When?"], "no folder results/x"),
         (["--model_name", "M/M", "--context", "nowhere.txt", "When?"], "cannot read nowhere.txt"),
         (["--model_name", "M/M", "--input", "no.jsonl"], "cannot read no.jsonl"),
+        (["--model_name", "M/M", "--input", "q", "--context", "c"], "leave --context out"),
     ],
 )
 def test_mistakes_are_one_line(

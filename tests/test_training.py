@@ -355,6 +355,9 @@ def test_training_goes_on_from_an_adapter(
     assert kept["train"]["lora_r"] == 3
     # the base is held as it was: on another one, in 4 bits, it would not begin where it ended
     assert (kept["train"]["quantize"], kept["model"]["dtype"]) == (False, "bfloat16")
+    assert kept["resume"]["adapter"] == weights.weights_digest(str(first))
+    (first / "training_args.bin").unlink()  # which is no weight
+    assert kept["resume"]["adapter"] == weights.weights_digest(str(first))
     assert weights.saved_settings(str(second))["model_name"] == str(tmp_path / "model")
     train_llama_squad.main([*on, "--learning_rate", "1e-3"])
     moved = [not torch.equal(tensors(second)[name], tensor) for name, tensor in before.items()]
@@ -544,7 +547,7 @@ def test_two_processes_save_one_result(tmp_path: Path) -> None:
     assert kept == {"final_checkpoints", "final_merged_checkpoint"}
 
 
-@pytest.mark.parametrize("name", ["final_checkpoints", "final_merged_checkpoint"])
+@pytest.mark.parametrize("name", ["final_checkpoints", "final_merged_checkpoint", "checkpoint-500"])
 def test_a_run_does_not_replace_its_own_base(name: str, tmp_path: Path) -> None:
     data = dataset_folder(tmp_path, make_records(1, [2]))
     Path("results").mkdir()
@@ -568,6 +571,18 @@ def test_card_names_what_the_hub_knows(tmp_path: Path) -> None:
     }
     assert header("someone/base") == common | {"base_model": "someone/base"}
     assert header(str(tmp_path)) == common
+
+
+def test_the_card_of_an_activated_adapter_says_how_it_acts() -> None:
+    """PEFT by itself would let it act on all tokens."""
+
+    def card(**train: Any) -> str:
+        settings = {"train": TrainArguments(**train), "model": ModelArguments()}
+        return publishing.model_card(settings | {"trainer": {"learning_rate": 1.0}}, {})
+
+    assert "it must act from the context of its task on alone" in card(alora_from="context")
+    assert "must act" not in card()
+    assert "must act" not in card(alora_from="context", full_parameters=True)
 
 
 def test_push_without_a_token(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -16,6 +16,7 @@ calls of a single reply where the model is sure.
 ``llama_squad.decoding.constraints`` holds both.
 """
 
+import contextlib
 import dataclasses
 import math
 import operator
@@ -25,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import get_int_from_env
 from transformers import PreTrainedModel
 
 from llama_squad.answers import NO_ANSWER
@@ -199,10 +201,15 @@ class Generator:
         return len(paragraphs) * cache + activations + logits
 
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container of Linux finds its own limits."""
+
+
 def free_memory(model: PreTrainedModel) -> float:
     """Return the bytes that a batch may take: on the model's GPU, else of the machine if it tells.
 
-    A model that is spread over several may take what is free on the fullest.
+    A model that is spread over several may take what is free on the fullest; processes of one run
+    share the machine's.
     """
     weights = model.parameters() if torch.cuda.is_available() else ()
     gpus = {weight.device for weight in weights if weight.is_cuda}
@@ -212,11 +219,22 @@ def free_memory(model: PreTrainedModel) -> float:
             + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
             for gpu in gpus
         )  # fmt: skip
-    try:
+    return 0.9 * available_memory() / get_int_from_env(["LOCAL_WORLD_SIZE"], 1)
+
+
+def available_memory() -> float:
+    """Return the bytes of the machine, or of the container, that are free; infinity if unknown."""
+    free = math.inf
+    with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 0.9 * next(1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return math.inf
+        free = next(1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, StopIteration, ValueError):  # "max": no limit
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+        # files that were read are counted as used, and make room when it is needed
+        cached = next(int(x.split()[1]) for x in lines if x.startswith("inactive_file "))
+        free = min(free, limit - used + cached)
+    return max(0, free)
 
 
 def stop_ids(model: PreTrainedModel, encoder: ChatEncoder) -> frozenset[int]:

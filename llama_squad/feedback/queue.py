@@ -99,10 +99,10 @@ def item_of_row(row: Row, record: Record, threshold: float) -> Item:
     if row["state"] == "failed":
         return Item(record, Doubt(-1, UNASKED), row_answer(row))
     log_probs = [span["log_prob"] for span in row["n_best"] or ()]
+    said = row_answer(row)
     if row["na_prob"] is not None:
         row = rethreshold(row, threshold)
-    said = row_answer(row)
-    right = is_exact_match(said, row["answers"])
+    right = is_exact_match(row_answer(row), row["answers"])
     return Item(record, doubt(row["na_prob"], threshold, log_probs, right), said)
 
 

@@ -14,10 +14,11 @@ def who_may_come_in(args: AppArguments) -> list[tuple[str, str]]:
     """
     words: list[str] = []
     for word in args.auth or []:
-        if ":" not in word:
+        is_pair = ":" in word and not Path(word).is_file()
+        if not is_pair:
             check_file("--auth", word)
         try:
-            lines = [word] if ":" in word else Path(word).read_text("utf-8").splitlines()
+            lines = [word] if is_pair else Path(word).read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--auth: cannot read {word}: {error}") from error
         words += filter(str.strip, lines)

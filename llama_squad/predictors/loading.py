@@ -32,10 +32,6 @@ def load_predictor(args: EvalArguments, model_args: ModelArguments) -> "Callable
     Raises:
         ValueError: it cannot be loaded.
     """
-    from llama_squad import modeling
-    from llama_squad.predictors.extractive import ExtractiveModel
-    from llama_squad.predictors.local import LocalModel
-
     chat: dict[str, Any] = {
         "prompt": args.prompt,
         "system_prompt": args.system_prompt,
@@ -50,10 +46,16 @@ def load_predictor(args: EvalArguments, model_args: ModelArguments) -> "Callable
             max_tokens_name=args.max_tokens_name, structured_output=args.structured_output, **chat,
         )  # fmt: skip
         return lambda **_: server
+    from llama_squad import modeling
+
     modeling.choose_device()
     if args.predictor == "encoder":
+        from llama_squad.predictors.extractive import ExtractiveModel
+
         reader, tokenizer = modeling.load_reader(model_args)
         return lambda na_prob_thresh, **_: ExtractiveModel(reader, tokenizer, na_prob_thresh)
+    from llama_squad.predictors.local import LocalModel
+
     encoder = modeling.load_encoder(
         model_args, args.reasoning_tokens, args.adapter_name, args.filler
     )

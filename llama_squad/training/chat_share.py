@@ -19,6 +19,7 @@ from llama_squad.arguments import ModelArguments, TrainArguments
 from llama_squad.chat_check import answer_greedily, classify_reply, read_prompts
 from llama_squad.config import write_json
 from llama_squad.decoding.spans import reply_ids
+from llama_squad.durable import one_line_errors
 from llama_squad.encoding import IGNORE, ChatEncoder, Encoded
 from llama_squad.prompts import Message
 from llama_squad.training.checkpoints import digest, tokenizer_digests
@@ -81,7 +82,8 @@ def chat_examples(
         while len(replies) < len(prompts):
             batch = slice(len(replies), len(replies) + BATCH)
             replies += answer_greedily(model, encoder, prompts[batch], REPLY_TOKENS)
-            write_json(file, {"made_from": made_from, "replies": _told(encoder, replies)})
+            with one_line_errors(file):
+                write_json(file, {"made_from": made_from, "replies": _told(encoder, replies)})
             bar.update(len(replies) - bar.n)
     model.train(training)
     end = reply_ids(encoder, NO_ANSWER)[-1:]

@@ -49,8 +49,12 @@ _OF_4BIT = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 # Finding one -----------------------------------------------------------------------------------
 
 
-def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
-    """Return the checkpoint to resume from; "latest" and "auto" are the newest complete one.
+def find_checkpoint(
+    asked: str | None, output_dir: str, record: Mapping[str, Any] | None = None
+) -> str | None:
+    """Return the checkpoint to resume from; "latest" and "auto" are the last complete one.
+
+    Where a ``record`` is given, the last one of runs like this; of other runs if there is none.
 
     Raises:
         ValueError: there is none, and "auto" was not asked for.
@@ -71,6 +75,8 @@ def find_checkpoint(asked: str | None, output_dir: str) -> str | None:
         )
     if len(complete) == 1:  # of any name
         return str(complete[0])
+    if record is not None:  # a longer run may have used the folder before
+        complete = [path for path in complete if _is_like(path, record)] or complete
     return str(max(complete, key=lambda path: int(path.name[11:])))
 
 
@@ -99,7 +105,8 @@ def run_record(
 ) -> dict[str, Any]:
     """Return what decides a run's rows and steps, as JSON has it.
 
-    Data, tokenizer, template and a local model are told by their content, whatever their names.
+    Data, tokenizer, template, a local model and adapter are told by their content, whatever
+    their names.
 
     Args:
         settings: see ``llama_squad.training.publishing.run_settings``.
@@ -122,6 +129,7 @@ def run_record(
         "questions": _digest_rows(train.select_columns(_QUESTIONS)),
         "messages": _digest_rows(train.select_columns(["messages"])),
         "weights": weights_digest(record["model_name"]),
+        "adapter": weights_digest(record["from_adapter"]),
     }
     return json.loads(json.dumps(record, default=str))
 
@@ -214,14 +222,20 @@ def check_resume(checkpoint: str | None, record: Mapping[str, Any], anyway: bool
     return differences
 
 
+def _is_like(checkpoint: Path, record: Mapping[str, Any]) -> bool:
+    saved = load_run_config(checkpoint).get(RUN_RECORD)
+    return saved is not None and not _differing(saved, record)
+
+
 def _differing(saved: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     """Return the names of the settings that differ, but not those that only follow from others."""
     names = [name for name in record if name in saved and saved[name] != record[name]]
     follow = set()
     if {"questions", "prompt", "system_prompt"} & {*names}:
         follow.add("messages")
-    if record.get("weights") is not None and "weights" not in names:  # the same model elsewhere
-        follow.add("model_name")
+    for content, name in (("weights", "model_name"), ("adapter", "from_adapter")):
+        if record.get(content) is not None and record[content] == saved.get(content):
+            follow.add(name)  # the same elsewhere
     return [name for name in names if name not in follow]
 
 

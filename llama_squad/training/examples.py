@@ -20,11 +20,12 @@ def encode_split(
     prompt: str = "single_turn",
     adapter_from: ActsFrom = "start",
 ) -> tuple[Any, int]:
-    """Encode a split's messages: a dataset with input_ids, labels and group; and how many dropped.
+    """Encode a split's messages; return a dataset of token ids, and how many were dropped.
 
-    An example longer than ``max_length`` tokens is left out. ``group`` numbers the paragraphs. With
-    an activated adapter, one that acts from some part of the ``prompt`` on (``ActsFrom``), there
-    is "adapter_from", too: the first token that it acts on.
+    Its columns are "input_ids", "labels", "paragraph" (a digest of title and context) and "length"
+    (in tokens). An example longer than ``max_length`` tokens is left out. With an activated
+    adapter, one that acts from some part of the ``prompt`` on (``ActsFrom``), there is
+    "adapter_from", too: the first token that it acts on.
 
     Results are cached on disk, keyed by the data, the tokenizer and the template.
     """

@@ -1,4 +1,4 @@
-"""How much of the tuning a merge has kept, measured on questions that were held out.
+"""How much of the tuning a merge has kept, on questions of val (of train where there is none).
 
 Three models score the same gold answers: the base, base and adapter, and the merged one as it lies
 on disk. May use the trainer's loss; loads and writes nothing itself.

@@ -98,6 +98,12 @@ def _metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 _LOSS_ON = {"reply": "the replies only", "all": "all tokens, prompts too"}
 
+_ACTS_FROM = """
+**An activated LoRA: it must act from the {} of its task on alone**, and leave all other tokens to
+the base. PEFT by itself lets it act on all tokens, which gives other answers: load it with the
+repository that it was trained with (`Reader`, `test_llama_squad.py`, `app.py`).
+"""
+
 _MERGE_TEXT = """\
 The adapter was merged into its base in float32, and the sums written so that small updates survive.
 Base, base + adapter, and the merged weights as they were written, on the same questions:"""
@@ -120,6 +126,8 @@ def model_card(
     section = f"\n## The merge\n\n{_MERGE_TEXT}\n\n{merge.table()}\n" if merge else ""
     rate = settings["trainer"]["learning_rate"]
     chat = f", {args.chat_share:.0%} of them plain chat" if args.chat_share else ""
+    acts = "start" if args.full_parameters else args.alora_from
+    place = _ACTS_FROM.format(acts) if acts != "start" else ""
     # The Hub refuses a card whose metadata name a folder; the dataset always is one.
     known = not Path(model_args.model_name).is_dir()
     base = f"base_model: {model_args.model_name}\n" if known else ""
@@ -133,7 +141,7 @@ tags: [squad, question-answering, trl, sft]
 Fine-tuned with {method} on `{args.dataset_name}`: given a context and a question it replies with
 JSON whose "answer" is a span of the context word for word, or "?" where the context holds none.
 The loss fell on {_LOSS_ON[args.loss_on]}{chat}; learning rate {rate}.
-
+{place}
 ## Figures of the run
 
 | figure | last value |

@@ -31,6 +31,9 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
         model_args, args.reasoning_tokens, args.from_adapter, args.filler
     )
     record = checkpoints.run_record(settings, dataset["train"], encoder, sft_args.world_size)
+    if checkpoint:
+        asked = sft_args.resume_from_checkpoint
+        checkpoint = checkpoints.find_checkpoint(asked, sft_args.output_dir, record)
     differ = checkpoints.check_resume(checkpoint, record, args.resume_anyway)
     encoded = _encode(dataset, encoder, args, sft_args, settings.get("prompt", "single_turn"))
     model = prepare_model(args, model_args, encoder)
