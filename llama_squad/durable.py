@@ -114,7 +114,7 @@ def hold(lock: Path, held: str | Path, flag: str) -> Iterator[None]:
     Raises:
         ValueError: another process holds it, or the file cannot be written.
     """
-    with one_line_errors(lock):
+    with one_line_errors(held):
         lock.parent.mkdir(parents=True, exist_ok=True)
         fd = open_locked(lock, Path(held), flag)
     try:

@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(arguments[:cut])
     stay_offline()
     try:
+        check_writable(args.output_path / "comparison.md")
         with hold(args.output_path / ".lock", args.output_path, "--output_path"):
             _run(args, arguments[cut + 1 :])
     except (ValueError, OSError) as error:
@@ -132,7 +133,6 @@ def _resolve(args: argparse.Namespace) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace, options: Sequence[str]) -> None:
     """Make both checks, and print each as it is known."""
-    check_writable(args.output_path / "comparison.md")
     sides = find_sides(args.model, args.base)
     if args.dtype == "auto":  # one for both checks, as the stages choose it
         from llama_squad.modeling import resolve_dtype
