@@ -230,7 +230,7 @@ class TrainerArguments:
     )
     resume_from_checkpoint: str | None = _option(
         None,
-        "A checkpoint's folder; `latest` for the newest; `auto` for the newest, if there is one.",
+        "A checkpoint's folder; `latest` for the last of a run like this; `auto`: if there is one.",
     )
     hub_model_id: str | None = _option(
         None, "Repository on the Hub to push to (USER/NAME); the merged model goes to NAME-merged."

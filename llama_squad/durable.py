@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -114,14 +115,23 @@ def hold(lock: Path, held: str | Path, flag: str) -> Iterator[None]:
     Raises:
         ValueError: another process holds it, or the file cannot be written.
     """
+    fd = None
     with one_line_errors(held):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        fd = open_locked(lock, Path(held), flag)
+        try:
+            fd = open_locked(lock, Path(held), flag)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            # some network file systems; what was opened is closed
+            print(f"{held} cannot be locked here: let no other run write there.", file=sys.stderr)
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)  # while it is held: who waits for it sees that it is gone
-        os.close(fd)
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            lock.unlink()  # while it is held: who waits for it sees that it is gone
+        if fd is not None:
+            os.close(fd)
 
 
 def write_durably(fd: int, parts: Iterable[bytes]) -> None:

@@ -97,7 +97,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--dtype",
-        help="type of the weights (default: auto, 16 bits where they are fast; float32 on a CPU)",
+        help="type of the weights (default: auto, which is the checkpoint's for lm_eval, and the "
+        "stages' for our own check; float32 on a CPU)",
     )
     parser.add_argument(
         "--batch_size", metavar="N", help="a number or auto (default: auto; 8 on a CPU)"
@@ -134,10 +135,6 @@ def _resolve(args: argparse.Namespace) -> argparse.Namespace:
 def _run(args: argparse.Namespace, options: Sequence[str]) -> None:
     """Make both checks, and print each as it is known."""
     sides = find_sides(args.model, args.base)
-    if args.dtype == "auto":  # one for both checks, as the stages choose it
-        from llama_squad.modeling import resolve_dtype
-
-        args.dtype = str(resolve_dtype(args.dtype)).removeprefix("torch.")
     chat = None if args.no_chat else _prepare_chat(args, sides.tokenizer)
     key = base_key(args, sides)
     text = compare_benchmarks(args, options, sides, key)

@@ -208,9 +208,7 @@ def weights_digest(folder: str | None) -> str | None:
     A training changes every tensor, so 256 pieces of 4 KiB a file tell it, however large the model.
     """
     files = sorted(
-        path
-        for path in Path(folder or "").glob("*")
-        if path.suffix in (".safetensors", ".bin") and path.name != "training_args.bin"
+        path for path in Path(folder or "").glob("*") if path.suffix in (".safetensors", ".bin")
     )
     if not folder or not files:
         return None

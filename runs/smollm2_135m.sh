@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct, untuned and tuned on 20,000 questions, free and by span decoding with 4, 1 and 10 beams, and
-# tuned with a threshold for questions half of which have no answer, as dev's: README.md has the first of these rows.
+# tuned with a threshold for questions half of which have no answer, as dev's.
 # No GPU needed. The same command resumes where it was stopped.
 #
 #   ./runs/smollm2_135m.sh
@@ -23,11 +23,11 @@ evaluate() { stage test_llama_squad.py "${flags[@]}" ${sample[@]+"${sample[@]}"}
 tuned=--adapter_name=$out/final_checkpoints
 plan "${QUESTIONS:-20000}" 28
 
-echo "Two cores with AMX (Intel Xeon) take, by what was measured on one (benchmarks/RESULTS.md): training on 20,000" \
-  "questions half an hour, six evaluations a quarter each or less, and the untuned model's free replies, which are long, 65 minutes;" \
+echo "Two cores with AMX (Intel Xeon) take, by what was measured (benchmarks/RESULTS.md): training on 20,000" \
+  "questions three quarters of an hour, eight evaluations 10 to 20 minutes each, and the untuned model's free replies, which are long, 65;" \
   "a threshold for abstaining is tuned on val, half as much as dev." \
   "CPUs with AVX512-BF16 alone take a third longer to train and as long to answer (AMD Zen 5; 105 minutes for those free replies) or two to three times as long (Zen 4: training 80 minutes, an evaluation half an hour)," \
-  "by what two cores did with an adapter that acts from the question on, whose steps take about three quarters of the time;" \
+  "by what they did with an adapter that acts from the question on, whose steps take about three quarters of the time;" \
   "others compute in float32: training takes six to nine times as long there as with AMX."
 build data/squad_v2
 evaluate --output $base/base_spans.csv
@@ -44,7 +44,7 @@ done
 evaluate --decoding free --batch_size 128 --output $base/base_free.csv
 
 python summarize_results.py "base, free=$base/base_free.csv" "base, span decoding=$base/base_spans.csv" \
-  "the same, 1 beam=$base/base_spans_1_beams.csv" "the same, 10 beams=$base/base_spans_10_beams.csv" \
+  "base, 1 beam=$base/base_spans_1_beams.csv" "base, 10 beams=$base/base_spans_10_beams.csv" \
   "tuned, free=$out/tuned_free.csv" "tuned, span decoding=$out/tuned_spans.csv" \
-  "the same, 1 beam=$out/tuned_spans_1_beams.csv" "the same, 10 beams=$out/tuned_spans_10_beams.csv" \
-  "the same, threshold tuned on val for 50 % unanswerable=$out/tuned_threshold.csv"
+  "tuned, 1 beam=$out/tuned_spans_1_beams.csv" "tuned, 10 beams=$out/tuned_spans_10_beams.csv" \
+  "tuned, threshold tuned on val for 50 % unanswerable=$out/tuned_threshold.csv"

@@ -71,7 +71,9 @@ def test_find_checkpoint() -> None:
         find("results/checkpoint-11", "results")
 
 
-def test_of_several_runs_in_a_folder_its_own_is_gone_on_with(begun: Path) -> None:
+def test_of_several_runs_in_a_folder_its_own_is_gone_on_with(
+    begun: Path, capsys: pytest.CaptureFixture
+) -> None:
     longer = Path("results/checkpoint-9")
     shutil.copytree(FROM, longer)
     saved = json.loads((longer / "llama_squad.json").read_text())
@@ -81,9 +83,11 @@ def test_of_several_runs_in_a_folder_its_own_is_gone_on_with(begun: Path) -> Non
     assert find_checkpoint("auto", "results") == str(longer)
     assert find_checkpoint("auto", "results", record) == "results/checkpoint-3"  # of three steps
     assert find_checkpoint("auto", "results", record | {"seed": -1}) == str(longer)  # to be refused
-    before = (longer / "adapter_model.safetensors").read_bytes()
     run("--resume_from_checkpoint", "auto")
-    assert (longer / "adapter_model.safetensors").read_bytes() == before
+    said = f"Going on from results/checkpoint-3: {longer} is another run's."
+    assert said in capsys.readouterr().out
+    Path("results/checkpoint-2/llama_squad.json").write_text("")  # damaged: it is no such run
+    assert find_checkpoint("auto", "results", record) == "results/checkpoint-3"
 
 
 def test_an_adapter_is_told_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,13 +228,26 @@ def available_memory() -> float:
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
-    with contextlib.suppress(OSError, StopIteration, ValueError):  # "max": no limit
-        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        lines = (CGROUP / "memory.stat").read_text().splitlines()
-        # files that were read are counted as used, and make room when it is needed
-        cached = next(int(x.split()[1]) for x in lines if x.startswith("inactive_file "))
-        free = min(free, limit - used + cached)
+    for folder in _own_groups():
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            limit, used = (
+                int((folder / f"memory.{name}").read_text()) for name in ("max", "current")
+            )
+            words = map(str.split, (folder / "memory.stat").read_text().splitlines())
+            # files that were read are counted as used, and make room when it is needed
+            cached = sum(int(n) for name, n in words if name in ("active_file", "inactive_file"))
+            free = min(free, limit - used + cached)
     return max(0, free)
+
+
+def _own_groups() -> list[Path]:
+    """Return the control groups (version 2) that this process is in, the innermost first."""
+    own = Path()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            if line.startswith("0::/"):
+                own = Path(line.removeprefix("0::/"))
+    return [CGROUP / part for part in (own, *own.parents)]
 
 
 def stop_ids(model: PreTrainedModel, encoder: ChatEncoder) -> frozenset[int]:

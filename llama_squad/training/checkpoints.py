@@ -80,6 +80,18 @@ def find_checkpoint(
     return str(max(complete, key=lambda path: int(path.name[11:])))
 
 
+def own_checkpoint(last: str, sft_args: Any, record: Mapping[str, Any]) -> str:
+    """Return the checkpoint of a run like this, ``last`` where there is none; note it, and say so.
+
+    ``sft_args`` names it from then on, also where the run is interrupted.
+    """
+    found = find_checkpoint(sft_args.resume_from_checkpoint, sft_args.output_dir, record)
+    sft_args.resume_from_checkpoint = found
+    if found != last and this_process().is_main_process:
+        print(f"Going on from {found}: {last} is another run's.")
+    return found or last
+
+
 def newest_checkpoint(output_dir: str, since: float) -> str | None:
     """Return the checkpoint that was completed last, if that was after ``since`` (Unix time, s)."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if _is_complete(path)]
@@ -223,7 +235,10 @@ def check_resume(checkpoint: str | None, record: Mapping[str, Any], anyway: bool
 
 
 def _is_like(checkpoint: Path, record: Mapping[str, Any]) -> bool:
-    saved = load_run_config(checkpoint).get(RUN_RECORD)
+    try:
+        saved = load_run_config(checkpoint).get(RUN_RECORD)
+    except ValueError:  # damaged
+        return False
     return saved is not None and not _differing(saved, record)
 
 

@@ -32,8 +32,7 @@ def train(args: TrainArguments, model_args: ModelArguments, sft_args: Any) -> Pa
     )
     record = checkpoints.run_record(settings, dataset["train"], encoder, sft_args.world_size)
     if checkpoint:
-        asked = sft_args.resume_from_checkpoint
-        checkpoint = checkpoints.find_checkpoint(asked, sft_args.output_dir, record)
+        checkpoint = checkpoints.own_checkpoint(checkpoint, sft_args, record)
     differ = checkpoints.check_resume(checkpoint, record, args.resume_anyway)
     encoded = _encode(dataset, encoder, args, sft_args, settings.get("prompt", "single_turn"))
     model = prepare_model(args, model_args, encoder)
