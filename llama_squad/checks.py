@@ -227,7 +227,6 @@ def check_eval_flags(args: EvalArguments, model_args: ModelArguments) -> None:
 
 def _check_local_flags(args: EvalArguments, model_args: ModelArguments) -> None:
     server, encoder = (args.predictor == name for name in ("server", "encoder"))
-    longer = args.max_new_tokens != EvalArguments.max_new_tokens
     needs_local = {
         "--adapter_name": args.adapter_name,
         "--quantize": args.quantize,
@@ -246,7 +245,7 @@ def _check_local_flags(args: EvalArguments, model_args: ModelArguments) -> None:
         "--batch_size": server and args.batch_size is not None,
         "--dtype": server and model_args.dtype != "auto",
         "--decoding free": encoder and args.decoding == "free",
-        "--max_new_tokens": encoder and longer,
+        "--max_new_tokens": encoder and args.max_new_tokens != EvalArguments.max_new_tokens,
         f"--prompt {args.prompt}": encoder and args.prompt != "single_turn",
     }
     for flag, given in needs_local.items():
