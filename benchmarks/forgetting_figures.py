@@ -13,7 +13,7 @@ from llama_squad.config import load_run_config
 from llama_squad.harness import Run, paired_errors
 from llama_squad.intervals import standard_error
 from llama_squad.metrics import score_answer
-from llama_squad.rows import Row, row_answer
+from llama_squad.rows import Row, best_answer, row_answer
 from llama_squad.summary import summarize
 
 Figures = dict[str, Any]
@@ -29,27 +29,45 @@ def paired(before: Sequence[float], after: Sequence[float]) -> Figures:
 
 
 def compare_rows(base: Sequence[Row], tuned: Sequence[Row]) -> Figures:
-    """Return the figures of the task in %, and their differences to the base."""
+    """Return the figures of the task in %, and their differences to the base.
+
+    ``always_abstaining`` is what its exact match would be without any answer. Where all rows tell
+    their best spans, those are compared as well, over the questions that have an answer.
+    """
     rows = [{row["id"]: row for row in side} for side in (base, tuned)]
     if rows[0].keys() != rows[1].keys():
         raise ValueError("base and adapter have not answered the same questions")
-    wanted = ("% Valid JSON", "% Exact Match", "exact", "f1", "HasAns_f1", "NoAns_f1")
+    wanted = ("% Valid JSON", "% Exact Match", "exact", "f1", "HasAns_f1", "NoAns_f1",
+              "% Correct No Answer", "HasAns_span_f1", "na_prob_auroc")  # fmt: skip
     summary = summarize(tuned)
     scores = [
         [_scores(side[id_]) for id_ in rows[0]] for side in rows
     ]  # of each side and question: strict, exact, F1
     columns = [zip(*side, strict=True) for side in scores]
     names = ("% Exact Match", "exact", "f1")
+    differences = {n: paired(b, t) for n, b, t in zip(names, *columns, strict=True)}
+    answerable = [id_ for id_, row in rows[0].items() if row["answers"]]
+    spans = [_span_f1([side[id_] for id_ in answerable]) for side in rows]
+    if all(spans):
+        differences["HasAns_span_f1"] = paired(*spans)
     return {
         "questions": len(tuned),
+        "always_abstaining": 100.0 * (1 - len(answerable) / len(tuned)),
         **{name: summary[name] for name in wanted if name in summary},
-        "paired": {n: paired(b, t) for n, b, t in zip(names, *columns, strict=True)},
+        "paired": differences,
     }
 
 
 def _scores(row: Row) -> tuple[float, float, float]:
     exact, f1 = score_answer(row_answer(row).official, row["answers"])
     return 100.0 * row["Exact match"], 100.0 * exact, 100.0 * f1
+
+
+def _span_f1(rows: Sequence[Row]) -> list[float]:
+    """Return the F1 of what each row would say if it must not abstain; [] if one does not tell."""
+    told = [(best_answer(row), row["answers"]) for row in rows if row["na_prob"] is not None]
+    scores = [100.0 * score_answer(best.official, golds)[1] for best, golds in told if best]
+    return scores if len(scores) == len(rows) else []
 
 
 def compare_chat(base: Sequence[ChatReply], tuned: Sequence[ChatReply]) -> Figures:

@@ -1,7 +1,7 @@
 """Plots: of no-answer probabilities, and of what adapters have learned and forgotten."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,8 @@ def _plot_reliability(panel: Any, table: ScoreTable) -> None:
 def plot_forgetting(models: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
     """Draw task gained against chat kept: a point per adapter, with its standard errors.
 
+    A panel shows exact match gained, and a second one the best spans' F1 where all are known.
+
     Args:
         models: name → what benchmarks/forgetting.py says of it; "base" is the origin of the gains.
         path: of the picture; its ending says the format, such as .svg.
@@ -167,41 +169,67 @@ def plot_forgetting(models: Mapping[str, Mapping[str, Any]], path: str | Path) -
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
-    points = {
-        name: (
-            found["task"]["paired"]["% Exact Match"]["difference"],
-            found["chat"]["prose_kept"]["share"],
-            found["task"]["paired"]["% Exact Match"]["standard_error"],
-            found["chat"]["prose_kept"]["standard_error"],
-        )
+    measured = {
+        name: found
         for name, found in models.items()
         if name != "base" and "task" in found and found.get("chat", {}).get("prose_kept")
     }
-    if not points:
+    if not measured:
         raise ValueError("no adapter is measured yet: there is nothing to draw")
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    panel = figure.subplots()
-    panel.axhline(100, color="0.8", zorder=0)
-    panel.axvline(0, color="0.8", zorder=0)
-    panel.plot(0, 100, "s", color="black")
-    for index, (gain, kept, gain_error, kept_error) in enumerate(points.values()):
-        panel.errorbar(
-            gain, kept, xerr=gain_error, yerr=kept_error, capsize=2, color=f"C{index}",
-            fmt="oD^v"[index // 10 % 4],  # there are ten colours
-        )  # fmt: skip
-    panel.set(
-        xlabel="exact match on dev, gained over the base (percentage points)",
-        ylabel="plain prompts answered in prose (% of the base's share)",
-        title="Task gained, chat kept",
-    )
-    panel.margins(0.12)
-    _label_points(panel, {"base": (0.0, 100.0)} | {n: p[:2] for n, p in points.items()})
+    gains = [
+        name
+        for name in FORGETTING_GAINS
+        if all(name in found["task"]["paired"] for found in measured.values())
+    ]
+    figure = Figure(figsize=(3 + 5 * len(gains), 6), layout="constrained")
+    figure.suptitle("Task gained, chat kept")
+    panels = figure.subplots(1, len(gains), squeeze=False, sharey=True)[0]
+    for gain, panel in zip(gains, panels, strict=True):
+        _plot_gain(panel, measured, gain)
+    panels[0].set_ylabel("plain prompts answered in prose (% of the base's share)")
+    abstaining = models.get("base", {}).get("task", {}).get("always_abstaining")
+    if abstaining is not None and "% Exact Match" in models["base"]["task"]:
+        edge = abstaining - models["base"]["task"]["% Exact Match"]
+        panels[0].axvline(edge, color="0.8", linestyle=":", zorder=0)
+        panels[0].text(
+            edge, 50, "always abstaining ", color="0.5", rotation=90, ha="right", va="center"
+        )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def _label_points(panel: Any, points: Mapping[str, tuple[float, float]]) -> None:
-    """Write each name, the base's first, where it covers no point and no other name.
+FORGETTING_GAINS = {
+    "% Exact Match": "exact match on dev, gained over the base (points)",
+    "HasAns_span_f1": "F1 of the best spans where there is an answer, gained (points)",
+}
+"""What the panels of ``plot_forgetting`` show: name of a paired figure → label of the axis."""
+
+
+def _plot_gain(panel: Any, models: Mapping[str, Mapping[str, Any]], gain: str) -> None:
+    """Draw one gain against the chat kept."""
+    panel.axhline(100, color="0.8", zorder=0)
+    panel.axvline(0, color="0.8", zorder=0)
+    panel.plot(0, 100, "s", color="black")
+    points, bars = {"base": (0.0, 100.0)}, []
+    for index, (name, found) in enumerate(models.items()):
+        gained, kept = found["task"]["paired"][gain], found["chat"]["prose_kept"]
+        x, y = points[name] = gained["difference"], kept["share"]
+        errors = gained["standard_error"], kept["standard_error"]
+        panel.errorbar(
+            x, y, xerr=errors[0], yerr=errors[1], capsize=2,
+            color=f"C{index}", fmt="oD^v"[index // 10 % 4],  # there are ten colours
+        )  # fmt: skip
+        for part in (-1.0, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1.0):
+            bars += [(x + part * errors[0], y), (x, y + part * errors[1])]
+    panel.set_xlabel(FORGETTING_GAINS[gain])
+    panel.margins(0.12)
+    _label_points(panel, points, bars)
+
+
+def _label_points(
+    panel: Any, points: Mapping[str, tuple[float, float]], bars: Sequence[tuple[float, float]]
+) -> None:
+    """Write each name, the base's first, where it covers no point, no other name and no bar.
 
     A line leads from it to its point. Of the places around a point, the nearest free one is taken.
     """
@@ -209,7 +237,7 @@ def _label_points(panel: Any, points: Mapping[str, tuple[float, float]]) -> None
 
     figure = panel.figure
     figure.draw_without_rendering()  # which settles the layout, and so where points are
-    spots = [panel.transData.transform(point) for point in points.values()]
+    spots = [panel.transData.transform(point) for point in (*points.values(), *bars)]
     room = panel.get_window_extent()
     taken: list[Any] = []
     around = [

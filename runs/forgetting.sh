@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Task gained against chat kept: SmolLM2-135M-Instruct tuned in eleven ways, each on the same number
+# Task gained against chat kept: SmolLM2-135M-Instruct tuned in twelve ways, each on the same number
 # of questions; then what each has learned and forgotten, as figures and as a picture. No GPU needed;
 # one process. DATA_FLAGS: for create_squad_dataset.py.
 #
@@ -45,6 +45,7 @@ tune() {
 
 build "$dataset"
 
+tune "8e-4, from the context" --learning_rate 8e-4 --alora_from context
 tune "8e-4, from the question" --learning_rate 8e-4 --alora_from question
 tune "8e-4, from the reply" --learning_rate 8e-4 --alora_from reply
 tune "8e-4" --learning_rate 8e-4

@@ -11,15 +11,17 @@ import forgetting
 import peft
 import pytest
 import torch
-from forgetting_figures import compare_chat
+from forgetting_figures import compare_chat, compare_rows
 from helpers import dataset_folder, make_records, model_folder, tiny_model, tiny_tokenizer
 
 from llama_squad import chat_check
+from llama_squad.answers import Answer
 from llama_squad.chat_check import ChatReply
 from llama_squad.config import write_json
 from llama_squad.encoding import ChatEncoder
 from llama_squad.plots import plot_forgetting
 from llama_squad.result_reader import read_results
+from llama_squad.rows import Row, make_row
 
 PROSE = ChatReply("p", "It is so and not otherwise.", "prose", 6, 0.0, 2.0)
 LOST = ChatReply("p", "", "empty", 0, 0.0, None)
@@ -268,16 +270,39 @@ def test_paired_errors_of_chat() -> None:
     assert same["prose_kept"] == {"share": 100.0, "standard_error": 0.0}
 
 
-def point(gain: float, kept: float) -> dict[str, Any]:
-    paired = {"% Exact Match": {"difference": gain, "standard_error": 1.0}}
+def point(gain: float, kept: float, *more: str) -> dict[str, Any]:
+    paired = {n: {"difference": gain, "standard_error": 1.0} for n in ("% Exact Match", *more)}
     return {
         "task": {"paired": paired},
         "chat": {"prose_kept": {"share": kept, "standard_error": 2.0}},
     }
 
 
+def span_row(id_: str, golds: list[str], best: str) -> Row:
+    """A row that abstains; what else it would say is ``best``."""
+    record = {"id": id_, "question": "", "answers": {"text": golds}}
+    answer = Answer("no_answer", "?")
+    return make_row(record, "", answer, "", 0.5, best_span=best, best_span_log_prob=-1.0,
+                    no_answer_log_prob=-1.0)  # fmt: skip
+
+
+def test_best_spans_are_compared_where_there_is_an_answer() -> None:
+    base = [span_row("1", ["x b"], "c"), span_row("2", ["d"], "c"), span_row("3", [], "c")]
+    tuned = [span_row("1", ["x b"], "b"), span_row("2", ["d"], "d"), span_row("3", [], "d")]
+    found = compare_rows(base, tuned)
+    assert found["always_abstaining"] == found["% Exact Match"] == pytest.approx(100 / 3)
+    assert found["paired"]["% Exact Match"]["difference"] == 0.0
+    assert found["HasAns_span_f1"] == pytest.approx((200 / 3 + 100) / 2)
+    difference = found["paired"]["HasAns_span_f1"]
+    assert difference["difference"] == pytest.approx((200 / 3 + 100) / 2)
+    assert difference["standard_error"] == pytest.approx(100 / 3 / 2)
+    free = [row | {"na_prob": None, "best_span": None} for row in tuned]
+    assert "HasAns_span_f1" not in compare_rows(base, free)["paired"]  # free decoding tells none
+
+
+@pytest.mark.parametrize("more", [(), ("HasAns_span_f1",)])
 def test_labels_of_near_points_do_not_overlap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    more: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
@@ -285,14 +310,20 @@ def test_labels_of_near_points_do_not_overlap(
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     names = [f"an adapter called {number}" for number in range(12)]
-    models: dict[str, Any] = {"base": {}} | {
-        n: point(0.1 * i, 100 - 0.2 * i) for i, n in enumerate(names)
+    base = {"task": {"always_abstaining": 50.0, "% Exact Match": 9.0}} if more else {}
+    models: dict[str, Any] = {"base": base} | {
+        n: point(0.1 * i, 100 - 0.2 * i, *more) for i, n in enumerate(names)
     }
     plot_forgetting(models | {"not measured": {}}, tmp_path / "p.png")
-    (panel,) = drawn[0].axes
-    assert [label.get_text() for label in panel.texts] == ["base", *names]
-    boxes = [Text.get_window_extent(label) for label in panel.texts]
-    for index, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[:index])
+    panels = drawn[0].axes
+    assert len(panels) == 1 + len(more)
+    for panel in panels:
+        labels = panel.texts[: 1 + len(names)]
+        assert [label.get_text() for label in labels] == ["base", *names]
+        boxes = [Text.get_window_extent(label) for label in labels]
+        for index, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:index])
+    edges = [label.get_text() for label in panels[0].texts[1 + len(names) :]]
+    assert edges == (["always abstaining "] if more else [])
     with pytest.raises(ValueError, match="no adapter is measured yet"):
         plot_forgetting({"base": {}}, tmp_path / "p.png")
