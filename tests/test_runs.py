@@ -211,7 +211,7 @@ def test_forgetting(run_script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(chat_share, "REPLY_TOKENS", 4)
     calls = run_script("forgetting.sh", EVAL_PYTHON="a python", QUESTIONS="112", DATA=str(tmp_path))
     trained = [call for call in calls if call[0] == "train_llama_squad.py"]
-    assert len(trained) == 11
+    assert len(trained) == 12
     assert sum("all" in call for call in trained) == 2
     for call in trained:  # 27.4 a step; 23.4, where a tenth of its 26 is chat
         last = len(call) - call[::-1].index("--max_steps")
@@ -224,7 +224,7 @@ def test_forgetting(run_script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert out.endswith("/112")
     assert command[-2:] == ["--plot", f"{out}/forgetting.svg"]
     names = {word for word in command if word.endswith("/final_checkpoints")}
-    assert len(names) == 11
+    assert len(names) == 12
     for name in names:
         folder, _, path = name.partition("=")
         assert (tmp_path / path / "adapter_config.json").is_file()
@@ -291,10 +291,10 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
     base, training, *evaluations = (tmp_path / "a" / "calls").read_text().splitlines()
     assert base.endswith("--output results/smollm2_135m/base_spans.csv")
     assert training.startswith("3 --nproc_per_node 3 train_llama_squad.py")
-    assert "--per_device_train_batch_size 7 --max_steps 974" in training  # 3 paragraphs a step
+    assert "--per_device_train_batch_size 7 --max_steps 1947" in training  # 3 paragraphs a step
     assert len(evaluations) == 8
     assert "--na_prob_thresh 0.5 --output" in evaluations[0]  # whatever is kept with the adapter
-    assert "--tune_threshold --no_answer_share 0.5 --output" in evaluations[2]
+    assert "--tune_threshold --output" in evaluations[2]
     assert all("--nproc_per_node 3 test_llama_squad.py" in call for call in evaluations)
 
 
