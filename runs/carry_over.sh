@@ -2,7 +2,7 @@
 # Does it carry over? Dev beside SQuADShifts (new Wikipedia articles, Reddit), XQuAD in English, and
 # Disfl-QA: dev's questions as people say them, beside the same ones as SQuAD has them.
 #   ./runs/carry_over.sh                                 the base model
-#   ./runs/carry_over.sh results/smollm2_135m/final_checkpoints
+#   ./runs/carry_over.sh results/smollm2_135m_40000/final_checkpoints
 # QUESTIONS of each in whole paragraphs; CONFIG for another model; NAME for the names of the results.
 # Files that data/carry_over/ lacks are fetched, but for SQuAD2-CR's reason_gold_test.tsv
 # (https://aclanthology.org/2020.lrec-1.667): with it, abstentions are counted by why there is no answer.

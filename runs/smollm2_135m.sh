@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 
 config=configs/smollm2_135m.yaml
 base=results/smollm2_135m
-out=$base${QUESTIONS:+_$QUESTIONS}
+out=${base}_${QUESTIONS:-40000}
 read -ra sample <<< "${SAMPLE:-}"
 . runs/lib/stage.sh
 flags=(--config $config ${MODEL:+"--model_name=$MODEL"})
@@ -25,11 +25,11 @@ plan "${QUESTIONS:-40000}" 28
 
 echo "Two cores with AMX (Intel Xeon) take, by what was measured (benchmarks/RESULTS.md): an evaluation by span decoding" \
   "15 minutes, training on 40,000 questions 95, on 20,000 half of that. So a first table stands after two hours (20,000 questions:" \
-  "80 minutes). The rows after it take some four hours: the untuned model's free replies, which are long, 65 minutes, 10 beams" \
-  "20 to 30 each, a threshold, which is tuned on val, 25." \
-  "CPUs with AVX512-BF16 alone take a third longer to train and as long to answer (AMD Zen 5; 105 minutes for those free replies) or two to three times as long (Zen 4)," \
-  "by what they did with an adapter that acts from the question on, whose steps take about three quarters of the time;" \
-  "others compute in float32: training takes six to nine times as long there as with AMX."
+  "80 minutes). The rows after it take some three and a half more: the untuned model's free replies, which are long, 65 minutes," \
+  "10 beams 20 to 30 each, a threshold, which is tuned on val, 25." \
+  "CPUs with AVX512-BF16 alone take as long (AMD Zen 5; 105 minutes for those free replies) or one and a half times as long (Zen 4), by what they" \
+  "did with an adapter that acts from the question on, whose steps take about three quarters of the time;" \
+  "others compute in float32: training takes four to six times as long there as with AMX."
 build data/squad_v2
 evaluate --output $base/base_spans.csv
 [ -d $out/final_checkpoints ] ||

@@ -129,10 +129,11 @@ def run_script(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> An
         ("smollm2_135m.sh", ["smollm2_135m/base_free.csv", "smollm2_135m/base_spans.csv",
                              "smollm2_135m/base_spans_1_beams.csv",
                              "smollm2_135m/base_spans_10_beams.csv",
-                             "smollm2_135m/tuned_free.csv", "smollm2_135m/tuned_spans.csv",
-                             "smollm2_135m/tuned_spans_1_beams.csv",
-                             "smollm2_135m/tuned_spans_10_beams.csv",
-                             "smollm2_135m/tuned_threshold.csv"], 1),
+                             "smollm2_135m_40000/tuned_free.csv",
+                             "smollm2_135m_40000/tuned_spans.csv",
+                             "smollm2_135m_40000/tuned_spans_1_beams.csv",
+                             "smollm2_135m_40000/tuned_spans_10_beams.csv",
+                             "smollm2_135m_40000/tuned_threshold.csv"], 1),
     ],
 )  # fmt: skip
 def test_run(name: str, files: Any, trainings: Any, run_script: Any, tmp_path: Path) -> None:
