@@ -14,14 +14,15 @@ cd "$(dirname "$0")/.."
 
 config=configs/smollm2_135m.yaml
 base=results/smollm2_135m
-out=${base}_${QUESTIONS:-40000}
+questions=${QUESTIONS:-40000}
+out=${base}_$questions
 read -ra sample <<< "${SAMPLE:-}"
 . runs/lib/stage.sh
 flags=(--config $config ${MODEL:+"--model_name=$MODEL"})
 
 evaluate() { stage test_llama_squad.py "${flags[@]}" ${sample[@]+"${sample[@]}"} "$@"; }
 tuned=--adapter_name=$out/final_checkpoints
-plan "${QUESTIONS:-40000}" 28
+plan "$questions" 28
 
 echo "Two cores with AMX (Intel Xeon) take, by what was measured (benchmarks/RESULTS.md): an evaluation by span decoding" \
   "15 minutes, training on 40,000 questions 95, on 20,000 half of that. So a first table stands after two hours (20,000 questions:" \

@@ -19,6 +19,7 @@ from typing import Any
 
 import forgetting
 import pytest
+import yaml
 from conftest import ROOT
 from helpers import make_records, model_folder
 
@@ -297,6 +298,17 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
     assert "--na_prob_thresh 0.5 --output" in evaluations[0]  # whatever is kept with the adapter
     assert "--tune_threshold --output" in evaluations[2]
     assert all("--nproc_per_node 3 test_llama_squad.py" in call for call in evaluations)
+
+
+def test_the_recipe_is_what_its_script_trains(tmp_path: Path) -> None:
+    (tmp_path / "data" / "squad_v2").mkdir(parents=True)
+    stubs = {"python": f'echo "$*" >> {tmp_path}/calls'}
+    done = run_stubbed("smollm2_135m.sh", tmp_path, stubs, PROCESSES="1")
+    assert done.returncode == 0, done.stderr
+    recipe = yaml.safe_load((ROOT / "configs" / "smollm2_135m.yaml").read_text())["train"]
+    planned = ("per_device_train_batch_size", "max_steps", "warmup_steps")
+    flags = " ".join(f"--{name} {recipe[name]}" for name in planned)
+    assert f"--resume_from_checkpoint auto {flags}\n" in (tmp_path / "calls").read_text()
 
 
 def test_more_questions_are_kept_apart(tmp_path: Path) -> None:
